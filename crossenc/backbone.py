@@ -1,0 +1,205 @@
+"""Find and load the backbone: a Hub id, a local folder, or `package:NAME/PATH` (a folder inside an installed package)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BackboneError, HubError, offline_remedy, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+DEFAULT_BACKBONE = "distilbert/distilroberta-base"
+# No tokenizer means a length like this; transformers writes 1e30 where a tokenizer knows no limit.
+_NO_LIMIT = 1_000_000
+
+
+def locate(backbone: str) -> str:
+    """The Hub id or the folder that a backbone's name stands for.
+
+    Raises:
+        BackboneError: a package is not installed, or a folder is missing or holds no `config.json`.
+    """
+    if backbone.startswith("package:"):
+        name, _, path = backbone.removeprefix("package:").partition("/")
+        spec = find_spec(name.replace("-", "_"))
+        if spec is None or not spec.submodule_search_locations:
+            raise BackboneError(
+                f"{backbone}: no package {name} is installed; try: pip install {name.replace('_', '-')}"
+            )
+        folder = Path(spec.submodule_search_locations[0]) / path
+    elif Path(backbone).is_dir() or backbone.startswith(("/", "./", "../", "~")) or backbone.count("/") > 1:
+        folder = Path(backbone)
+    else:
+        return backbone
+    if not folder.is_dir():
+        raise BackboneError(f"{backbone}: there is no folder {folder}")
+    if not (folder / "config.json").is_file():
+        raise BackboneError(
+            f"{backbone} is no model: the folder has no config.json; give a folder or a Hub id that has one"
+        )
+    return str(folder)
+
+
+def load_config(backbone: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """The backbone's configuration; raises `BackboneError` if its head has another number of labels than one."""
+    from transformers import AutoConfig
+
+    with _clear_errors(backbone):
+        config = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=trust_remote_code, revision=revision)
+    heads = [name for name in config.architectures or [] if name.endswith("ForSequenceClassification")]
+    if heads and config.num_labels != 1:
+        raise BackboneError(
+            f"{backbone} is a classifier with {config.num_labels} labels, and a cross-encoder has one; "
+            "start from the model that it was made from, or from a head with one label"
+        )
+    return config
+
+
+@cache
+def load_tokenizer(
+    backbone: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerFast:
+    """The backbone's fast tokenizer; raises `BackboneError` if it has none."""
+    from transformers import AutoTokenizer
+
+    with _clear_errors(backbone):
+        tokenizer = AutoTokenizer.from_pretrained(
+            locate(backbone), trust_remote_code=trust_remote_code, revision=revision
+        )
+    if not tokenizer.is_fast:
+        raise BackboneError(f"{backbone} has no fast tokenizer (tokenizer.json), which crossenc needs")
+    if tokenizer.pad_token is None:  # decoder models are trained without padding
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def resolve_max_length(
+    backbone: str, max_length: int | None, trust_remote_code: bool = False, revision: str | None = None
+) -> int:
+    """The longest pair in tokens, special tokens included: `max_length`, or for None all that the backbone can take.
+
+    RoBERTa-like models number their positions from `pad_token_id + 1`, and so have fewer than their table is long.
+    Raises `BackboneError` if `max_length` is more than the backbone can take, or too short for a pair.
+    """
+    config = load_config(backbone, trust_remote_code, revision)
+    tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
+    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or _NO_LIMIT)
+    if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "esm"):
+        limit = min(limit, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length is None and limit >= _NO_LIMIT:
+        raise BackboneError(f"{backbone} names no longest input; set --model.max_length")
+    if max_length is not None and not special + 2 <= max_length <= limit:
+        raise BackboneError(
+            f"max_length {max_length} does not fit {backbone}: it takes pairs of {special + 2} to {limit} tokens; "
+            "set --model.max_length"
+        )
+    return max_length or limit
+
+
+def load_model(
+    backbone: str,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    sha256: str | None = None,
+) -> PreTrainedModel:
+    """The backbone with a single-logit head, fp32, in training mode; the head is new unless the weights hold one.
+
+    Weights are read from safetensors only. In training mode, because `from_pretrained` returns evaluation mode and
+    Lightning keeps what it gets: the whole run would go without dropout.
+
+    Raises:
+        BackboneError: no model, weights missing, a digest other than `sha256`, or a head with other than one label.
+        HubError: the Hub is out of reach or has no such model.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(backbone, trust_remote_code, revision)
+    tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
+    if sha256:
+        _check_digest(backbone, sha256)
+    config.num_labels = 1
+    config.problem_type = None
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    with _clear_errors(backbone), quiet_transformers():
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            locate(backbone),
+            config=config,
+            dtype=torch.float32,  # transformers 5 keeps the file's type otherwise, and fp16 weights train into NaN
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+        )
+    prefix = model.base_model_prefix + "."
+    # A pooler belongs to the head here: a language model comes without one.
+    if lost := [key for key in loaded["missing_keys"] if key.startswith(prefix) and ".pooler." not in key]:
+        raise BackboneError(
+            f"{backbone} holds no weights for {len(lost)} layers of its own config, such as {min(lost)}"
+        )
+    model.train()
+    return model  # type: ignore[no-any-return]
+
+
+def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
+    """Keep the embeddings and the first `count` layers as they are; 0 freezes nothing. Raises `BackboneError`."""
+    from torch.nn import ModuleList
+
+    if not count:
+        return
+    total = model.config.num_hidden_layers
+    stacks = [part for part in model.base_model.modules() if isinstance(part, ModuleList) and len(part) == total]
+    if not stacks or not 0 < count <= total:
+        raise BackboneError(f"cannot freeze {count} layers of a backbone with {total}; set --model.freeze_layers")
+    for part in [model.get_input_embeddings(), getattr(model.base_model, "embeddings", None), *stacks[0][:count]]:
+        if part is not None:
+            part.requires_grad_(False)
+
+
+def _check_digest(backbone: str, sha256: str) -> None:
+    weights = Path(locate(backbone)) / "model.safetensors"
+    if not weights.is_file():
+        raise BackboneError(f"{backbone}: sha256 is checked for local folders, and {weights} is missing")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise BackboneError(
+            f"{weights} has sha256 {digest}, not {sha256}: these are other weights than those asked for"
+        )
+
+
+@contextmanager
+def _clear_errors(backbone: str) -> Iterator[None]:
+    """Turn what transformers and the Hub raise for a backbone that cannot be read into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, OSError) and locate(backbone) == backbone:
+            raise HubError(offline_remedy(f"backbone {backbone}", error)) from error
+        raise BackboneError(f"{backbone} cannot be loaded as a sequence classifier: {one_line(error)[:300]}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' table of new weights and its bar: `load_model` checks the missing weights itself."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,130 @@
+"""The callbacks of a run: speed, a last validation, progress on a terminal and elsewhere, predictions to a file."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, RichProgressBar
+
+log = logging.getLogger(__name__)
+
+
+class TrainSpeed(Callback):
+    """Logs the learning rate and the pairs per second of all devices, validation apart, every `log_every_n_steps`."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pairs, self.since = 0, time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.training:
+            self.since += time.perf_counter() - self.paused
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.pairs += len(batch["label"]) * trainer.world_size
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            now = time.perf_counter()
+            size = len(batch["label"])
+            pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=size)
+            pl_module.log("train/pairs_per_second", self.pairs / (now - self.since), prog_bar=True, batch_size=size)
+            self.pairs, self.since = 0, now
+
+
+class ValidateAtEnd(Callback):
+    """Validates after the last step too, wherever `val_check_interval` falls.
+
+    To ask for a stop at the step that is the last anyway is Lightning's public way to validate before leaving.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_epoch = trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1
+        if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
+
+class TerminalProgress(RichProgressBar):
+    """Lightning's bar with loss, learning rate and pairs per second; a run's name says more than a version number."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
+
+
+class PlainProgress(ProgressBar):
+    """A line every ten seconds and one at each validation, for logs that nobody watches live."""
+
+    seconds_between_lines = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled, self.written = True, float("-inf")
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        figures = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+        now = time.monotonic()
+        if self.enabled and "train/lr" in figures and now - self.written >= self.seconds_between_lines:
+            self.written = now
+            log.info(
+                "step %d/%d  loss %.4f  lr %.2e  %.0f pairs/s",
+                trainer.global_step,
+                trainer.estimated_stepping_batches,
+                figures["train/loss"],
+                figures["train/lr"],
+                figures["train/pairs_per_second"],
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled and not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
+            figures = trainer.callback_metrics
+            log.info(
+                "step %d  val/loss %.4f  val/average_precision %.4f  val/f1 %.4f",
+                trainer.global_step,
+                *(figures[f"val/{name}"] for name in ("loss", "average_precision", "f1")),
+            )
+
+
+class PredictionFile(BasePredictionWriter):
+    """Writes `row,logit,score` to a csv, in the order of the source's rows, whichever rank scored them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(write_interval="epoch")
+        self.path = path
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[dict[str, torch.Tensor]],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        columns = ("row", "logit", "score")
+        rows = [pair for part in predictions for pair in zip(*(part[name].tolist() for name in columns), strict=True)]
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, rows)
+            rows = [row for share in shares for row in share]
+        if trainer.is_global_zero:
+            unfinished = self.path.with_name(f".{self.path.name}")
+            with unfinished.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows(sorted(set(rows)))
+            unfinished.replace(self.path)

@@ -1,0 +1,117 @@
+"""The command line: one table of commands, answered without torch; each command loads what it needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from . import __version__
+from .errors import CrossencError, UsageError, one_line
+
+
+def _run(command: str, args: list[str]) -> None:
+    from .run import RunCLI
+
+    RunCLI(command, args)
+
+
+def _export(command: str, args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from .exporting import export
+
+    print(auto_cli(export, args=args, exit_on_error=False, prog=f"crossenc {command}"))
+
+
+# name: (what it does, how it runs)
+COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
+    "fit": ("train, keep the best checkpoint, test it and export it", _run),
+    "validate": ("evaluate a checkpoint on the dev pairs and choose the threshold", _run),
+    "test": ("evaluate a checkpoint on the test pairs at its stored threshold", _run),
+    "predict": ("score every pair of a source into predictions.csv", _run),
+    "export": ("write the export of a checkpoint: export CKPT OUT [--overwrite]", _export),
+}
+
+
+def command_table() -> str:
+    """The help of `crossenc` itself: every command with one line."""
+    lines = [f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m crossenc COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "first run, without network:  python -m crossenc fit --config configs/quickstart.yaml",
+            "options of a command:        python -m crossenc COMMAND --help",
+        ]
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 after one line on stderr when the input is bad."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(command_table())
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = args[0], args[1:]
+    debug = "--debug" in rest or os.environ.get("CROSSENC_DEBUG", "") not in ("", "0")
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}")
+        if not {"-h", "--help"} & set(rest):
+            _set_up_terminal()
+        COMMANDS[name][1](name, rest)
+    except Exception as error:
+        if debug or not _is_for_the_user(error):
+            raise
+        print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether an error is about the input: ours, the argument parser's, or the Trainer's about its options."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentError as ParsingError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, CrossencError | ArgumentError | ParsingError | MisconfigurationException)
+
+
+def _set_up_terminal() -> None:
+    """Say what matters, once: our own log on stderr, and of the libraries' logs and bars what a person needs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("crossenc")
+    ours.handlers[:] = [handler]
+    ours.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
+    ours.propagate = False
+    import datasets
+    import lightning.pytorch  # noqa: F401  # first, for it sets its own log level when it is imported
+
+    # Hardware lists, tips and seeds; errors of these libraries reach the user as exceptions.
+    for library in ("lightning", "lightning.pytorch", "lightning.fabric", "huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    # Tokens are cached and padding is cheap, so that no worker process is the right number of them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # torch's own pytree, called by Lightning 2.6 in the old way.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # A run shorter than the logging interval is a short run and no mistake.
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
+    # A run that goes on writes into its own folder; its metrics.csv was set aside before.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty")
+
+
+def entry_point() -> None:
+    """The console script `crossenc`."""
+    sys.exit(main())

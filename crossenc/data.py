@@ -1,0 +1,207 @@
+"""PairDataModule: read, split, encode and load question pairs.
+
+1 read    pairs.read              any source -> row, text_a, text_b, label (Arrow, cached)
+2 split   by position or question -> train, val, test; `limit` keeps the first rows of each
+3 encode  encode.encode           token ids (Arrow, cached), in `prepare_data`: once a machine, before other ranks read
+4 load    DataLoader              batches, padded to their longest pair
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader
+
+from . import pairs
+from .backbone import DEFAULT_BACKBONE, load_tokenizer, resolve_max_length
+from .encode import PairBatch, PairCollator, encode, tell_cut
+from .errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
+_NEEDED = {
+    TrainerFn.FITTING: pairs.SPLITS,  # the test split too: a broken test file is better known before training
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+}
+
+
+class PairDataModule(LightningDataModule):
+    """Question pairs for fit, validate and test; `predict` scores every pair of `source`, labels or not.
+
+    Args:
+        source: A csv, tsv, jsonl or parquet file; a folder with `train.*` and maybe `dev.*` and `test.*`; a Hub data
+            set `ID` or `ID:SPLIT`; or `sample`, the embedded pairs, which come with their own splits.
+        subset: The Hub data set's configuration.
+        val_source: Where the dev pairs come from, named like `source`; null cuts them off `source`.
+        test_source: Where the test pairs come from, named like `source`; null cuts them off `source`.
+        columns: The source's own column names: `{text_a: left, text_b: right, label: same}`. The usual names
+            (sentence1, question1, ..., label, is_duplicate, ...) need no mention.
+        split: `position` takes the first rows for dev and the next for test, as sentence-transformers' example does;
+            `question` lets no question stand in two splits.
+        val_size: Dev rows cut off `source`, or their share if under 1. Null: 10,000, or a tenth of a source with
+            fewer than 100,000 rows; none where `val_source` or `test_source` is given.
+        test_size: The same for the test rows.
+        batch_size: Pairs per device and step.
+        num_workers: Processes that pad batches; 0 does it in the main process, which is enough for cached tokens.
+        limit: Keep only the first rows of each split, for a quick try.
+        backbone: The model's; its tokenizer is used.
+        max_length: The model's.
+        trust_remote_code: The model's.
+        revision: The model's.
+
+    Raises:
+        DataError: A file, column, row or label cannot be used.
+        HubError: The Hub is out of reach.
+    """
+
+    def __init__(
+        self,
+        source: str = QUORA,
+        subset: str | None = None,
+        val_source: str | None = None,
+        test_source: str | None = None,
+        columns: dict[str, str] | None = None,
+        split: Literal["position", "question"] = "position",
+        val_size: float | None = None,
+        test_size: float | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        limit: int | None = None,
+        backbone: str = DEFAULT_BACKBONE,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0 or (limit is not None and limit < 1):
+            raise UsageError("data.batch_size and data.limit must be at least 1, data.num_workers at least 0")
+        self.source, self.val_source, self.test_source = source, val_source, test_source
+        self.subset = QUORA_SUBSET if source == QUORA and subset is None else subset
+        self.columns, self.split = columns, split
+        self.val_size, self.test_size = val_size, test_size
+        self.batch_size, self.num_workers, self.limit = batch_size, num_workers, limit
+        self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
+        self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
+        self.collate = PairCollator(self.tokenizer)
+        self.encoded: dict[str, Dataset] = {}
+        self.facts: dict[str, Any] = {}
+
+    def prepare_data(self) -> None:
+        """Read, check and encode all that the run needs, into the cache of `datasets`."""
+        self._load()
+
+    def setup(self, stage: str) -> None:
+        """Open what `prepare_data` left in the cache, and say what there is."""
+        loaded = self._load()
+        self.encoded |= loaded
+        if stage == "fit":
+            self.facts = {
+                "source": self.source,
+                "subset": self.subset,
+                "split": self.split,
+                "batch_size": self.batch_size,
+                "limit": self.limit,
+                "rows": {name: len(part) for name, part in loaded.items()},
+                "duplicates": {name: _share_of_duplicates(part) for name, part in loaded.items()},
+            }
+            if rank_zero_only.rank == 0:
+                self._tell()
+
+    def _tell(self) -> None:
+        for name, part in self.encoded.items():
+            share = self.facts["duplicates"][name]
+            log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(part):,}", 100 * share)
+            tell_cut(part, f"{name} pairs", self.max_length)
+
+    def _load(self) -> dict[str, Dataset]:
+        function = self.trainer.state.fn if self.trainer else None
+        if function == TrainerFn.PREDICTING:
+            parts = {"predict": self._read(self.source, labelled=False)}
+        else:
+            parts = self._read_splits(_NEEDED.get(function, pairs.SPLITS))
+        if self.limit:
+            parts = {name: part.take(min(self.limit, len(part))) for name, part in parts.items()}
+        return {name: encode(part, self.tokenizer, self.max_length) for name, part in parts.items()}
+
+    def _read(self, source: str, labelled: bool = True) -> Dataset:
+        return pairs.read(source, self.subset, self.columns, labelled)
+
+    def _sources(self) -> dict[str, str]:
+        """Where each split is read; those that are not named are cut off `train`."""
+        if self.source == pairs.SAMPLE:
+            named = {split: f"{pairs.SAMPLE}:{split}" for split in pairs.SPLITS}
+        elif Path(self.source).is_dir():
+            named = pairs.files_of(Path(self.source))
+        else:
+            named = {"train": self.source}
+        given = {"val": self.val_source, "test": self.test_source}
+        return named | {split: source for split, source in given.items() if source}
+
+    def _read_splits(self, needed: tuple[str, ...]) -> dict[str, Dataset]:
+        sources = self._sources()
+        parts = {split: self._read(sources[split]) for split in needed if split in sources and split != "train"}
+        rest = [split for split in needed if split not in parts]
+        if rest:
+            table = self._read(sources["train"])
+            rows = self._cut(table, sources)
+            parts |= {split: table.select(rows[split]) for split in rest if len(rows[split])}
+        return {split: parts[split] for split in needed if split in parts}
+
+    def _cut(self, table: Dataset, sources: dict[str, str]) -> dict[str, Sequence[int]]:
+        """The rows of each split within one table. A split that has a source of its own gets none of them."""
+        own = {"val", "test"} & set(sources)
+        given = {"val": self.val_size, "test": self.test_size}
+        wanted = {split: 0 if split in own or (own and size is None) else size for split, size in given.items()}
+        val, test = pairs.sizes(len(table), wanted["val"], wanted["test"], sources["train"])
+        if self.split == "question" and val + test:
+            return pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
+        return pairs.split_by_position(len(table), val, test)
+
+    def train_dataloader(self) -> DataLoader[PairBatch]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[PairBatch] | list[DataLoader[PairBatch]]:
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and "val" not in self.encoded:
+            return []  # a fit without dev pairs goes without validation
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[PairBatch]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[PairBatch]:
+        return self._loader("predict")
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[PairBatch]:
+        if split not in self.encoded:
+            raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
+        return DataLoader(
+            self.encoded[split],  # type: ignore[arg-type]  # a table is a Dataset in all but its base class
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run was trained on, kept in its checkpoints for the model card."""
+        return self.facts
+
+
+def _share_of_duplicates(part: Dataset) -> float:
+    labels = part.with_format("numpy", columns=["label"])[:]["label"]
+    return float((labels >= 0.5).mean())

@@ -1,0 +1,69 @@
+"""The errors that bad input ends in. On the command line each is one line on stderr and exit code 2.
+
+CrossencError           anything a user can mend; never raised itself
+├── DataError           a file, row, column or label that cannot be used; names file and row
+├── BackboneError       a backbone that cannot be loaded, or that has no room for a single-logit head
+├── CheckpointError     a checkpoint that is missing or was not written by crossenc
+├── ExportError         an export that would overwrite, or whose scores differ from the checkpoint's
+├── HubError            the Hugging Face Hub is out of reach, or does not have what was asked for
+├── UsageError          options that do not go together
+└── MissingExtraError   a feature whose optional package is not installed
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+
+class CrossencError(Exception):
+    """Base of all errors that a user can mend. The message is one line: what, where, and the remedy."""
+
+
+class DataError(CrossencError):
+    """A file, row, column or label cannot be used."""
+
+
+class BackboneError(CrossencError):
+    """A backbone cannot be loaded or cannot carry a single-logit head."""
+
+
+class CheckpointError(CrossencError):
+    """A checkpoint is missing or was not written by crossenc."""
+
+
+class ExportError(CrossencError):
+    """An export would overwrite a folder, or does not score as its checkpoint does."""
+
+
+class HubError(CrossencError):
+    """The Hub is out of reach, or does not have what was asked for."""
+
+
+class UsageError(CrossencError):
+    """Options do not go together."""
+
+
+class MissingExtraError(CrossencError):
+    """An optional package is not installed."""
+
+
+def offline_remedy(asked_for: str, reason: object) -> str:
+    """The message of a `HubError`: what was asked for, why it failed, and two ways to work without the Hub."""
+    return (
+        f"{asked_for} could not be read from the Hugging Face Hub ({one_line(reason)}); without the Hub, try "
+        "`--config configs/quickstart.yaml`, or local files: `--data.source FILE --model.backbone FOLDER`"
+    )
+
+
+def one_line(text: object) -> str:
+    """The text with every run of white space folded into one blank."""
+    return " ".join(str(text).split())
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or raise `MissingExtraError` with the command that installs it."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"this needs {error.name}; install it with: pip install 'crossenc[{extra}]'") from error

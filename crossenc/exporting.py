@@ -1,0 +1,194 @@
+"""Export a checkpoint to a folder that sentence-transformers, transformers and other readers load.
+
+The folder is written beside its target, loaded again, compared with the checkpoint, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import pickle
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError, ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from .module import CrossEncoderModule
+
+log = logging.getLogger(__name__)
+
+ACTIVATION = "torch.nn.modules.activation.Sigmoid"
+# sentence-transformers reads its three files from this version on; written where it is not installed.
+_ST_VERSION = "6.2.0"
+TOLERANCE = 1e-5
+_PROBES = (
+    ("How do I learn to swim?", "What is the best way to learn swimming?"),
+    ("How do I learn to swim?", ""),
+    ("word " * 500, "another " * 500),
+    ("¿Qué es esto? 🙂", "这是什么？ 🙃"),
+)
+
+
+def export(checkpoint: str, output: str, overwrite: bool = False) -> Path:
+    """Write the export of a checkpoint: weights, tokenizer, the readers' files and a model card.
+
+    Args:
+        checkpoint: A `.ckpt` file that `crossenc fit` wrote.
+        output: The folder to write.
+        overwrite: Replace an export that is there already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The file is missing or was not written by crossenc.
+        ExportError: The folder is there already, or the export does not score as the checkpoint does.
+    """
+    target = Path(output)
+    if target.exists():
+        if not overwrite:
+            raise ExportError(f"{target} is there already; choose another folder, or give --overwrite")
+        if not (target / "modules.json").is_file():
+            raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
+    loaded, module, tokenizer = _load(Path(checkpoint))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
+        unfinished = Path(space) / "new"
+        expected = _module_scores(module, tokenizer, _PROBES)
+        _write(unfinished, module, tokenizer)
+        _write_card(unfinished, target, loaded, Path(checkpoint), module.max_length)
+        found = score_pairs(unfinished, _PROBES)
+        worst = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+        if not worst <= TOLERANCE:
+            raise ExportError(
+                f"the export of {checkpoint} gives scores that differ by {worst:.2g} from the checkpoint's"
+            )
+        if target.exists():
+            target.rename(Path(space) / "old")
+        unfinished.rename(target)
+    return target
+
+
+def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Scores (after the sigmoid, fp32) that an export gives to a few pairs of texts, on the CPU."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from .backbone import quiet_transformers
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    inputs = tokenizer([list(pair) for pair in pairs], padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        scores: list[float] = model.eval()(**inputs).logits[:, 0].sigmoid().tolist()
+    return scores
+
+
+def _load(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, PreTrainedTokenizerFast]:
+    import torch
+
+    from .backbone import load_tokenizer
+    from .module import CrossEncoderModule
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint that can be read: the file is damaged or of another kind"
+        ) from error
+    if not isinstance(loaded, dict) or "crossenc" not in loaded:
+        raise CheckpointError(f"{path} was not written by crossenc")
+    settings = loaded["hyper_parameters"]
+    # The digest guards the backbone's own weights; these come from the checkpoint.
+    module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)
+    tokenizer = load_tokenizer(settings["backbone"], settings["trust_remote_code"], settings["revision"])
+    return loaded, module.eval(), copy.deepcopy(tokenizer)
+
+
+def _module_scores(
+    module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
+) -> list[float]:
+    """The module's own scores, over the path that training takes: `encode`, collate, forward."""
+    import datasets
+    import torch
+
+    from .encode import PairCollator, encode
+
+    texts = [{"row": row, "text_a": a, "text_b": b} for row, (a, b) in enumerate(pairs)]
+    encoded = encode(datasets.Dataset.from_list(texts), tokenizer, module.max_length)
+    with torch.inference_mode():
+        scores: list[float] = module(PairCollator(tokenizer)(encoded.to_list())["inputs"]).sigmoid().tolist()
+    return scores
+
+
+def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast) -> None:
+    from .backbone import quiet_transformers
+
+    model = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
+    versions = {
+        "sentence_transformers": _version("sentence-transformers") or _ST_VERSION,
+        "transformers": _version("transformers"),
+        "pytorch": _version("torch"),
+    }
+    # vLLM and older sentence-transformers read the activation from config.json.
+    model.config.sentence_transformers = {
+        "activation_fn": ACTIVATION,
+        "version": versions["sentence_transformers"],
+    }
+    if module.threshold is not None:
+        model.config.crossenc = {"threshold": module.threshold}
+    with quiet_transformers():
+        model.save_pretrained(folder)
+    # Readers cut at this length; without it RoBERTa's positions overflow.
+    tokenizer.model_max_length = module.max_length
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    # sentence-transformers' three files go together: with one of them missing it drops the classifier.
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+        ],
+        "config_sentence_transformers.json": {
+            "__version__": versions,
+            "activation_fn": ACTIVATION,
+            "default_prompt_name": None,
+            "model_type": "CrossEncoder",
+            "prompts": {},
+        },
+        "sentence_bert_config.json": {
+            "transformer_task": "sequence-classification",
+            "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+            "module_output_name": "scores",
+            "max_seq_length": module.max_length,  # text-embeddings-inference does not start without it
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write_card(folder: Path, target: Path, loaded: dict[str, Any], checkpoint: Path, max_length: int) -> None:
+    from .card import write_card
+    from .metrics import read_figures
+
+    figures = loaded["crossenc"]["figures"] | read_figures(checkpoint)
+    # An export named `model` is a run's own; the run's name tells more.
+    name = target.resolve().parent.name if target.name == "model" else target.name
+    write_card(folder, name, loaded, figures, max_length)

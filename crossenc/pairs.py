@@ -1,0 +1,359 @@
+"""Read question pairs from any source into one table, and split it.
+
+    sample | file | folder | Hub id[:split]  ->  rows()  ->  canonical()  ->  Dataset(row, text_a, text_b, label)
+
+`row` counts from 0 and stays the pair's identity until the output file; in messages rows count from 1, the header apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from . import __version__
+from .errors import DataError, HubError, offline_remedy, one_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SAMPLE = "sample"
+SPLITS = ("train", "val", "test")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+# The names that public data sets of question pairs give their columns: Quora, GLUE, STS-B, and sentence-transformers' own.
+ALIASES = {
+    "text_a": ("text_a", "sentence1", "question1", "sentence_a", "text1", "question_a", "anchor", "sentence_A"),
+    "text_b": ("text_b", "sentence2", "question2", "sentence_b", "text2", "question_b", "positive", "sentence_B"),
+    "label": ("label", "is_duplicate", "labels", "duplicate", "score", "similarity"),
+}
+_SPLIT_FILES = {"train": ("train",), "val": ("dev", "val", "validation", "valid"), "test": ("test",)}
+_WORD_LABELS = {"true": 1.0, "false": 0.0}
+
+
+class Group(TypedDict):
+    """Questions of the embedded sample that all ask the same thing."""
+
+    topic: str
+    questions: list[str]
+
+
+def read(
+    source: str, subset: str | None = None, columns: Mapping[str, str] | None = None, labelled: bool = True
+) -> Dataset:
+    """Read one source into a table with the columns `row`, `text_a`, `text_b` and, if labelled, `label`.
+
+    Args:
+        source: a csv, tsv, jsonl or parquet file; `sample` or `sample:SPLIT`; or a Hub data set `ID` or `ID:SPLIT`
+            (split `train` when none is named).
+        subset: the Hub data set's configuration.
+        columns: the source's own names, such as `{"text_a": "left", "text_b": "right", "label": "same"}`.
+        labelled: whether `label` is read: a float from 0 to 1.
+
+    The table lies in an Arrow file in the cache of `datasets`, and is read from there the next time.
+
+    Raises:
+        DataError: the file, a column, or a row cannot be used; names the file and the row.
+        HubError: the Hub is out of reach or has no such data set.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    if unknown := set(columns or ()) - set(ALIASES):
+        raise DataError(f"columns: {sorted(unknown)} is not one of {list(ALIASES)}; write `text_a: NAME_IN_THE_FILE`")
+    origin: dict[str, Any]
+    if is_local(source):
+        path = Path(source)
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path}: cannot tell its format; name it {', '.join(SUFFIXES)}")
+        # Size and time of change stand in the cache's key, so that an edited file is read anew.
+        origin = {"path": str(path.resolve()), "stamp": [path.stat().st_size, path.stat().st_mtime_ns]}
+    elif source.partition(":")[0] == SAMPLE:
+        origin = {"sample": source.partition(":")[2] or "all"}
+    else:
+        origin = {"dataset": _load_from_hub(source, subset)}
+    features = {"row": "int64", "text_a": "string", "text_b": "string"} | ({"label": "float32"} if labelled else {})
+    try:
+        table = datasets.Dataset.from_generator(
+            _canonical_rows,
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
+            gen_kwargs={
+                "origin": origin,
+                "where": source,
+                "columns": dict(columns or {}),
+                "labelled": labelled,
+                "version": __version__,
+            },
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
+    return table  # type: ignore[no-any-return]  # datasets types it as Dataset | IterableDataset
+
+
+def is_local(source: str) -> bool:
+    """Whether the source is a file on this machine; raises `DataError` if it looks like one and is not there."""
+    path = Path(source)
+    if path.is_file():
+        return True
+    if path.is_dir():
+        raise DataError(f"{source} is a folder, where one file is needed")
+    if path.suffix.lower() in SUFFIXES or source.startswith(("/", "./", "../", "~")):
+        raise DataError(f"{source}: no such file (looked in {Path.cwd()})")
+    return False
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The file of each split in a folder: `train.*`, and `dev.*` (or `val.*`, `validation.*`) and `test.*` if there."""
+    found: dict[str, str] = {}
+    for split, stems in _SPLIT_FILES.items():
+        files = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+        files = [file for file in files if file.is_file()]
+        if len(files) > 1:
+            raise DataError(f"{folder} has {' and '.join(f.name for f in files)}: which one? Give --data.source FILE")
+        if files:
+            found[split] = str(files[0])
+    if "train" not in found:
+        raise DataError(f"{folder} has no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
+    return found
+
+
+def _load_from_hub(source: str, subset: str | None) -> Dataset:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo, _, split = source.partition(":")
+    asked_for = f"data set {repo}" + (f", subset {subset}" if subset else "")
+    try:
+        return datasets.load_dataset(repo, subset, split=split or "train")
+    except ValueError as error:  # an unknown subset or split; the message lists those that exist
+        raise DataError(f"{asked_for}, split {split or 'train'}: {one_line(error)}") from error
+    except (DatasetNotFoundError, HfHubHTTPError, OSError) as error:
+        raise HubError(offline_remedy(asked_for, error)) from error
+
+
+def _canonical_rows(
+    origin: dict[str, Any], where: str, columns: dict[str, str], labelled: bool, version: str
+) -> Iterator[dict[str, Any]]:
+    """The generator behind `read`; `version` is only there to stand in the cache's key."""
+    if "path" in origin:
+        rows = _rows_of_file(Path(origin["path"]), where)
+    elif "sample" in origin:
+        pairs = sample_pairs()
+        rows = (row for split, part in pairs.items() if origin["sample"] in (split, "all") for row in part)
+    else:
+        rows = (row for batch in origin["dataset"].iter(1000) for row in _unbatch(batch))
+    yield from canonical(rows, where, columns, labelled)
+
+
+def _unbatch(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def _rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file as they stand there; raises `DataError` on a row that cannot be read."""
+    if path.suffix.lower() == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
+        return
+    # utf-8-sig: spreadsheets begin a csv with a byte-order mark, which else becomes a part of the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        row = 0
+        try:
+            for row, item in enumerate(_rows_of_text(path.suffix.lower(), lines), start=1):
+                if isinstance(item, str):
+                    raise DataError(f"{where}, row {row}: {item}")
+                yield item
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{where}, near row {row + 1}: not UTF-8 ({error.reason}); save the file as UTF-8"
+            ) from error
+        except csv.Error as error:
+            raise DataError(f"{where}, row {row + 1}: {error}") from error
+
+
+def _rows_of_text(suffix: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
+    """Rows of csv, tsv or jsonl; a string in place of a row says what is wrong with it."""
+    if suffix == ".jsonl":
+        for line in filter(str.strip, lines):
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                item = error.msg
+            yield item if isinstance(item, dict) else f"not a JSON object: {line.strip()[:60]!r}"
+        return
+    reader = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
+    header = next(reader, [])
+    for fields in reader:
+        if len(fields) == len(header):
+            # An empty field is how a csv writes a null.
+            yield {name: field or None for name, field in zip(header, fields, strict=True)}
+        elif fields:
+            yield f"{len(fields)} fields where the header has {len(header)}; quote fields that hold the separator"
+
+
+def canonical(
+    rows: Iterable[Mapping[str, Any]], where: str, columns: Mapping[str, str], labelled: bool
+) -> Iterator[dict[str, Any]]:
+    """Rename the columns, check every row and give it its number. Raises `DataError` with the source and the row."""
+    names: dict[str, str] | None = None
+    for row, values in enumerate(rows):
+        names = names or _match_columns(list(values), where, columns, labelled)
+        place = f"{where}, row {row + 1}"
+        pair: dict[str, Any] = {"row": row}
+        for side in ("text_a", "text_b"):
+            text = values.get(names[side])
+            if text is None:
+                raise DataError(f"{place}: {names[side]} is null; remove the row or fill in the question")
+            if not isinstance(text, str):
+                raise DataError(f"{place}: {names[side]} is not text but {type(text).__name__} ({one_line(text)[:60]})")
+            pair[side] = text
+        if labelled:
+            pair["label"] = _parse_label(values.get(names["label"]), place, names["label"])
+        yield pair
+    if names is None:
+        raise DataError(f"{where} has no rows")
+
+
+def _match_columns(found: list[str], where: str, columns: Mapping[str, str], labelled: bool) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for ours, aliases in ALIASES.items():
+        if ours == "label" and not labelled:
+            continue
+        wanted = (columns[ours],) if ours in columns else aliases
+        match = next((name for name in wanted if name in found), None)
+        if match is None:
+            raise DataError(
+                f"{where} has no column {' or '.join(map(repr, wanted[:3]))} for {ours}; it has {found}; "
+                f"name it with --data.columns.{ours} NAME"
+            )
+        names[ours] = match
+    return names
+
+
+def _parse_label(value: object, place: str, column: str) -> float:
+    try:
+        number = float(_WORD_LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise DataError(
+            f"{place}: {column} {value!r} is not allowed; use 0 or 1, true or false, or a similarity from 0 to 1"
+        )
+    return number
+
+
+def sizes(rows: int, val_size: float | None, test_size: float | None, where: str) -> tuple[int, int]:
+    """The number of dev and test rows: a size under 1 is a share; None is 10,000 (the reference recipe's number), or
+    a tenth of a source with fewer than 100,000 rows. Raises `DataError` when nothing is left for training."""
+    wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
+    val, test = (round(size * rows) if 0 < size < 1 else int(size) for size in wanted)
+    if min(val, test) < 0 or val + test >= rows:
+        raise DataError(
+            f"{where} has {rows:,} rows; {val:,} for dev and {test:,} for test leave none for training; "
+            "set --data.val_size and --data.test_size"
+        )
+    return val, test
+
+
+def split_by_position(rows: int, val: int, test: int) -> dict[str, Sequence[int]]:
+    """The first rows are dev, the next test, the rest training, as in sentence-transformers' Quora example."""
+    return {"val": range(val), "test": range(val, val + test), "train": range(val + test, rows)}
+
+
+def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, test: int) -> dict[str, Sequence[int]]:
+    """Split so that no question stands in two splits (case and white space apart).
+
+    Pairs that share a question, directly or through others, form a component; whole components are dealt, in an order
+    that is random but always the same, to dev and test as long as they fit. The largest ones stay in training.
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    numbers: dict[str, int] = {}
+    ends = [
+        [numbers.setdefault(" ".join(t.casefold().split()), len(numbers)) for t in side] for side in (texts_a, texts_b)
+    ]
+    graph = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(len(numbers), len(numbers)))
+    component = connected_components(graph, directed=False)[1][ends[0]]
+    members: dict[int, list[int]] = {}
+    for row, number in enumerate(component.tolist()):
+        members.setdefault(number, []).append(row)
+    order = list(members)
+    random.Random(0).shuffle(order)
+    split: dict[str, list[int]] = {"val": [], "test": [], "train": []}
+    room = {"val": val, "test": test}
+    for number in order:
+        rows = members[number]
+        target = next((name for name in room if len(rows) <= room[name] - len(split[name])), "train")
+        split[target] += rows
+    return {name: sorted(rows) for name, rows in split.items()}
+
+
+@cache
+def sample_groups() -> tuple[Group, ...]:
+    """The question groups of the embedded sample, in the file's order, topic by topic."""
+    text = resources.files("crossenc").joinpath("sample/questions.jsonl").read_text(encoding="utf-8")
+    return tuple(json.loads(line) for line in text.splitlines())
+
+
+def sample_pairs() -> dict[str, list[dict[str, Any]]]:
+    """The pairs of the embedded sample for each split, about 37 % of them duplicates as in Quora; always the same.
+
+    Groups are split, so that no question stands in two splits: of each topic's groups the first five are for training,
+    the others for dev in one topic and for test in the next. A group of n questions gives n duplicates (each question
+    with the next, around the circle) and 1.7 n non-duplicates: a third are the pairs across groups of its topic that
+    share most words, a third are drawn from the rest of the topic, a third pair it with another topic.
+    """
+    by_topic: dict[str, list[Group]] = {}
+    for group in sample_groups():
+        by_topic.setdefault(group["topic"], []).append(group)
+    topics: dict[str, list[list[Group]]] = {"train": [groups[:5] for groups in by_topic.values()]}
+    for split, first in (("val", 0), ("test", 1)):
+        topics[split] = [groups[5:] for groups in list(by_topic.values())[first::2]]
+    return {split: _pairs_of_topics(topics[split], random.Random(0)) for split in SPLITS}
+
+
+def _pairs_of_topics(topics: list[list[Group]], draw: random.Random) -> list[dict[str, Any]]:
+    pairs: list[tuple[str, str, int]] = []
+    for number, groups in enumerate(topics):
+        duplicates = [
+            (question, group["questions"][(i + 1) % len(group["questions"])], 1)
+            for group in groups
+            for i, question in enumerate(group["questions"])
+        ]
+        near = [(a, b, 0) for one, two in combinations(groups, 2) for a in one["questions"] for b in two["questions"]]
+        draw.shuffle(near)
+        near.sort(key=lambda pair: -_shared_words(pair[0], pair[1]))
+        third = round(1.7 * len(duplicates) / 3)
+        elsewhere = [question for group in topics[(number + 1) % len(topics)] for question in group["questions"]]
+        far = [(draw.choice(duplicates)[0], draw.choice(elsewhere), 0) for _ in range(third)]
+        pairs += duplicates + near[:third] + draw.sample(near[third:], min(third, len(near) - third)) + far
+    pairs = list(dict.fromkeys(pairs))
+    draw.shuffle(pairs)
+    # Either question may come first, so that the order tells nothing.
+    turned = [(b, a, label) if draw.random() < 0.5 else (a, b, label) for a, b, label in pairs]
+    return [{"text_a": a, "text_b": b, "label": label} for a, b, label in turned]
+
+
+def _shared_words(a: str, b: str) -> float:
+    """The share of words that two questions have in common (Jaccard)."""
+    one, two = (set(re.findall(r"\w+", text.lower())) for text in (a, b))
+    return len(one & two) / len(one | two)

@@ -1,0 +1,260 @@
+"""One run of fit, validate, test or predict: LightningCLI with a run's folder around it.
+
+checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt  last.ckpt  metrics.json  model/
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from .callbacks import PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
+from .data import PairDataModule
+from .errors import CheckpointError
+from .exporting import export, score_pairs
+from .metrics import write_figures
+from .module import CrossEncoderModule
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RUN = "run"
+# The recipe of sentence-transformers' Quora example, as far as the Trainer is concerned.
+TRAINER_DEFAULTS = {
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "val_check_interval": 500,
+    "check_val_every_n_epoch": None,  # 500 steps are counted through, not anew in each epoch
+    "log_every_n_steps": 10,
+}
+
+
+def native_precision(accelerator: str) -> str:
+    """`bf16-mixed` where the hardware multiplies bf16 itself, else `32-true`."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("auto", "cpu"):
+        native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        native = False
+    return "bf16-mixed" if native else "32-true"
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI for one command; what a run adds are `--run`, `--output`, `--examples` and `--debug`."""
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self.command = command
+        self.folder, self.goes_on = Path(), True
+        try:
+            self._run_command(args)
+        except BaseException:
+            if not self.goes_on:
+                discard_if_empty(self.folder)
+            raise
+
+    def _run_command(self, args: list[str]) -> None:
+        super().__init__(
+            CrossEncoderModule,
+            PairDataModule,
+            save_config_callback=SaveConfigCallback if self.command == "fit" else None,
+            save_config_kwargs={"overwrite": True},  # the folder is new, or the run that is gone on with
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            parser_kwargs={"exit_on_error": False, self.command: {"exit_on_error": False}},
+            args=[self.command, *args],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # the arguments are plain already
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the command at hand: the parser of each takes a second to build."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder (default: run).")
+        parser.add_argument("--output", type=str, default="checkpoints", help="Folder that holds the runs.")
+        parser.add_argument(
+            "--examples", type=list[list[str]], default=[], help="Pairs of texts to score with the export after fit."
+        )
+        parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        for name in ("backbone", "max_length", "trust_remote_code", "revision"):
+            parser.link_arguments(f"model.{name}", f"data.{name}")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)
+        config = self.config[self.command]
+        config.ckpt_path = _find_checkpoint(config)
+        self.folder, self.goes_on = _run_folder(config)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.command]
+        if config.trainer.precision is None:
+            config.trainer.precision = native_precision(str(config.trainer.accelerator))
+            log.info("precision %s: what this hardware multiplies natively", config.trainer.precision)
+        if config.trainer.enable_model_summary is None:
+            config.trainer.enable_model_summary = False
+        if not self.goes_on:
+            self.folder = _claim(self.folder)
+        config.run = self.folder.name
+        config.trainer.default_root_dir = config.trainer.default_root_dir or str(self.folder)
+        log.info("run %s", self.folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with the run's loggers and callbacks; those of the user stand beside them."""
+        given = self.config_init[self.command].trainer
+        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
+        kwargs["callbacks"] = [*callbacks, *self._callbacks(given)]
+        if self.command == "fit" and given.logger is not False:
+            loggers = given.logger if isinstance(given.logger, list) else [given.logger]
+            kwargs["logger"] = [
+                CSVLogger(self.folder, name="", version=""),
+                TensorBoardLogger(self.folder, name="", version=""),
+                *(logger for logger in loggers if logger not in (None, True)),
+            ]
+        elif given.logger in (None, True):
+            kwargs["logger"] = False  # an evaluation leaves metrics.json, and the fit's own logs as they are
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, given: Any) -> list[Any]:
+        callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd()] if self.command == "fit" else []
+        if given.enable_progress_bar is not False:
+            callbacks.append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
+        if self.command == "fit" and given.enable_checkpointing is not False:
+            callbacks.append(_checkpoints(self.folder))
+        if self.command == "predict":
+            callbacks.append(PredictionFile(self.folder / "predictions.csv"))
+        return callbacks
+
+    def before_fit(self) -> None:
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        log.info(
+            "backbone %s: %.1f M parameters, %.1f M trained", self.model.hparams.backbone, total / 1e6, trained / 1e6
+        )
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint, export it, and print what there is to know."""
+        if self.trainer.fast_dev_run or self.trainer.interrupted:
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if not best:  # without validation no checkpoint was chosen
+            best = str(self.folder / "last.ckpt")
+            self.trainer.save_checkpoint(best)
+        if "test" in self.datamodule.encoded and self.trainer.limit_test_batches != 0:
+            self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        if self.trainer.is_global_zero:
+            self._write_figures(best)
+            folder = export(best, str(Path(best).parent / "model"), overwrite=True)
+            _print_figures(self.model.figures)
+            print(f"\nexport: {folder}")
+            _print_examples(folder, self.config[self.command].examples)
+
+    def after_validate(self) -> None:
+        self._after_evaluation()
+
+    def after_test(self) -> None:
+        self._after_evaluation()
+
+    def _after_evaluation(self) -> None:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            self._write_figures(self.config[self.command].ckpt_path)
+            split = "val" if self.command == "validate" else "test"
+            _print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
+
+    def _write_figures(self, checkpoint: str | None) -> None:
+        write_figures(self.folder, Path(checkpoint).name if checkpoint else None, self.model.figures)
+
+    def after_predict(self) -> None:
+        log.info("scores: %s", self.folder / "predictions.csv")
+
+
+def _checkpoints(folder: Path) -> ModelCheckpoint:
+    """`best.ckpt` by average precision on the dev pairs, and `last.ckpt`, both after each validation."""
+    return ModelCheckpoint(
+        folder,
+        filename="best",
+        monitor="val/average_precision",
+        mode="max",
+        save_last=True,
+        save_on_train_epoch_end=False,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
+
+
+def _find_checkpoint(config: Any) -> str | None:
+    """The path behind `--ckpt_path`: `best` and `last` are those of the run that `--output` and `--run` name."""
+    if config.ckpt_path is None:
+        return None
+    path = Path(config.ckpt_path)
+    if config.ckpt_path in ("best", "last"):
+        path = Path(config.output) / (config.run or DEFAULT_RUN) / f"{config.ckpt_path}.ckpt"
+    if not path.is_file():
+        raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
+    return str(path)
+
+
+def _run_folder(config: Any) -> tuple[Path, bool]:
+    """The run's folder, and whether it is an earlier run's that is gone on with: the one that the checkpoint lies in."""
+    home = Path(config.ckpt_path).parent if config.ckpt_path else None
+    named = Path(config.output) / (config.run or DEFAULT_RUN)
+    if home and (home.resolve() == named.resolve() or (config.run is None and (home / "config.yaml").is_file())):
+        return home, True
+    return named, False
+
+
+def _claim(folder: Path) -> Path:
+    """Make the first of `NAME`, `NAME-2`, `NAME-3`, ... that is free; making it is what claims it."""
+    if rank_zero_only.rank != 0:  # only the first rank writes
+        return folder
+    number, free = 1, folder
+    while True:
+        try:
+            free.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            free = folder.with_name(f"{folder.name}-{number}")
+        else:
+            return free
+
+
+def _print_figures(figures: dict[str, float]) -> None:
+    """A short table: each figure at the dev pairs' threshold, and beside it at the set's own best."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for split in ("val", "test"):
+        rows = figures.get(f"{split}/rows")
+        if rows is None or (split == "val" and "test/rows" in figures):
+            continue
+        table = Table(title=f"{split}: {rows:,.0f} pairs, {100 * figures[f'{split}/duplicates']:.1f} % duplicates")
+        table.add_column("metric")
+        table.add_column(f"at threshold {figures[f'{split}/threshold']:.4f}", justify="right")
+        table.add_column("at its own best", justify="right")
+        for name in ("average_precision", "roc_auc", "loss", "accuracy", "f1", "precision", "recall"):
+            best = figures.get(f"{split}/{name}_best")
+            table.add_row(name, f"{figures[f'{split}/{name}']:.4f}", "" if best is None else f"{best:.4f}")
+        Console().print(table)
+
+
+def _print_examples(folder: Path, examples: list[list[str]]) -> None:
+    if examples:
+        print("scores that it gives:")
+        for (a, b), score in zip(examples, score_pairs(folder, [(a, b) for a, b in examples]), strict=True):
+            print(f"  {score:.3f}  {a} | {b}")
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove a run's folder in which nothing was written, so that bad input leaves no trace."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        os.rmdir(folder)
