@@ -1,4 +1,4 @@
-"""Find and load the backbone: a Hub id, a local folder, or `package:NAME/PATH` (a folder inside an installed package)."""
+"""Find and load the backbone: a Hub id, a local folder, or `package:NAME/PATH`, a folder in an installed package."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def load_config(backbone: str, trust_remote_code: bool = False, revision: str | 
             f"{backbone} is a classifier with {config.num_labels} labels, and a cross-encoder has one; "
             "start from the model that it was made from, or from a head with one label"
         )
-    return config
+    return config  # type: ignore[no-any-return]
 
 
 @cache
@@ -77,7 +77,7 @@ def load_tokenizer(
         raise BackboneError(f"{backbone} has no fast tokenizer (tokenizer.json), which crossenc needs")
     if tokenizer.pad_token is None:  # decoder models are trained without padding
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer  # type: ignore[return-value]
 
 
 def resolve_max_length(
@@ -195,11 +195,11 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

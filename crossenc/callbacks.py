@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 
 
 class TrainSpeed(Callback):
-    """Logs the learning rate and the pairs per second of all devices, validation apart, every `log_every_n_steps`."""
+    """Logs the learning rate and the pairs per second of all devices, validation apart, every few batches."""
+
+    batches_between_figures = 10
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pairs, self.since = 0, time.perf_counter()
@@ -33,7 +35,7 @@ class TrainSpeed(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pairs += len(batch["label"]) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % self.batches_between_figures == 0:
             now = time.perf_counter()
             size = len(batch["label"])
             pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=size)

@@ -116,9 +116,9 @@ class PairDataModule(LightningDataModule):
                 "rows": {name: len(part) for name, part in loaded.items()},
                 "duplicates": {name: _share_of_duplicates(part) for name, part in loaded.items()},
             }
-            if rank_zero_only.rank == 0:
-                self._tell()
+            self._tell()
 
+    @rank_zero_only
     def _tell(self) -> None:
         for name, part in self.encoded.items():
             share = self.facts["duplicates"][name]
@@ -130,7 +130,7 @@ class PairDataModule(LightningDataModule):
         if function == TrainerFn.PREDICTING:
             parts = {"predict": self._read(self.source, labelled=False)}
         else:
-            parts = self._read_splits(_NEEDED.get(function, pairs.SPLITS))
+            parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING])
         if self.limit:
             parts = {name: part.take(min(self.limit, len(part))) for name, part in parts.items()}
         return {name: encode(part, self.tokenizer, self.max_length) for name, part in parts.items()}
@@ -188,7 +188,7 @@ class PairDataModule(LightningDataModule):
         if split not in self.encoded:
             raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
         return DataLoader(
-            self.encoded[split],  # type: ignore[arg-type]  # a table is a Dataset in all but its base class
+            self.encoded[split],
             batch_size=self.batch_size,
             shuffle=shuffle,
             collate_fn=self.collate,

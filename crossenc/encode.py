@@ -53,7 +53,7 @@ def _encode_batch(
 ) -> dict[str, list[Any]]:
     pairs = list(zip(batch["text_a"], batch["text_b"], strict=True))
     encodings = _truncating(tokenizer, max_length).encode_batch(pairs)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "input_ids": [e.ids for e in encodings],
         "cut": [bool(e.overflowing) for e in encodings],
     }
@@ -71,7 +71,7 @@ def _truncating(rules: str, max_length: int) -> Tokenizer:
 
 
 def tell_cut(encoded: Dataset, what: str, max_length: int) -> None:
-    """Log how many pairs were cut to `max_length` tokens and the first few rows, counted from 1; nothing if none was."""
+    """Log how many pairs were cut to `max_length` tokens, and the first few rows; nothing if none was."""
     columns = encoded.with_format("numpy", columns=["row", "cut"])[:]
     rows = columns["row"][columns["cut"]] + 1
     if len(rows):

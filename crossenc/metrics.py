@@ -40,8 +40,8 @@ class PairMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         """All figures, at `self.threshold`, or when that is None at the threshold with the best F1 of this set."""
-        figures = pair_figures(dim_zero_cat(self.scores), dim_zero_cat(self.labels), self.threshold)
-        figures["loss"] = dim_zero_cat(self.losses).mean().item()
+        figures = pair_figures(dim_zero_cat(self.scores), dim_zero_cat(self.labels), self.threshold)  # type: ignore[arg-type]
+        figures["loss"] = dim_zero_cat(self.losses).mean().item()  # type: ignore[arg-type]
         return figures
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 
@@ -32,7 +32,8 @@ def make_optimizer(name: str, groups: list[dict[str, object]], learning_rate: fl
     kind = getattr(torch.optim, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise UsageError(f"model.optimizer: torch.optim has no optimizer {name!r}; try AdamW, Adafactor or SGD")
-    optimizer: Optimizer = kind(groups, lr=learning_rate)
+    make: Any = kind  # every optimizer of torch takes lr, but their base class does not
+    optimizer: Optimizer = make(groups, lr=learning_rate)
     return optimizer
 
 
@@ -55,4 +56,7 @@ def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) 
         raise UsageError("a schedule needs the number of steps; set --trainer.max_epochs or --trainer.max_steps")
     # Rounded up, as the Hugging Face Trainer does.
     warmup_steps = -int(-warmup * steps // 1) if warmup < 1 else int(warmup)
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(steps))
+    scheduler: LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(steps)
+    )
+    return scheduler

@@ -2,7 +2,7 @@
 
     sample | file | folder | Hub id[:split]  ->  rows()  ->  canonical()  ->  Dataset(row, text_a, text_b, label)
 
-`row` counts from 0 and stays the pair's identity until the output file; in messages rows count from 1, the header apart.
+`row` counts from 0 and stays the pair's identity until the output file; messages count rows from 1, the header apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAMPLE = "sample"
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
-# The names that public data sets of question pairs give their columns: Quora, GLUE, STS-B, and sentence-transformers' own.
+# The names that public data sets of question pairs give their columns: Quora, GLUE, STS-B, sentence-transformers.
 ALIASES = {
     "text_a": ("text_a", "sentence1", "question1", "sentence_a", "text1", "question_a", "anchor", "sentence_A"),
     "text_b": ("text_b", "sentence2", "question2", "sentence_b", "text2", "question_b", "positive", "sentence_B"),
@@ -97,7 +97,7 @@ def read(
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
-    return table  # type: ignore[no-any-return]  # datasets types it as Dataset | IterableDataset
+    return table
 
 
 def is_local(source: str) -> bool:

