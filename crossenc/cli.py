@@ -19,11 +19,17 @@ def _run(command: str, args: list[str]) -> None:
 
 
 def _export(command: str, args: list[str]) -> None:
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser
 
     from .exporting import export
 
-    print(auto_cli(export, args=args, exit_on_error=False, prog=f"crossenc {command}"))
+    parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
+    parser.add_argument("checkpoint", type=str, help="A .ckpt file that fit wrote.")
+    parser.add_argument("output", type=str, help="The folder to write.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an export that is there already.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    given = parser.parse_args(args)
+    print(export(given.checkpoint, given.output, given.overwrite))
 
 
 # name: (what it does, how it runs)
@@ -106,6 +112,8 @@ def _set_up_terminal() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # torch's own pytree, called by Lightning 2.6 in the old way.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # peft's, which transformers 5 tells of a new name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
     # A run shorter than the logging interval is a short run and no mistake.
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
     # A run that goes on writes into its own folder; its metrics.csv was set aside before.

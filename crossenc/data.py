@@ -110,13 +110,15 @@ class PairDataModule(LightningDataModule):
             self.facts = {
                 "source": self.source,
                 "subset": self.subset,
-                "split": self.split,
+                "split": "group" if self.source == pairs.SAMPLE else self.split,
                 "batch_size": self.batch_size,
                 "limit": self.limit,
                 "rows": {name: len(part) for name, part in loaded.items()},
                 "duplicates": {name: _share_of_duplicates(part) for name, part in loaded.items()},
             }
             self._tell()
+            if self.trainer and "val" not in loaded:
+                self.trainer.limit_val_batches = 0  # a fit without dev pairs goes without validation
 
     @rank_zero_only
     def _tell(self) -> None:
@@ -172,10 +174,7 @@ class PairDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[PairBatch]:
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[PairBatch] | list[DataLoader[PairBatch]]:
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and "val" not in self.encoded:
-            return []  # a fit without dev pairs goes without validation
+    def val_dataloader(self) -> DataLoader[PairBatch]:
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[PairBatch]:

@@ -149,6 +149,7 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
         model.config.crossenc = {"threshold": module.threshold}
     with quiet_transformers():
         model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors keeps it to its owner
     # Readers cut at this length; without it RoBERTa's positions overflow.
     tokenizer.model_max_length = module.max_length
     tokenizer.backend_tokenizer.no_truncation()

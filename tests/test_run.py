@@ -1,0 +1,93 @@
+"""A run's folder, and what fit, validate, test and predict leave in it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from crossenc.cli import main
+from crossenc.exporting import score_pairs
+from crossenc.run import native_precision
+
+
+def test_a_fit_leaves_everything_in_its_folder(trained: Path):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "metrics.json", "model"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.startswith(".")]
+    figures = json.loads((trained / "metrics.json").read_text())
+    assert figures["checkpoint"] == "best.ckpt"
+    assert (figures["val/rows"], figures["test/rows"]) == (6, 6)
+    assert {"val/average_precision", "test/f1", "test/f1_best", "test/threshold", "test/loss"} <= set(figures)
+    assert figures["test/threshold"] == figures["val/threshold"]
+    with (trained / "metrics.csv").open() as file:
+        header = next(csv.reader(file))
+    assert {"train/loss", "val/average_precision", "test/f1"} <= set(header)
+
+
+def test_a_second_run_of_a_name_gets_a_folder_of_its_own(trained: Path):
+    before = (trained / "best.ckpt").stat().st_mtime_ns
+    config = ["--config", str(trained / "config.yaml"), "--trainer.max_steps", "1"]
+    assert main(["fit", *config, "--run", "short"]) == 0
+    assert (trained.parent / "short-2" / "model" / "config.json").is_file()
+    assert yaml.safe_load((trained.parent / "short-2" / "config.yaml").read_text())["run"] == "short-2"
+    assert (trained / "best.ckpt").stat().st_mtime_ns == before
+
+
+def test_ckpt_path_last_goes_on_with_the_run(trained: Path, tmp_path: Path):
+    config = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path), "--run", "long"]
+    folder = tmp_path / "long"
+    assert main(["fit", *config]) == 0
+    first_log = (folder / "metrics.csv").read_text()
+    assert main(["fit", *config, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["long"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] > 6
+    assert (folder / "metrics.csv").is_file()
+    assert (folder / "metrics-1.csv").read_text() == first_log
+
+
+def test_validate_and_test_repeat_the_fits_figures(trained: Path):
+    before = json.loads((trained / "metrics.json").read_text())
+    where = ["--config", str(trained / "config.yaml"), "--ckpt_path", "best"]
+    for command in ("validate", "test"):
+        assert main([command, *where]) == 0
+        after = json.loads((trained / "metrics.json").read_text())
+        assert after == {key: pytest.approx(value, abs=1e-6) for key, value in before.items()}
+
+
+def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pairs_file: Path):
+    config = ["--config", str(trained / "config.yaml"), "--ckpt_path", "best", "--trainer.precision", "32-true"]
+    assert main(["predict", *config]) == 0
+    with (trained / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    with pairs_file.open() as file:
+        pairs = [(row["question1"], row["question2"]) for row in csv.DictReader(file)]
+    assert [int(row["row"]) for row in rows] == list(range(60))
+    assert [float(row["score"]) for row in rows] == pytest.approx(score_pairs(trained / "model", pairs), abs=1e-5)
+
+
+def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, trained: Path):
+    config = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path), "--run", "dev"]
+    assert main(["fit", *config, "--trainer.fast_dev_run", "true"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_without_dev_pairs_keeps_its_last_weights(trained: Path, pairs_file: Path, tmp_path: Path):
+    where = ["--output", str(tmp_path), "--run", "blind", "--data.test_source", str(pairs_file)]
+    assert main(["fit", "--config", str(trained / "config.yaml"), *where, "--trainer.max_steps", "1"]) == 0
+    figures = json.loads((tmp_path / "blind" / "metrics.json").read_text())
+    assert (figures["checkpoint"], figures["test/threshold"], figures["test/rows"]) == ("last.ckpt", 0.5, 60)
+    assert "val/rows" not in figures
+    assert (tmp_path / "blind" / "model" / "config.json").is_file()
+
+
+def test_precision_is_what_the_hardware_does():
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    assert native_precision("cpu") == ("bf16-mixed" if native else "32-true")
+    assert native_precision("mps") == "32-true"
