@@ -184,7 +184,7 @@ def _clear_errors(backbone: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, OSError) and locate(backbone) == backbone:
+        if isinstance(error, OSError) and not Path(locate(backbone)).is_dir():
             raise HubError(offline_remedy(f"backbone {backbone}", error)) from error
         raise BackboneError(f"{backbone} cannot be loaded as a sequence classifier: {one_line(error)[:300]}") from error
 

@@ -83,13 +83,13 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether an error is about the input: ours, the argument parser's, or the Trainer's about its options."""
+    """Whether an error is about the input: ours, the argument parser's, the Trainer's about its options, or the disk's."""
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentError as ParsingError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    return isinstance(error, CrossencError | ArgumentError | ParsingError | MisconfigurationException)
+    return isinstance(error, CrossencError | ArgumentError | ParsingError | MisconfigurationException | OSError)
 
 
 def _set_up_terminal() -> None:
@@ -99,7 +99,6 @@ def _set_up_terminal() -> None:
     ours = logging.getLogger("crossenc")
     ours.handlers[:] = [handler]
     ours.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
-    ours.propagate = False
     import datasets
     import lightning.pytorch  # noqa: F401  # first, for it sets its own log level when it is imported
 

@@ -88,7 +88,7 @@ class PairDataModule(LightningDataModule):
         if batch_size < 1 or num_workers < 0 or (limit is not None and limit < 1):
             raise UsageError("data.batch_size and data.limit must be at least 1, data.num_workers at least 0")
         self.source, self.val_source, self.test_source = source, val_source, test_source
-        self.subset = QUORA_SUBSET if source == QUORA and subset is None else subset
+        self.subset = QUORA_SUBSET if source.partition(":")[0] == QUORA and subset is None else subset
         self.columns, self.split = columns, split
         self.val_size, self.test_size = val_size, test_size
         self.batch_size, self.num_workers, self.limit = batch_size, num_workers, limit

@@ -79,7 +79,7 @@ class CrossEncoderModule(LightningModule):
         if lora is not None:
             self.model = _add_lora(self.model, lora)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
         self.threshold: float | None = None
         self.figures: dict[str, float] = {}

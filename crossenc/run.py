@@ -155,7 +155,7 @@ class RunCLI(LightningCLI):
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not best:  # without validation no checkpoint was chosen
-            best = str(self.folder / "last.ckpt")
+            best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
             self.trainer.save_checkpoint(best)
         if "test" in self.datamodule.encoded and self.trainer.limit_test_batches != 0:
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)

@@ -90,6 +90,12 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(capsys, write, tmp_path:
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_an_output_that_cannot_be_written_is_one_line(capsys, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["--data.source", "sample", "--model.backbone", BACKBONE, "--output", str(tmp_path / "file")]
+    assert str(tmp_path / "file") in fail(capsys, "fit", *arguments)
+
+
 def test_a_backbone_with_three_labels_is_refused(capsys, tmp_path: Path):
     from crossenc.backbone import locate
 

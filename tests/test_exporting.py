@@ -86,22 +86,6 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
     ]
 
 
-def test_the_card_tells_data_metrics_and_settings(trained: Path):
-    from huggingface_hub import ModelCard
-
-    card = ModelCard.load(trained / "model" / "README.md")
-    figures = json.loads((trained / "metrics.json").read_text())
-    results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
-    assert card.data.library_name == "sentence-transformers"
-    assert card.data.pipeline_tag == "text-ranking"
-    assert results["test", "f1"] == figures["test/f1"]
-    assert {r.task_type for r in card.data.eval_results} == {"cross-encoder-classification"}
-    assert "48 pairs for training (43.8 % duplicates)" in card.text
-    assert f"| f1 | {figures['val/f1']:.4f} |" in card.text
-    assert "| learning_rate | 5e-05 |" in card.text
-    assert str(trained.parent) not in card.text
-
-
 def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Path):
     target = tmp_path / "model"
     assert export(str(trained / "last.ckpt"), str(target)) == target

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,22 @@ def test_a_fit_without_dev_pairs_keeps_its_last_weights(trained: Path, pairs_fil
     assert (figures["checkpoint"], figures["test/threshold"], figures["test/rows"]) == ("last.ckpt", 0.5, 60)
     assert "val/rows" not in figures
     assert (tmp_path / "blind" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("extra", [[], ["--data.val_size=0"]])
+def test_two_processes_train_one_model(trained: Path, tmp_path: Path, extra: list[str]):
+    """Real DDP over gloo, into the second folder of a name: the other rank must find the first rank's files."""
+    (tmp_path / "twice").mkdir()
+    command = [sys.executable, "-m", "crossenc", "fit", "--config", str(trained / "config.yaml"), *extra]
+    command += ["--output", str(tmp_path), "--run", "twice", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run([*command, "--trainer.max_steps=2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "arning" not in done.stderr
+    assert done.stdout.count("export: ") == 1
+    folder = tmp_path / "twice-2"
+    assert {"config.yaml", "last.ckpt", "metrics.json", "model"} <= {path.name for path in folder.iterdir()}
+    assert not list((tmp_path / "twice").iterdir())
+    assert torch.load(folder / "last.ckpt", weights_only=True)["crossenc"]["training"]["devices"] == 2
 
 
 def test_precision_is_what_the_hardware_does():

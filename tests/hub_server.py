@@ -1,0 +1,119 @@
+"""A small server that speaks the part of the Hugging Face Hub's protocol which reading models and data sets takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves folders as repositories: `{"models/owner/name": folder, "datasets/owner/name": folder}`."""
+
+    daemon_threads = True
+
+    def __init__(self, repositories: dict[str, Path]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories = repositories
+        self.requests: list[str] = []
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serve(repositories: dict[str, Path]) -> Iterator[HubServer]:
+    server = HubServer(repositories)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append(f"{self.command} {self.path}")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if parts[0] == "api" and len(parts) >= 4:
+            self.answer_about("/".join(parts[1:4]), parts[4:])
+        else:
+            kind = parts.pop(0) if parts[0] == "datasets" else "models"
+            self.send_file("/".join([kind, *parts[:2]]), parts[2:])
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def answer_about(self, repository: str, rest: list[str]) -> None:
+        """`/api/datasets/owner/name`, `.../revision/main`, `.../tree/main/folder`, `.../paths-info/main`."""
+        folder = self.server.repositories.get(repository)
+        if folder is None:
+            return self.refuse("RepoNotFound")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if rest[:1] == ["tree"]:
+            start = folder.joinpath(*rest[2:])
+            if not start.is_dir():
+                return self.refuse("EntryNotFound")
+            recursive = parse_qs(urlsplit(self.path).query).get("recursive") in (["true"], ["True"], ["1"])
+            return self.send_json([entry(folder, path) for path in (start.rglob if recursive else start.glob)("*")])
+        if rest[:1] == ["paths-info"]:
+            asked = json.loads(self.body)["paths"] if self.body[:1] == b"{" else parse_qs(self.body.decode())["paths"]
+            return self.send_json([entry(folder, folder / path) for path in asked if (folder / path).exists()])
+        name = repository.partition("/")[2]
+        siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
+        return self.send_json(
+            {"_id": "0", "id": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+        )
+
+    def send_file(self, repository: str, rest: list[str]) -> None:
+        """`/owner/name/resolve/main/config.json`, and the same under `/datasets`."""
+        folder = self.server.repositories.get(repository)
+        if folder is None or rest[:1] != ["resolve"]:
+            return self.refuse("RepoNotFound")
+        path = folder.joinpath(*rest[2:])
+        if not path.is_file():
+            return self.refuse("EntryNotFound")
+        return self.send(path.read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(path)}"'})
+
+    def send_json(self, content: Any) -> None:
+        self.send(json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, code: str) -> None:
+        self.send(b"{}", {"X-Error-Code": code, "X-Error-Message": code}, status=404)
+
+    def send(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Tests read `requests` in place of a log on stderr."""
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def entry(folder: Path, path: Path) -> dict[str, Any]:
+    name = path.relative_to(folder).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+    return {"type": "file", "path": name, "oid": digest(path), "size": path.stat().st_size}

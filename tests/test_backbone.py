@@ -1,0 +1,68 @@
+"""Finding and loading backbones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossenc.backbone import load_config, load_model, load_tokenizer, locate, resolve_max_length
+from crossenc.errors import BackboneError
+
+from .conftest import BACKBONE
+
+
+def test_lengths_fit_the_backbone():
+    assert resolve_max_length(BACKBONE, None) == 512
+    assert resolve_max_length(BACKBONE, 100) == 100
+    with pytest.raises(BackboneError, match="5 to 512 tokens"):
+        resolve_max_length(BACKBONE, 513)
+    assert load_config(BACKBONE).model_type == "bert"
+    assert locate("owner/name") == "owner/name"
+
+
+def test_a_backbone_becomes_one_fp32_logit_in_training_mode():
+    model = load_model(BACKBONE)
+    assert model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert (model.config.num_labels, model.classifier.out_features, model.config.problem_type) == (1, 1, None)
+
+
+def test_roberta_positions_begin_after_the_padding(tmp_path: Path):
+    """The table holds 514 rows and a text of 512 tokens uses the last: sentence-transformers' #3302."""
+    from transformers import RobertaConfig
+
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    RobertaConfig(max_position_embeddings=66, pad_token_id=1).save_pretrained(tmp_path)
+    assert resolve_max_length(str(tmp_path), None) == 64
+
+
+def test_weights_are_safetensors_and_complete(tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(locate(BACKBONE), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "layer.5" not in name}, folder / "model.safetensors")
+    with pytest.raises(BackboneError, match=r"holds no weights for 16 layers of its own config, such as bert\.encoder"):
+        load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")  # a pickle, which could run code
+    with pytest.raises(BackboneError, match="cannot be loaded"):
+        load_model(str(folder))
+
+
+def test_a_trained_head_is_kept_and_three_labels_are_refused(trained: Path, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    export = trained / "model"
+    stored = load_file(export / "model.safetensors")["classifier.weight"]
+    assert torch.equal(load_model(str(export)).classifier.weight, stored)
+    folder = shutil.copytree(export, tmp_path / "three")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match="a classifier with 3 labels"):
+        load_config(str(folder))

@@ -1,0 +1,65 @@
+"""What a run shows while it trains, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crossenc import callbacks
+from crossenc.cli import main
+
+from .conftest import BACKBONE
+
+
+def arguments(pairs_file: Path, output: Path) -> list[str]:
+    named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": BACKBONE, "output": output}
+    return ["fit", *(f"--{name}={value}" for name, value in named.items()), "--trainer.precision=32-true"]
+
+
+def test_the_plain_log_tells_step_loss_rate_and_speed(
+    pairs_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(callbacks.PlainProgress, "seconds_between_lines", 0.0)
+    with caplog.at_level(logging.INFO, logger="crossenc"):
+        assert main(arguments(pairs_file, tmp_path)) == 0
+    said = "\n".join(caplog.messages)
+    assert re.search(r"^step 1[0-2]/12  loss \d\.\d{4}  lr \d\.\d\de-\d\d  \d+ pairs/s$", said, re.MULTILINE)
+    last = r"^step 12  val/loss \d\.\d{4}  val/average_precision \d\.\d{4}  val/f1 \d\.\d{4}$"
+    assert len(re.findall(last, said, re.MULTILINE)) == 1
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "train/lr", "train/pairs_per_second"} <= set(rows[0])
+    assert next(row["step"] for row in rows if row["train/pairs_per_second"]) == "9"
+    assert [row["step"] for row in rows if row["val/f1"]] == ["11"]
+
+
+def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(pairs_file: Path, tmp_path: Path):
+    """In a real pseudo-terminal, since the bar shows only there."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    command = [sys.executable, "-m", "crossenc", *arguments(pairs_file, tmp_path)]
+    with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                part = os.read(leader, 65536)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+    os.close(leader)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert process.returncode == 0, text
+    assert re.search(r"Epoch 0/0 .*12/12", text)
+    assert re.search(r"loss: +\d\.\d+ +lr: +\d.* +pairs_per_second: +\d+", text)
+    assert "arning" not in text

@@ -1,0 +1,85 @@
+"""Models and data sets from the Hub: the real client against a local server that speaks its protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from crossenc.backbone import locate
+from crossenc.pairs import sample_pairs
+
+from .conftest import BACKBONE
+from .hub_server import COMMIT, HubServer, serve
+
+CARD = """---
+configs:
+- config_name: pair-class
+  data_files: [{split: train, path: pair-class/train-*}]
+- config_name: pair
+  data_files: [{split: train, path: pair/train-*}]
+---
+Question pairs.
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """The names that `fit` uses without arguments, over the offline backbone and 100 pairs of the embedded sample."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "README.md").write_text(CARD)
+    rows = [{"sentence1": r["text_a"], "sentence2": r["text_b"], "label": r["label"]} for r in sample_pairs()["train"]]
+    for subset in ("pair-class", "pair"):
+        (folder / subset).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows[:100]), folder / subset / "train-00000-of-00001.parquet")
+    repositories = {
+        "models/distilbert/distilroberta-base": Path(locate(BACKBONE)),
+        "datasets/sentence-transformers/quora-duplicates": folder,
+    }
+    with serve(repositories) as server:
+        yield server
+
+
+def fit(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(home / "runs"), "--trainer.max_steps", "1"]
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "cache")}
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_fit_without_arguments_reads_model_and_pairs_from_the_hub(hub: HubServer, tmp_path: Path):
+    done = fit(hub.endpoint, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "arning" not in done.stderr
+    figures = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
+    assert (figures["val/rows"], figures["test/rows"]) == (10, 10)
+    card = (tmp_path / "runs" / "run" / "model" / "README.md").read_text()
+    assert "base_model: distilbert/distilroberta-base" in card
+    assert "- sentence-transformers/quora-duplicates\n" in card
+    read = "\n".join(hub.requests)
+    assert f"GET /distilbert/distilroberta-base/resolve/{COMMIT}/model.safetensors" in read
+    assert "/pair-class/train-00000-of-00001.parquet" in read
+    assert "/pair/train-00000-of-00001.parquet" not in read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.backbone", "owner/gone"], "backbone owner/gone could not be read from the Hugging Face Hub"),
+        (["--data.source", "owner/gone"], "data set owner/gone could not be read from the Hugging Face Hub"),
+        (["--data.subset", "pairs"], "subset pairs, split train: BuilderConfig 'pairs' not found"),
+        (["--data.source", "sentence-transformers/quora-duplicates:dev"], 'Unknown split "dev"'),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, tmp_path: Path, arguments: list[str], said: str):
+    done = fit(hub.endpoint, tmp_path, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").iterdir())

@@ -1,0 +1,32 @@
+"""Parameter groups and schedules."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from crossenc.errors import UsageError
+from crossenc.optim import make_optimizer, make_schedule, parameter_groups
+
+
+def test_vectors_do_not_decay():
+    groups = parameter_groups(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), weight_decay=0.1)
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]
+
+
+def test_schedule_rises_and_falls():
+    optimizer = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0), 1.0)
+    schedule = make_schedule("linear", optimizer, warmup=0.1, steps=100)
+    rates = []
+    for _ in range(101):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert (rates[0], rates[5], rates[10], rates[55], rates[100]) == pytest.approx((0, 0.5, 1, 0.5, 0))
+    for name, kind in (("Adam W", "torch.optim has no optimizer"), ("Optimizers", "torch.optim has no optimizer")):
+        with pytest.raises(UsageError, match=kind):
+            make_optimizer(name, [], 1.0)
+    with pytest.raises(UsageError, match="there is no schedule"):
+        make_schedule("line", optimizer, 0.1, 10)
+    with pytest.raises(UsageError, match="max_epochs"):
+        make_schedule("linear", optimizer, 0.1, float("inf"))
