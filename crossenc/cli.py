@@ -83,7 +83,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether an error is about the input: ours, the argument parser's, the Trainer's about its options, or the disk's."""
+    """Whether an error is about the input: ours, the parser's, the Trainer's about its options, or of a file."""
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentError as ParsingError

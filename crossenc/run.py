@@ -71,7 +71,7 @@ class RunCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},  # the folder is new, or the run that is gone on with
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
-            parser_kwargs=parsing | {self.command: parsing},
+            parser_kwargs={"prog": "python -m crossenc", **parsing, self.command: parsing},
             args=[self.command, *args],
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the arguments are plain already
