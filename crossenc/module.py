@@ -99,9 +99,10 @@ class CrossEncoderModule(LightningModule):
         return binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        loss = self.loss(self(batch["inputs"]), batch["label"]).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["label"]))
-        return loss
+        losses = self.loss(self(batch["inputs"]), batch["label"])
+        self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))
+        # Not the batch's own mean: batches are of unequal size, and every pair of the epoch weighs the same.
+        return losses.sum() / batch.get("mean_pairs", len(losses))
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics)

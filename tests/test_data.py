@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 
 from crossenc import PairDataModule
 from crossenc.errors import DataError, UsageError
@@ -47,7 +48,7 @@ def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file
     data.setup("fit")
 
     def order(seed: int) -> list[int]:
-        torch.manual_seed(seed)
+        seed_everything(seed, verbose=False)
         return torch.cat([batch["row"] for batch in data.train_dataloader()]).tolist()
 
     assert order(1) == order(1) != order(2)

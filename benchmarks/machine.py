@@ -1,0 +1,55 @@
+"""What the benchmarks share: the description of the machine, and its limit in matrix products."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe() -> dict[str, Any]:
+    """Hardware and versions, for the record."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    native = [name for name in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(name)]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "native_bf16": native,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{p: version(p) for p in ("crossenc", "torch", "lightning", "transformers", "sentence-transformers")},
+    }
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).is_file() else []
+
+
+def require_peer() -> None:
+    """End with a line that says what is missing, if the peer or its trainer's accelerate is."""
+    for package in ("sentence_transformers", "accelerate"):
+        if find_spec(package) is None:
+            sys.exit(f"{package} is missing: pip install 'crossenc[peer]'")
+
+
+def best_matrix_product(dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> float:
+    """The most FLOP/s that a large matrix product reaches here: the limit that MFU is a share of."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

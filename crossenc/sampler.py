@@ -1,0 +1,140 @@
+"""The order of an epoch: which pairs make a step together, and which device takes which of them.
+
+1 permute   all rows, by seed and epoch
+2 window    rows of `window` steps are sorted by length together, every other window from long to short, so that
+            neighbours across a border are of like length too
+3 cut       into steps: of equally many pairs, or of equally many tokens
+4 shuffle   the steps
+5 deal      each step's rows, longest first, in turn to its shares: one for each device and accumulated batch
+
+Every device derives the whole plan from (seed, epoch, lengths) alone and takes its own shares, so that the steps are
+the same for any number of devices and no device waits for one with longer texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
+
+from .errors import DataError
+
+Rows = NDArray[np.int64]
+
+
+def plan_steps(
+    lengths: Rows, pairs: int, *, by: Literal["pairs", "tokens"], window: int, shares: int, seed: int, epoch: int
+) -> list[Rows]:
+    """The steps of an epoch, each an array of row numbers from long to short; every row stands in exactly one.
+
+    Args:
+        lengths: tokens of each row, shape (rows,).
+        pairs: pairs in a step: each one, or with `by="tokens"` on average.
+        by: what steps have equally much of. There are rows / pairs steps either way.
+        window: how many steps' rows are sorted by length together; 1 leaves a plain shuffle.
+        shares: devices times accumulated batches; every step has at least so many rows.
+
+    Raises:
+        DataError: there are fewer rows than shares.
+    """
+    count = len(lengths)
+    if count < shares:
+        raise DataError(f"{count} training pairs are too few for {shares} devices and accumulated batches")
+    draw = np.random.default_rng((seed, epoch))
+    order = draw.permutation(count)
+    number = np.arange(count) // (window * pairs)
+    if window > 1:
+        key = np.where(number % 2, -lengths[order], lengths[order])
+        order = order[np.lexsort((key, number))]
+    steps = max(1, min(math.ceil(count / pairs), count // shares))
+    cuts = np.arange(1, steps) * pairs
+    if by == "tokens":
+        filled = np.cumsum(lengths[order])
+        cuts = np.searchsorted(filled, np.arange(1, steps) * filled[-1] / steps)
+    # Where one row is longer than a step's share of tokens, or the last step too short, every step gets its rows.
+    room = np.arange(1, steps) * shares
+    cuts = np.minimum(np.maximum.accumulate(np.maximum(cuts, room) - room) + room, count - room[::-1])
+    parts = np.split(order, cuts)
+    return [part[np.argsort(-lengths[part], kind="stable")] for part in (parts[i] for i in draw.permutation(steps))]
+
+
+def plan_evaluation(lengths: Rows, tokens: int, rank: int, ranks: int) -> list[Rows]:
+    """Batches of one device for evaluation, longest rows first; over all devices every row stands in exactly one.
+
+    Batches are of up to `tokens` tokens, padding included; a row that is longer makes a batch alone.
+    """
+    mine = np.argsort(-lengths, kind="stable")[rank::ranks]
+    batches, start = [], 0
+    while start < len(mine):
+        size = max(1, tokens // int(lengths[mine[start]]))
+        batches.append(mine[start : start + size])
+        start += size
+    return batches
+
+
+class TrainingOrder(DistributedSampler[Any]):
+    """Yields the rows of each batch of one device, in the order of `plan_steps`, a new one each epoch.
+
+    A DistributedSampler, so that Lightning tells it the epoch and puts no sampler of its own in its place. For use as
+    `DataLoader(..., sampler=order, batch_size=None)`.
+    """
+
+    def __init__(
+        self,
+        lengths: Rows,
+        batch_size: int,
+        *,
+        by: Literal["pairs", "tokens"],
+        window: int,
+        accumulate: int,
+        rank: int,
+        ranks: int,
+        seed: int,
+    ) -> None:
+        super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.lengths, self.batch_size, self.by, self.window = lengths, batch_size, by, window
+        self.accumulate = accumulate
+        self.shares = ranks * accumulate
+        self.steps = len(self.plan())
+
+    def plan(self) -> list[Rows]:
+        """The steps of the epoch that was set last."""
+        return plan_steps(
+            self.lengths,
+            self.batch_size * self.shares,
+            by=self.by,
+            window=self.window,
+            shares=self.shares,
+            seed=self.seed,
+            epoch=self.epoch,
+        )
+
+    def mean_pairs(self) -> float:
+        """Pairs in a batch of one device, on average over the epoch: every pair's weight in the loss is its inverse."""
+        return len(self.lengths) / (self.steps * self.shares)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.plan():
+            for turn in range(self.accumulate):
+                yield rows[turn * self.num_replicas + self.rank :: self.shares].tolist()
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+
+class EvaluationOrder(DistributedSampler[Any]):
+    """Yields the rows of each batch of one device as `plan_evaluation` has them: no row twice, whatever the devices."""
+
+    def __init__(self, lengths: Rows, tokens: int, *, rank: int, ranks: int) -> None:
+        super().__init__(lengths, num_replicas=ranks, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.batches = plan_evaluation(lengths, tokens, rank, ranks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

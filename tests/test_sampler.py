@@ -1,0 +1,137 @@
+"""Laws of the order: every row once, the same steps for any number of devices, like lengths together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossenc import CrossEncoderModule, PairDataModule
+from crossenc.errors import DataError
+from crossenc.sampler import EvaluationOrder, TrainingOrder, plan_evaluation, plan_steps
+
+from .conftest import BACKBONE
+
+LENGTHS = st.lists(st.integers(5, 512), min_size=1, max_size=300).map(lambda found: np.array(found, dtype=np.int64))
+BY = st.sampled_from(["pairs", "tokens"])
+
+
+def padded(lengths: np.ndarray, batches: list[np.ndarray]) -> int:
+    return sum(int(lengths[rows].max()) * len(rows) for rows in batches)
+
+
+@settings(deadline=None, max_examples=200)
+@given(LENGTHS, st.integers(1, 70), BY, st.integers(1, 9), st.integers(1, 6), st.integers(0, 3))
+def test_a_plan_holds_each_row_once(lengths, pairs, by, window, shares, epoch):
+    if len(lengths) < shares:
+        with pytest.raises(DataError, match="too few"):
+            plan_steps(lengths, pairs, by=by, window=window, shares=shares, seed=1, epoch=epoch)
+        return
+    steps = plan_steps(lengths, pairs, by=by, window=window, shares=shares, seed=1, epoch=epoch)
+    assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
+    assert min(map(len, steps)) >= shares
+    assert len(steps) == max(1, min(-(-len(lengths) // pairs), len(lengths) // shares))
+    assert all((np.diff(lengths[rows]) <= 0).all() for rows in steps)
+    if by == "pairs" and shares == 1:
+        assert sorted(map(len, steps))[1:] == [pairs] * (len(steps) - 1)
+
+
+def orders(lengths: np.ndarray, by: str, batch_size: int, accumulate: int, ranks: int, epoch: int = 0) -> list:
+    made = [
+        TrainingOrder(lengths, batch_size, by=by, window=3, accumulate=accumulate, rank=rank, ranks=ranks, seed=7)
+        for rank in range(ranks)
+    ]
+    for order in made:
+        order.set_epoch(epoch)
+    return made
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS.filter(lambda found: len(found) >= 8), BY, st.integers(0, 2))
+def test_devices_and_accumulation_change_no_step(lengths, by, epoch):
+    whole = [set(rows) for rows in orders(lengths, by, 8, 1, 1, epoch)[0]]
+    for batch_size, accumulate, ranks in ((4, 1, 2), (4, 2, 1), (2, 2, 2), (2, 1, 4)):
+        shares = orders(lengths, by, batch_size, accumulate, ranks, epoch)
+        batches = list(zip(*shares, strict=True))  # one for each device
+        assert len(batches) == len(shares[0]) == len(whole) * accumulate
+        steps = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+        for step, rows in zip(steps, whole, strict=True):
+            parts = [part for turn in step for part in turn]
+            assert sorted(row for part in parts for row in part) == sorted(rows)
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert shares[0].mean_pairs() == pytest.approx(len(lengths) / (len(batches) * ranks))
+
+
+def test_epochs_differ_and_seeds_repeat():
+    lengths = np.random.default_rng(0).integers(5, 90, 1000)
+
+    def first(seed: int, epoch: int) -> list[int]:
+        return plan_steps(lengths, 16, by="pairs", window=10, shares=1, seed=seed, epoch=epoch)[0].tolist()
+
+    assert first(1, 0) == first(1, 0)
+    assert len({tuple(first(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize(("by", "least"), [("pairs", 0.95), ("tokens", 0.96)])
+def test_windows_save_padding(by: str, least: float):
+    lengths = np.random.default_rng(0).lognormal(3.3, 0.4, 9000).astype(np.int64) + 3
+    plain = plan_steps(lengths, 64, by="pairs", window=1, shares=1, seed=0, epoch=0)
+    sorted_ = plan_steps(lengths, 64, by=by, window=50, shares=1, seed=0, epoch=0)
+    assert lengths.sum() / padded(lengths, plain) < 0.5
+    assert lengths.sum() / padded(lengths, sorted_) > least
+    tokens = [lengths[rows].sum() for rows in sorted_]
+    if by == "tokens":
+        assert max(tokens) < 1.1 * np.mean(tokens)
+
+
+def test_odd_sets_make_plans():
+    same = np.full(10, 30)
+    assert [len(rows) for rows in plan_steps(same, 5, by="tokens", window=2, shares=1, seed=0, epoch=0)] == [5, 5]
+    assert [rows.tolist() for rows in plan_steps(same[:1], 64, by="tokens", window=9, shares=1, seed=0, epoch=0)] == [
+        [0]
+    ]
+    with pytest.raises(DataError, match="0 training pairs are too few for 1"):
+        plan_steps(same[:0], 64, by="pairs", window=1, shares=1, seed=0, epoch=0)
+    assert plan_evaluation(same[:0], 100, 0, 1) == []
+    long = np.array([10, 500, 10])
+    assert [rows.tolist() for rows in plan_evaluation(long, 100, 0, 1)] == [[1], [0, 2]]
+    assert sorted(map(len, plan_steps(long, 1, by="tokens", window=1, shares=1, seed=0, epoch=0))) == [1, 1, 1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(LENGTHS, st.integers(1, 2000), st.integers(1, 5))
+def test_evaluation_sees_each_row_once_on_any_number_of_devices(lengths, tokens, ranks):
+    shares = [EvaluationOrder(lengths, tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
+    batches = [np.array(rows) for share in shares for rows in share]
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    assert all(len(rows) == 1 or padded(lengths, [rows]) <= tokens for rows in batches)
+    assert [len(list(share)) for share in shares] == [len(share) for share in shares]
+
+
+def test_batches_of_any_shape_give_the_same_logits_and_gradients(pairs_file: Path):
+    """48 pairs in one padded batch, in batches of like length, and one by one: fp32, dropout off."""
+    module = CrossEncoderModule(BACKBONE).eval()
+    found = {}
+    for name, options in {
+        "plain": {"batch_size": 48, "window": 1},
+        "bucketed": {"batch_size": 7, "window": 50},
+        "tokens": {"batch_size": 5, "batch_by": "tokens"},
+        "single": {"batch_size": 1},
+    }.items():
+        data = PairDataModule(str(pairs_file), backbone=BACKBONE, **options)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        module.zero_grad()
+        logits = torch.zeros(60)
+        for batch in loader:
+            given = module(batch["inputs"])
+            logits[batch["row"]] = given.detach()
+            (module.loss(given, batch["label"]).sum() / batch["mean_pairs"] / len(loader)).backward()
+        found[name] = logits, torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
+    for name in ("bucketed", "tokens", "single"):
+        for one, other in zip(found[name], found["plain"], strict=True):
+            assert torch.allclose(one, other, atol=1e-5), name
