@@ -33,10 +33,11 @@ def plan_steps(
 
     Args:
         lengths: tokens of each row, shape (rows,).
-        pairs: pairs in a step: each one, or with `by="tokens"` on average.
-        by: what steps have equally much of. There are rows / pairs steps either way.
+        pairs: pairs in a step: the most, or with `by="tokens"` the mean.
+        by: what all steps have equally much of. There are rows / pairs steps, rounded up, either way.
         window: how many steps' rows are sorted by length together; 1 leaves a plain shuffle.
-        shares: devices times accumulated batches; every step has at least so many rows.
+        shares: devices times accumulated batches. It changes nothing but where a step would have fewer rows: it gets
+            more, or there are fewer steps.
 
     Raises:
         DataError: there are fewer rows than shares.
@@ -51,11 +52,11 @@ def plan_steps(
         key = np.where(number % 2, -lengths[order], lengths[order])
         order = order[np.lexsort((key, number))]
     steps = max(1, min(math.ceil(count / pairs), count // shares))
-    cuts = np.arange(1, steps) * pairs
+    cuts = np.arange(1, steps) * count // steps
     if by == "tokens":
         filled = np.cumsum(lengths[order])
-        cuts = np.searchsorted(filled, np.arange(1, steps) * filled[-1] / steps)
-    # Where one row is longer than a step's share of tokens, or the last step too short, every step gets its rows.
+        cuts = np.searchsorted(filled, np.arange(1, steps) * filled[-1] / steps, side="right")
+    # Long rows may fill a step before each share has one.
     room = np.arange(1, steps) * shares
     cuts = np.minimum(np.maximum.accumulate(np.maximum(cuts, room) - room) + room, count - room[::-1])
     parts = np.split(order, cuts)

@@ -36,8 +36,10 @@ def test_a_plan_holds_each_row_once(lengths, pairs, by, window, shares, epoch):
     assert min(map(len, steps)) >= shares
     assert len(steps) == max(1, min(-(-len(lengths) // pairs), len(lengths) // shares))
     assert all((np.diff(lengths[rows]) <= 0).all() for rows in steps)
-    if by == "pairs" and shares == 1:
-        assert sorted(map(len, steps))[1:] == [pairs] * (len(steps) - 1)
+    if by == "pairs":
+        sizes = list(map(len, steps))
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= pairs or len(lengths) // shares < -(-len(lengths) // pairs)
 
 
 def orders(lengths: np.ndarray, by: str, batch_size: int, accumulate: int, ranks: int, epoch: int = 0) -> list:
@@ -51,7 +53,7 @@ def orders(lengths: np.ndarray, by: str, batch_size: int, accumulate: int, ranks
 
 
 @settings(deadline=None, max_examples=60)
-@given(LENGTHS.filter(lambda found: len(found) >= 8), BY, st.integers(0, 2))
+@given(st.lists(st.integers(20, 40), min_size=8, max_size=300).map(np.array), BY, st.integers(0, 2))
 def test_devices_and_accumulation_change_no_step(lengths, by, epoch):
     whole = [set(rows) for rows in orders(lengths, by, 8, 1, 1, epoch)[0]]
     for batch_size, accumulate, ranks in ((4, 1, 2), (4, 2, 1), (2, 2, 2), (2, 1, 4)):
