@@ -123,6 +123,8 @@ def load_model(
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from .dropout import use_cheap_dropout
+
     config = load_config(backbone, trust_remote_code, revision)
     tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
     if sha256:
@@ -149,6 +151,7 @@ def load_model(
             f"{backbone} holds no weights for {len(lost)} layers of its own config, such as {min(lost)}"
         )
     model.train()
+    use_cheap_dropout(model)
     return model  # type: ignore[no-any-return]
 
 

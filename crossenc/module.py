@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim import Optimizer
 
 from .backbone import DEFAULT_BACKBONE, freeze_first_layers, load_model, resolve_max_length
 from .encode import PairBatch
@@ -147,10 +149,24 @@ class CrossEncoderModule(LightningModule):
             self.hparams["optimizer"],
             parameter_groups(self.model, self.hparams["weight_decay"]),
             self.hparams["learning_rate"],
+            fused=self.trainer.precision != "16-mixed",  # whose gradient scaler does not go with Lightning's clipping
         )
         steps = self.trainer.estimated_stepping_batches
         schedule = make_schedule(self.hparams["schedule"], optimizer, self.hparams["warmup"], steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning does it, but for bf16 and a fused optimizer too, which Lightning refuses for fp16's sake."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self._mixed_without_scaler():
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _mixed_without_scaler(self) -> bool:
+        plugin = self.trainer.precision_plugin
+        return isinstance(plugin, MixedPrecision) and plugin.scaler is None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export tells besides the weights; plain types only, or `weights_only` refuses the file."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
@@ -25,14 +27,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(name: str, groups: list[dict[str, object]], learning_rate: float) -> Optimizer:
-    """An optimizer of `torch.optim` by its name, such as `AdamW`, `Adafactor` or `SGD`; raises `UsageError`."""
+def make_optimizer(name: str, groups: list[dict[str, object]], learning_rate: float, fused: bool = True) -> Optimizer:
+    """An optimizer of `torch.optim` by its name, such as `AdamW`, `Adafactor` or `SGD`; raises `UsageError`.
+
+    Fused, where it can be: one pass over the weights in place of a dozen.
+    """
     import torch
 
     kind = getattr(torch.optim, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise UsageError(f"model.optimizer: torch.optim has no optimizer {name!r}; try AdamW, Adafactor or SGD")
     make: Any = kind  # every optimizer of torch takes lr, but their base class does not
+    if fused and "fused" in inspect.signature(kind).parameters:
+        make = partial(make, fused=True)
     optimizer: Optimizer = make(groups, lr=learning_rate)
     return optimizer
 

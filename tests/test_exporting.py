@@ -68,6 +68,7 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert len(config["id2label"]) == len(config["label2id"]) == 1
     assert "problem_type" not in config
+    assert not [key for key in config if "attn" in key]
     assert config["sentence_transformers"]["activation_fn"] == "torch.nn.modules.activation.Sigmoid"
     assert config["crossenc"]["threshold"] == json.loads((trained / "metrics.json").read_text())["val/threshold"]
     assert content["sentence_bert_config.json"]["max_seq_length"] == 512

