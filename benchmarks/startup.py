@@ -112,10 +112,14 @@ def main() -> None:
             }
             if not number:
                 commands |= {f"first step, {arguments.rows:,} rows, cold": fit(large)}
+                two = [*fit(large), "--data.num_proc=2"]
+                commands |= {f"first step, {arguments.rows:,} rows, cold, num_proc 2": two}
             if number < 3:
                 commands |= {f"first step, {arguments.rows:,} rows, warm": fit(large)}
             for name, command in commands.items():
-                own = Path(space) / "cache-large" if str(large) in command else cache
+                own = cache
+                if str(large) in command:
+                    own = Path(space) / ("cache-two" if "--data.num_proc=2" in command else "cache-large")
                 found.setdefault(name, []).append(seconds(command, own))
     record = {
         "command": "python benchmarks/startup.py " + " ".join(sys.argv[1:]),

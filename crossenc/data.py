@@ -65,6 +65,7 @@ class PairDataModule(LightningDataModule):
             the padding; 1 shuffles plainly.
         eval_tokens: Tokens in a batch of evaluation, padding included. Null: 4,096 on a CPU, 65,536 elsewhere.
         num_workers: Processes that pad batches; 0 does it in the main process, which is enough for cached tokens.
+        num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
         limit: Keep only the first rows of each split, for a quick try.
         backbone: The model's; its tokenizer is used.
         max_length: The model's.
@@ -91,6 +92,7 @@ class PairDataModule(LightningDataModule):
         window: int = 50,
         eval_tokens: int | None = None,
         num_workers: int = 0,
+        num_proc: int | None = None,
         limit: int | None = None,
         backbone: str = DEFAULT_BACKBONE,
         max_length: int | None = None,
@@ -98,7 +100,8 @@ class PairDataModule(LightningDataModule):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "window": window, "eval_tokens": eval_tokens, "limit": limit}
+        counts = {"batch_size": batch_size, "window": window, "eval_tokens": eval_tokens, "num_proc": num_proc}
+        counts["limit"] = limit
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise UsageError(f"data.{name} {value} is not at least 1")
@@ -109,7 +112,7 @@ class PairDataModule(LightningDataModule):
         self.columns, self.split = columns, split
         self.val_size, self.test_size = val_size, test_size
         self.batch_size, self.batch_by, self.window = batch_size, batch_by, window
-        self.eval_tokens, self.num_workers, self.limit = eval_tokens, num_workers, limit
+        self.eval_tokens, self.num_workers, self.num_proc, self.limit = eval_tokens, num_workers, num_proc, limit
         self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.encoded: dict[str, Dataset] = {}
@@ -154,7 +157,7 @@ class PairDataModule(LightningDataModule):
             parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING])
         if self.limit:
             parts = {name: part.take(min(self.limit, len(part))) for name, part in parts.items()}
-        return {name: encode(part, self.tokenizer, self.max_length) for name, part in parts.items()}
+        return {name: encode(part, self.tokenizer, self.max_length, self.num_proc) for name, part in parts.items()}
 
     def _read(self, source: str, labelled: bool = True) -> Dataset:
         return pairs.read(source, self.subset, self.columns, labelled)

@@ -33,11 +33,12 @@ class PairBatch(TypedDict, total=False):
     mean_pairs: float
 
 
-def encode(pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Dataset:
+def encode(pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int, num_proc: int | None = None) -> Dataset:
     """Add `input_ids`, `token_type_ids` where the backbone takes them, `length` and `cut`, and drop the texts.
 
     A pair of more than `max_length` tokens loses the end of its longer text, token by token, and is marked in `cut`.
-    The result is cached under the pairs, the tokenizer and `max_length`.
+    The result is cached under the pairs, the tokenizer and `max_length`. `num_proc` processes share the work; None
+    leaves it to the tokenizer's own threads.
     """
     import datasets
 
@@ -58,6 +59,7 @@ def encode(pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) 
             "with_types": with_types,
             "version": __version__,
         },
+        num_proc=num_proc,
         desc="tokenize",
     )
 

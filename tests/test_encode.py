@@ -27,6 +27,8 @@ def test_tokens_are_cached_until_the_length_changes(pairs_file: Path):
     first = encode(table, tokenizer, 32).cache_files
     assert encode(read(str(pairs_file)), tokenizer, 32).cache_files == first
     assert encode(table, tokenizer, 33).cache_files != first
+    shared = encode(table, tokenizer, 100, num_proc=2)
+    assert shared["input_ids"][:] == encode(table, tokenizer, 101)["input_ids"][:]
 
 
 def test_cut_pairs_are_counted_and_named(write, caplog: pytest.LogCaptureFixture):
