@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
-    parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--pairs", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

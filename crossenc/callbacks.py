@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import csv
 import logging
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from .errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +60,100 @@ class ValidateAtEnd(Callback):
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1
         if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target and renames it: what stood there stays whole until the new one is."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        unfinished = Path(path).with_name(f".{Path(path).name}")
+        super().save_checkpoint(checkpoint, unfinished, storage_options)
+        unfinished.replace(path)
+
+
+class LastCheckpoint(Callback):
+    """Keeps `last.ckpt` in the run's folder, from which a run goes on exactly: the random generators are in it too.
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints.
+        every_n_minutes: Minutes after which the next step writes one anyway.
+    """
+
+    def __init__(self, every_n_steps: int = 500, every_n_minutes: float = 10.0) -> None:
+        if every_n_steps < 1 or every_n_minutes <= 0:
+            raise UsageError("last.every_n_steps must be at least 1 and last.every_n_minutes above 0")
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.saved_step = -1
+        self.random: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.random:
+            _set_random_states(self.random[trainer.global_rank % len(self.random)])
+            self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        else:
+            self.save(trainer)  # so that there is always one
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or self._validation_follows(trainer, batch_idx):
+            return
+        late = time.monotonic() - self.saved_at >= 60 * self.every_n_minutes
+        if trainer.strategy.broadcast(late) or trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.training or (trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write `last.ckpt`, unless it is of this step already."""
+        if trainer.fast_dev_run or self.saved_step == trainer.global_step:  # type: ignore[attr-defined]
+            return
+        trainer.save_checkpoint(trainer.strategy.broadcast(Path(trainer.default_root_dir)) / "last.ckpt")
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+
+    def _validation_follows(self, trainer: Trainer, batch_idx: int) -> bool:
+        """A checkpoint between a step and its validation would resume without the validation."""
+        if not trainer.enable_validation:
+            return False
+        number = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx
+        return trainer.should_stop or (number + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [_random_states()]
+        if trainer.world_size > 1:
+            states *= trainer.world_size
+            torch.distributed.all_gather_object(states, _random_states())
+        checkpoint["random_states"] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.random = checkpoint.get("random_states", [])
+
+
+def _random_states() -> dict[str, Any]:
+    """The states of this process's random generators, in types that `weights_only` loads."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, numbers, rest = states["python"]
+    random.setstate((version, tuple(numbers), rest))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
 
 
 class TerminalProgress(RichProgressBar):

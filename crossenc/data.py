@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
+# Tokens that could be computed in the time that one more piece of a batch takes; the CPU's is measured.
+_PIECE_COST = {"cpu": 75, "other": 4_096}
 _NEEDED = {
     TrainerFn.FITTING: pairs.SPLITS,  # the test split too: a broken test file is better known before training
     TrainerFn.VALIDATING: ("val",),
@@ -61,8 +63,8 @@ class PairDataModule(LightningDataModule):
         batch_size: Pairs per device and batch.
         batch_by: `pairs` makes every batch of `batch_size` pairs; `tokens` gives every step equally many tokens, and
             `batch_size` pairs on average: short pairs come in larger batches, for the same number of steps.
-        window: So many steps' pairs are sorted by length together before they are cut into steps, which saves most of
-            the padding; 1 shuffles plainly.
+        window: So many steps' pairs are sorted by length together before they are cut into steps. More saves padding,
+            but makes steps less alike; 1 shuffles plainly. `benchmarks/README.md` shows what it costs and brings.
         eval_tokens: Tokens in a batch of evaluation, padding included. Null: 4,096 on a CPU, 65,536 elsewhere.
         num_workers: Processes that pad batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
@@ -89,7 +91,7 @@ class PairDataModule(LightningDataModule):
         test_size: float | None = None,
         batch_size: int = 64,
         batch_by: Literal["pairs", "tokens"] = "pairs",
-        window: int = 50,
+        window: int = 5,
         eval_tokens: int | None = None,
         num_workers: int = 0,
         num_proc: int | None = None,
@@ -205,7 +207,7 @@ class PairDataModule(LightningDataModule):
             ranks=ranks,
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),  # where seed_everything leaves it
         )
-        return self._loader("train", order, order.mean_pairs())
+        return self._loader("train", order, order.mean_pairs(), PairLoader)
 
     def val_dataloader(self) -> DataLoader[PairBatch]:
         return self._evaluation_loader("val")
@@ -218,12 +220,14 @@ class PairDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[PairBatch]:
         rank, ranks = self._share()
-        on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
-        tokens = self.eval_tokens or (4_096 if on_cpu else 65_536)
+        tokens = self.eval_tokens or (4_096 if self._on_cpu() else 65_536)
         return self._loader(split, EvaluationOrder(self._lengths(split), tokens, rank=rank, ranks=ranks))
 
     def _share(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _on_cpu(self) -> bool:
+        return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
         if split not in self.encoded:
@@ -231,22 +235,52 @@ class PairDataModule(LightningDataModule):
         return self.encoded[split].with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]
 
     def _loader(
-        self, split: str, order: TrainingOrder | EvaluationOrder, mean_pairs: float | None = None
+        self,
+        split: str,
+        order: TrainingOrder | EvaluationOrder,
+        mean_pairs: float | None = None,
+        kind: type[DataLoader[PairBatch]] = DataLoader,
     ) -> DataLoader[PairBatch]:
         part = self.encoded[split]
-        return DataLoader(
+        return kind(
             part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
             sampler=order,
             batch_size=None,  # the order yields whole batches
-            collate_fn=PairCollator(self.tokenizer, mean_pairs),
+            collate_fn=PairCollator(self.tokenizer, mean_pairs, _PIECE_COST["cpu" if self._on_cpu() else "other"]),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # so that making an iterator takes no number from the dropout's generator
         )
 
     def state_dict(self) -> dict[str, Any]:
         """What the run was trained on, kept in its checkpoints for the model card."""
         return self.facts
+
+
+class PairLoader(DataLoader[PairBatch]):
+    """A DataLoader over a `TrainingOrder` that goes on in the middle of an epoch, at the batch after the last one used.
+
+    Batches count when they are handed out, whatever worker processes have fetched ahead.
+    """
+
+    epoch = batches = 0
+
+    def __iter__(self) -> Any:
+        # A generator: it begins with the first batch that is asked for, and by then Lightning has set the epoch.
+        order: Any = self.sampler
+        if self.epoch != order.epoch:
+            self.epoch, self.batches = order.epoch, 0
+        order.start = self.batches
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batches = state["epoch"], state["batches"]
 
 
 def _share_of_duplicates(part: Dataset) -> float:

@@ -12,8 +12,10 @@ from torch import Tensor
 from . import __version__
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow
     from datasets import Dataset
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -21,13 +23,15 @@ log = logging.getLogger(__name__)
 
 
 class PairBatch(TypedDict, total=False):
-    """Pairs, padded to the longest: `inputs` are the backbone's, each (pairs, tokens); `row` and `label` are (pairs,).
+    """Pairs from long to short, in pieces of like length; `row` and `label` are (pairs,).
 
-    In training `mean_pairs` tells how many pairs a batch of the epoch has on average: a loss summed over the batch and
-    divided by it weighs every pair of the epoch equally, however the pairs are spread over batches.
+    A piece is what the backbone takes, each tensor (pairs of the piece, tokens of its longest pair). Together the
+    pieces are the batch: they cost less padding and change nothing else. In training `mean_pairs` tells how many pairs
+    a batch of the epoch has on average: a loss summed over the batch and divided by it weighs every pair of the epoch
+    equally, however the pairs are spread over batches.
     """
 
-    inputs: dict[str, Tensor]
+    pieces: list[dict[str, Tensor]]
     row: Tensor
     label: Tensor
     mean_pairs: float
@@ -103,16 +107,35 @@ class PairCollator:
     Args:
         tokenizer: says how to pad, and which inputs the backbone takes.
         mean_pairs: handed on in the batch; None in evaluation.
+        piece_cost: what one more piece costs, in tokens; see `cut_pieces`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, mean_pairs: float | None = None) -> None:
-        self.mean_pairs = mean_pairs
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, mean_pairs: float | None = None, piece_cost: int = 75
+    ) -> None:
+        self.mean_pairs, self.piece_cost = mean_pairs, piece_cost
         self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self.left = tokenizer.padding_side == "left"
         # Tensor cores need multiples of 8; elsewhere padding is only work.
         self.multiple = 8 if torch.cuda.is_available() else 1
 
     def __call__(self, table: pyarrow.Table) -> PairBatch:
+        import numpy as np
+
+        order = np.argsort(-table["length"].to_numpy(), kind="stable")
+        table = table.take(order)
+        pieces, start = [], 0
+        for size in cut_pieces(table["length"].to_numpy(), self.piece_cost):
+            pieces.append(self._pad(table.slice(start, size)))
+            start += size
+        batch = PairBatch(pieces=pieces, row=_tensor(table["row"]))
+        if "label" in table.column_names:
+            batch["label"] = _tensor(table["label"])
+        if self.mean_pairs is not None:
+            batch["mean_pairs"] = self.mean_pairs
+        return batch
+
+    def _pad(self, table: pyarrow.Table) -> dict[str, Tensor]:
         lengths = _tensor(table["length"])
         longest = -(-int(lengths.max()) // self.multiple) * self.multiple
         place = torch.arange(longest)
@@ -122,12 +145,30 @@ class PairCollator:
             if name in table.column_names:
                 values = _tensor(table[name].combine_chunks().flatten()).long()
                 inputs[name] = torch.full(mask.shape, padding).masked_scatter_(mask, values)
-        batch = PairBatch(inputs=inputs, row=_tensor(table["row"]))
-        if "label" in table.column_names:
-            batch["label"] = _tensor(table["label"])
-        if self.mean_pairs is not None:
-            batch["mean_pairs"] = self.mean_pairs
-        return batch
+        return inputs
+
+
+def cut_pieces(lengths: NDArray[np.int32], cost: int) -> list[int]:
+    """Sizes of the pieces of a batch that take the fewest tokens: padding, and `cost` for each piece.
+
+    Args:
+        lengths: tokens of each pair, from long to short, shape (pairs,).
+        cost: what a piece takes beyond its tokens (starting every operation once more), counted in tokens.
+    """
+    import numpy as np
+
+    # Where the length changes: the only places worth a cut. tokens[j]: the fewest for the pairs before place j.
+    places = np.concatenate([np.flatnonzero(np.diff(lengths, prepend=-1)), [len(lengths)]])
+    tokens, back = np.zeros(len(places), dtype=np.int64), [0] * len(places)
+    for j in range(1, len(places)):
+        choices = tokens[:j] + lengths[places[:j]].astype(np.int64) * (places[j] - places[:j])
+        back[j] = int(choices.argmin())
+        tokens[j] = choices[back[j]] + cost
+    sizes, j = [], len(places) - 1
+    while j > 0:
+        sizes.append(int(places[j] - places[back[j]]))
+        j = back[j]
+    return sizes[::-1]
 
 
 def _tensor(column: pyarrow.Array | pyarrow.ChunkedArray) -> Tensor:

@@ -127,9 +127,8 @@ def _module_scores(
     texts = [{"row": row, "text_a": a, "text_b": b} for row, (a, b) in enumerate(pairs)]
     encoded = encode(datasets.Dataset.from_list(texts), tokenizer, module.max_length)
     with torch.inference_mode():
-        scores: list[float] = (
-            module(PairCollator(tokenizer)(encoded.with_format("arrow")[:])["inputs"]).sigmoid().tolist()
-        )
+        found = module.predict_step(PairCollator(tokenizer)(encoded.with_format("arrow")[:]), 0)
+    scores: list[float] = found["score"][found["row"].argsort()].tolist()
     return scores
 
 

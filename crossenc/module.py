@@ -92,6 +92,9 @@ class CrossEncoderModule(LightningModule):
         logits: Tensor = self.model(**inputs).logits[:, 0]
         return logits.float()
 
+    def _logits(self, batch: PairBatch) -> Tensor:
+        return torch.cat([self(piece) for piece in batch["pieces"]])
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each pair, shape (pairs,): labels from 0 to 1, smoothed while training."""
         if self.training and self.hparams["label_smoothing"]:
@@ -101,7 +104,7 @@ class CrossEncoderModule(LightningModule):
         return binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        losses = self.loss(self(batch["inputs"]), batch["label"])
+        losses = self.loss(self._logits(batch), batch["label"])
         self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))
         # Not the batch's own mean: batches are of unequal size, and every pair of the epoch weighs the same.
         return losses.sum() / batch.get("mean_pairs", len(losses))
@@ -113,7 +116,7 @@ class CrossEncoderModule(LightningModule):
         self._evaluate(batch, self.test_metrics)
 
     def _evaluate(self, batch: PairBatch, metrics: PairMetrics) -> None:
-        logits = self(batch["inputs"])
+        logits = self._logits(batch)
         metrics.update(logits.sigmoid(), batch["label"], self.loss(logits, batch["label"]))
 
     def on_validation_epoch_end(self) -> None:
@@ -140,7 +143,7 @@ class CrossEncoderModule(LightningModule):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Rows, logits and scores (after the sigmoid) of a batch, each of shape (pairs,)."""
-        logits = self(batch["inputs"])
+        logits = self._logits(batch)
         return {"row": batch["row"], "logit": logits, "score": logits.sigmoid()}
 
     def configure_optimizers(self) -> Any:

@@ -18,7 +18,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from .callbacks import PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
+from .callbacks import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    PlainProgress,
+    PredictionFile,
+    TerminalProgress,
+    TrainSpeed,
+    ValidateAtEnd,
+)
 from .data import PairDataModule
 from .errors import CheckpointError
 from .exporting import export, score_pairs
@@ -88,6 +96,8 @@ class RunCLI(LightningCLI):
             "--examples", type=list[list[str]], default=[], help="Pairs of texts to score with the export after fit."
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        if self.command == "fit":
+            parser.add_lightning_class_args(LastCheckpoint, "last")
         for name in ("backbone", "max_length", "trust_remote_code", "revision"):
             parser.link_arguments(f"model.{name}", f"data.{name}")
 
@@ -126,6 +136,8 @@ class RunCLI(LightningCLI):
             ]
         elif given.logger in (None, True):
             kwargs["logger"] = False  # an evaluation leaves metrics.json, and the fit's own logs as they are
+        plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] * (given.plugins is not None)
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, given: Any) -> list[Any]:
@@ -158,7 +170,6 @@ class RunCLI(LightningCLI):
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not best:  # without validation no checkpoint was chosen
             best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
-            self.trainer.save_checkpoint(best)
         if "test" in self.datamodule.encoded and self.trainer.limit_test_batches != 0:
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         if self.trainer.is_global_zero:
@@ -188,13 +199,12 @@ class RunCLI(LightningCLI):
 
 
 def _checkpoints(folder: Path) -> ModelCheckpoint:
-    """`best.ckpt` by average precision on the dev pairs, and `last.ckpt`, both after each validation."""
+    """`best.ckpt` by average precision on the dev pairs, after each validation."""
     return ModelCheckpoint(
         folder,
         filename="best",
         monitor="val/average_precision",
         mode="max",
-        save_last=True,
         save_on_train_epoch_end=False,
         auto_insert_metric_name=False,
         enable_version_counter=False,

@@ -91,7 +91,7 @@ class TrainingOrder(DistributedSampler[Any]):
     """Yields the rows of each batch of one device, in the order of `plan_steps`, a new one each epoch.
 
     A DistributedSampler, so that Lightning tells it the epoch and puts no sampler of its own in its place. For use as
-    `DataLoader(..., sampler=order, batch_size=None)`.
+    `DataLoader(..., sampler=order, batch_size=None)`. `start` is set to go on in the middle of an epoch.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TrainingOrder(DistributedSampler[Any]):
     ) -> None:
         super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.lengths, self.batch_size, self.by, self.window = lengths, batch_size, by, window
-        self.accumulate = accumulate
+        self.accumulate, self.start = accumulate, 0
         self.shares = ranks * accumulate
         self.steps = len(self.plan())
 
@@ -129,9 +129,11 @@ class TrainingOrder(DistributedSampler[Any]):
         return len(self.lengths) / (self.steps * self.shares)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self.plan():
-            parts = deal(rows, self.lengths, self.shares, self.by)
-            for part in parts[self.rank :: self.num_replicas]:
+        """The batches of the epoch from batch number `start` on."""
+        done, skipped = divmod(self.start, self.accumulate)
+        for step, rows in enumerate(self.plan()[done:]):
+            parts = deal(rows, self.lengths, self.shares, self.by)[self.rank :: self.num_replicas]
+            for part in parts[0 if step else skipped :]:
                 yield part.tolist()
 
     def __len__(self) -> int:

@@ -54,6 +54,7 @@ def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file
     assert order(1) == order(1) != order(2)
     assert sorted(order(1)) == list(range(12, 60))
     for batch in data.train_dataloader():
-        mask = batch["inputs"]["attention_mask"]
-        assert mask.sum(1).max() == mask.shape[1]
+        masks = [piece["attention_mask"] for piece in batch["pieces"]]
+        assert all(mask.sum(1).max() == mask.shape[1] for mask in masks)
+        assert sum(len(mask) for mask in masks) == len(batch["row"]) == len(batch["label"])
         assert batch["label"].dtype == torch.float32

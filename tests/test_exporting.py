@@ -34,9 +34,10 @@ def module_scores(checkpoint: Path, pairs: list[tuple[str, str]]) -> list[float]
     module = CrossEncoderModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     tokenizer = load_tokenizer(module.hparams["backbone"])
     rows = [{"row": i, "text_a": a, "text_b": b} for i, (a, b) in enumerate(pairs)]
-    encoded = encode(datasets.Dataset.from_list(rows), tokenizer, module.max_length).with_format("arrow")[:]
+    encoded = encode(datasets.Dataset.from_list(rows), tokenizer, module.max_length).with_format("arrow")
+    collate = PairCollator(tokenizer)
     with torch.inference_mode():
-        return module(PairCollator(tokenizer)(encoded)["inputs"]).sigmoid().tolist()
+        return [module(collate(encoded[[row]])["pieces"][0]).sigmoid().item() for row in range(len(pairs))]
 
 
 def peer_scores(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossenc import CrossEncoderModule, PairDataModule
 from crossenc.errors import DataError
 from crossenc.sampler import EvaluationOrder, TrainingOrder, plan_evaluation, plan_steps
-
-from .conftest import BACKBONE
 
 LENGTHS = st.lists(st.integers(5, 512), min_size=1, max_size=300).map(lambda found: np.array(found, dtype=np.int64))
 BY = st.sampled_from(["pairs", "tokens"])
@@ -113,28 +107,3 @@ def test_evaluation_sees_each_row_once_on_any_number_of_devices(lengths, tokens,
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     assert all(len(rows) == 1 or padded(lengths, [rows]) <= tokens for rows in batches)
     assert [len(list(share)) for share in shares] == [len(share) for share in shares]
-
-
-def test_batches_of_any_shape_give_the_same_logits_and_gradients(pairs_file: Path):
-    """48 pairs in one padded batch, in batches of like length, and one by one: fp32, dropout off."""
-    module = CrossEncoderModule(BACKBONE).eval()
-    found = {}
-    for name, options in {
-        "plain": {"batch_size": 48, "window": 1},
-        "bucketed": {"batch_size": 7, "window": 50},
-        "tokens": {"batch_size": 5, "batch_by": "tokens"},
-        "single": {"batch_size": 1},
-    }.items():
-        data = PairDataModule(str(pairs_file), backbone=BACKBONE, **options)
-        data.setup("fit")
-        loader = data.train_dataloader()
-        module.zero_grad()
-        logits = torch.zeros(60)
-        for batch in loader:
-            given = module(batch["inputs"])
-            logits[batch["row"]] = given.detach()
-            (module.loss(given, batch["label"]).sum() / batch["mean_pairs"] / len(loader)).backward()
-        found[name] = logits, torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
-    for name in ("bucketed", "tokens", "single"):
-        for one, other in zip(found[name], found["plain"], strict=True):
-            assert torch.allclose(one, other, atol=1e-5), name
