@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 import random
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(Callback):
     """Keeps `last.ckpt` in the run's folder, from which a run goes on exactly: the random generators are in it too.
 
+    SIGTERM and SIGINT let the step end (and the validation that follows it), write the checkpoint, and end the run by a
+    `StoppedError`. On SLURM they are left to Lightning, which puts the job into the queue again.
+
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
         every_n_minutes: Minutes after which the next step writes one anyway.
@@ -83,8 +89,9 @@ class LastCheckpoint(Callback):
         if every_n_steps < 1 or every_n_minutes <= 0:
             raise UsageError("last.every_n_steps must be at least 1 and last.every_n_minutes above 0")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
-        self.saved_step = -1
+        self.saved_step, self.signal = -1, 0
         self.random: list[dict[str, Any]] = []
+        self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.random:
@@ -92,6 +99,15 @@ class LastCheckpoint(Callback):
             self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         else:
             self.save(trainer)  # so that there is always one
+        if "SLURM_JOB_ID" not in os.environ and threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -161,7 +161,7 @@ def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[s
     ours = {name: value for name, value in settings.items() if value not in (None, False, 0) and name != "backbone"}
     return {
         **ours,
-        "batch_size": data.get("batch_size"),
+        **{name: data["plan"][name] for name in ("batch_size", "batch_by", "window", "seed") if "plan" in data},
         **checkpoint["crossenc"]["training"],
         "steps": checkpoint["global_step"],
         "epochs": checkpoint["epoch"] + 1,

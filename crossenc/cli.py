@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Callable
 
 from . import __version__
-from .errors import CrossencError, UsageError, one_line
+from .errors import CrossencError, StoppedError, UsageError, one_line
+
+log = logging.getLogger(__name__)
 
 
 def _run(command: str, args: list[str]) -> None:
@@ -58,7 +60,10 @@ def command_table() -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 after one line on stderr when the input is bad."""
+    """Run one command; returns the exit code: 0, or 2 after one line on stderr when the input is bad.
+
+    A run that a signal ended after it wrote its checkpoint returns 143 (SIGTERM) or 130 (SIGINT).
+    """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
         print(command_table())
@@ -77,8 +82,13 @@ def main(args: list[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_for_the_user(error):
             raise
-        print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        if isinstance(error, StoppedError):
+            log.info(str(error))
+        else:
+            print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, CrossencError) else 2
+    except KeyboardInterrupt:  # before the first step, when there is nothing to keep
+        return 130
     return 0
 
 

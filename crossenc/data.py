@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader
 from . import pairs
 from .backbone import DEFAULT_BACKBONE, load_tokenizer, resolve_max_length
 from .encode import PairBatch, PairCollator, encode, tell_cut
-from .errors import DataError, UsageError
+from .errors import CheckpointError, DataError, UsageError
 from .sampler import EvaluationOrder, TrainingOrder
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class PairDataModule(LightningDataModule):
         num_workers: Processes that pad batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
         limit: Keep only the first rows of each split, for a quick try.
+        on_mismatch: When a checkpoint comes from other data, tokenizer, devices or batches: `refuse` to go on with it,
+            or keep weights and optimizer and `continue` with the next epoch.
         backbone: The model's; its tokenizer is used.
         max_length: The model's.
         trust_remote_code: The model's.
@@ -96,6 +100,7 @@ class PairDataModule(LightningDataModule):
         num_workers: int = 0,
         num_proc: int | None = None,
         limit: int | None = None,
+        on_mismatch: Literal["refuse", "continue"] = "refuse",
         backbone: str = DEFAULT_BACKBONE,
         max_length: int | None = None,
         trust_remote_code: bool = False,
@@ -115,6 +120,9 @@ class PairDataModule(LightningDataModule):
         self.val_size, self.test_size = val_size, test_size
         self.batch_size, self.batch_by, self.window = batch_size, batch_by, window
         self.eval_tokens, self.num_workers, self.num_proc, self.limit = eval_tokens, num_workers, num_proc, limit
+        self.on_mismatch = on_mismatch
+        self.train_loader: PairLoader | None = None
+        self.position: dict[str, int] = {}
         self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.encoded: dict[str, Dataset] = {}
@@ -133,12 +141,19 @@ class PairDataModule(LightningDataModule):
                 "source": self.source,
                 "subset": self.subset,
                 "split": "group" if self.source == pairs.SAMPLE else self.split,
-                "batch_size": self.batch_size,
-                "batch_by": self.batch_by,
-                "window": self.window,
                 "limit": self.limit,
                 "rows": {name: len(part) for name, part in loaded.items()},
                 "duplicates": {name: _share_of_duplicates(part) for name, part in loaded.items()},
+                "plan": {
+                    "training tokens": digest(loaded["train"]),
+                    "tokenizer": sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12],
+                    "devices": self._share()[1],
+                    "accumulated batches": self._accumulated(),
+                    "batch_size": self.batch_size,
+                    "batch_by": self.batch_by,
+                    "window": self.window,
+                    "seed": _seed(),
+                },
             }
             self._tell()
             if self.trainer and "val" not in loaded:
@@ -202,12 +217,15 @@ class PairDataModule(LightningDataModule):
             self.batch_size,
             by=self.batch_by,
             window=self.window,
-            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            accumulate=self._accumulated(),
             rank=rank,
             ranks=ranks,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),  # where seed_everything leaves it
+            seed=_seed(),
         )
-        return self._loader("train", order, order.mean_pairs(), PairLoader)
+        self.train_loader = PairLoader(order, **self._loading("train", order.mean_pairs()))
+        # Lightning would load it itself, but asks for the loader (to count steps) before it has read the checkpoint.
+        self.train_loader.load_state_dict(self.position)
+        return self.train_loader
 
     def val_dataloader(self) -> DataLoader[PairBatch]:
         return self._evaluation_loader("val")
@@ -221,10 +239,14 @@ class PairDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[PairBatch]:
         rank, ranks = self._share()
         tokens = self.eval_tokens or (4_096 if self._on_cpu() else 65_536)
-        return self._loader(split, EvaluationOrder(self._lengths(split), tokens, rank=rank, ranks=ranks))
+        order = EvaluationOrder(self._lengths(split), tokens, rank=rank, ranks=ranks)
+        return DataLoader(sampler=order, **self._loading(split))
 
     def _share(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _accumulated(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _on_cpu(self) -> bool:
         return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
@@ -234,28 +256,43 @@ class PairDataModule(LightningDataModule):
             raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
         return self.encoded[split].with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]
 
-    def _loader(
-        self,
-        split: str,
-        order: TrainingOrder | EvaluationOrder,
-        mean_pairs: float | None = None,
-        kind: type[DataLoader[PairBatch]] = DataLoader,
-    ) -> DataLoader[PairBatch]:
+    def _loading(self, split: str, mean_pairs: float | None = None) -> dict[str, Any]:
+        """The arguments of a split's DataLoader."""
         part = self.encoded[split]
-        return kind(
-            part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
-            sampler=order,
-            batch_size=None,  # the order yields whole batches
-            collate_fn=PairCollator(self.tokenizer, mean_pairs, _PIECE_COST["cpu" if self._on_cpu() else "other"]),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # so that making an iterator takes no number from the dropout's generator
-        )
+        return {
+            "dataset": part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
+            "batch_size": None,  # the order yields whole batches
+            "collate_fn": PairCollator(self.tokenizer, mean_pairs, _PIECE_COST["cpu" if self._on_cpu() else "other"]),
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator(),  # making an iterator takes no number from the dropout's generator
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run was trained on, kept in its checkpoints for the model card."""
-        return self.facts
+        """What the run was trained on and how far, for the model card, and to go on there with the same."""
+        return {**self.facts, "position": self.train_loader.state_dict() if self.train_loader else {}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Refuse to go on with another order of other batches than the checkpoint's, or skip to the next epoch.
+
+        Raises:
+            CheckpointError: something differs, and `on_mismatch` is `refuse`.
+        """
+        if not (self.trainer and self.trainer.state.fn == TrainerFn.FITTING and "plan" in state):
+            return
+        self.position = state["position"]
+        before, now = state["plan"], self.facts["plan"]
+        differing = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
+        if not differing:
+            return
+        if self.on_mismatch == "refuse":
+            raise CheckpointError(
+                f"the checkpoint was trained with {', '.join(differing)}; go on with the same, or give "
+                "--on_mismatch continue to keep weights and optimizer and start at the next epoch"
+            )
+        log.info("the checkpoint was trained with %s: going on with the next epoch", ", ".join(differing))
+        self.position = {**self.position, "batches": sys.maxsize}
 
 
 class PairLoader(DataLoader[PairBatch]):
@@ -264,14 +301,15 @@ class PairLoader(DataLoader[PairBatch]):
     Batches count when they are handed out, whatever worker processes have fetched ahead.
     """
 
-    epoch = batches = 0
+    def __init__(self, order: TrainingOrder, **arguments: Any) -> None:
+        super().__init__(sampler=order, **arguments)
+        self.order, self.epoch, self.batches = order, 0, 0
 
     def __iter__(self) -> Any:
         # A generator: it begins with the first batch that is asked for, and by then Lightning has set the epoch.
-        order: Any = self.sampler
-        if self.epoch != order.epoch:
-            self.epoch, self.batches = order.epoch, 0
-        order.start = self.batches
+        if self.epoch != self.order.epoch:
+            self.epoch, self.batches = self.order.epoch, 0
+        self.order.start = self.batches
         for batch in super().__iter__():
             self.batches += 1
             yield batch
@@ -280,7 +318,20 @@ class PairLoader(DataLoader[PairBatch]):
         return {"epoch": self.epoch, "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batches = state["epoch"], state["batches"]
+        self.epoch, self.batches = state.get("epoch", 0), min(state.get("batches", 0), len(self))
+
+
+def digest(part: Dataset) -> str:
+    """A short hash of a split's tokens and labels, in their order."""
+    found = sha256()
+    for table in part.with_format("arrow", columns=["input_ids", "label"]).iter(10_000):
+        for column in (table["input_ids"].combine_chunks().flatten(), table["label"]):
+            found.update(column.to_numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
 
 
 def _share_of_duplicates(part: Dataset) -> float:

@@ -7,6 +7,7 @@ CrossencError           anything a user can mend; never raised itself
 ├── ExportError         an export that would overwrite, or whose scores differ from the checkpoint's
 ├── HubError            the Hugging Face Hub is out of reach, or does not have what was asked for
 ├── UsageError          options that do not go together
+├── StoppedError        a signal ended the run after a checkpoint was written; exit code 143 or 130
 └── MissingExtraError   a feature whose optional package is not installed
 """
 
@@ -18,6 +19,8 @@ from types import ModuleType
 
 class CrossencError(Exception):
     """Base of all errors that a user can mend. The message is one line: what, where, and the remedy."""
+
+    exit_code = 2
 
 
 class DataError(CrossencError):
@@ -42,6 +45,14 @@ class HubError(CrossencError):
 
 class UsageError(CrossencError):
     """Options do not go together."""
+
+
+class StoppedError(CrossencError):
+    """A signal ended the run after its checkpoint was written."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 class MissingExtraError(CrossencError):

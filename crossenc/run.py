@@ -9,7 +9,7 @@ import logging
 import sys
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -98,14 +98,25 @@ class RunCLI(LightningCLI):
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         if self.command == "fit":
             parser.add_lightning_class_args(LastCheckpoint, "last")
+            parser.add_argument(
+                "--on_mismatch",
+                type=Literal["refuse", "continue"],
+                default="refuse",
+                help="When a run goes on with other data, tokenizer, devices or batches than before: refuse, or keep "
+                "weights and optimizer and continue with the next epoch.",
+            )
+            parser.link_arguments("on_mismatch", "data.on_mismatch")
         for name in ("backbone", "max_length", "trust_remote_code", "revision"):
             parser.link_arguments(f"model.{name}", f"data.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
         config = self.config[self.command]
-        config.ckpt_path = _find_checkpoint(config)
+        asked_for = config.ckpt_path
+        config.ckpt_path = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)
+        # A run that was killed before its first checkpoint begins again where it was.
+        self.goes_on |= asked_for == "last" and self.folder.is_dir()
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.command]
@@ -211,13 +222,16 @@ def _checkpoints(folder: Path) -> ModelCheckpoint:
     )
 
 
-def _find_checkpoint(config: Any) -> str | None:
+def _find_checkpoint(command: str, config: Any) -> str | None:
     """The path behind `--ckpt_path`: `best` and `last` are those of the run that `--output` and `--run` name."""
     if config.ckpt_path is None:
         return None
     path = Path(config.ckpt_path)
     if config.ckpt_path in ("best", "last"):
         path = Path(config.output) / (config.run or DEFAULT_RUN) / f"{config.ckpt_path}.ckpt"
+        if command == "fit" and config.ckpt_path == "last" and not path.is_file():
+            log.info("there is no %s yet: the run begins", path)  # so that the same command starts and goes on
+            return None
     if not path.is_file():
         raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
     return str(path)
