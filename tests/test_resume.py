@@ -24,7 +24,7 @@ STEPS = 24
 
 
 def arguments(pairs_file: Path, output: Path, *more: str) -> list[str]:
-    """Two epochs of 12 steps: dropout, two batches a step, a worker process, validation out of step with checkpoints."""
+    """Two epochs of 12 steps: dropout, two batches a step, a worker process, validation between checkpoints."""
     named = {
         "data.source": pairs_file,
         "data.batch_size": 2,
