@@ -86,7 +86,7 @@ def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     from crossenc.backbone import locate
     from crossenc.pairs import read
@@ -108,13 +108,15 @@ def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int
             warmup_steps=0.1, bf16=precision == "bf16-mixed", use_cpu=device == "cpu", seed=1, eval_strategy="no",
             save_strategy="no", logging_steps=20, report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        CrossEncoderTrainer(
+        trainer = CrossEncoderTrainer(
             model=model,
             args=arguments,
             train_dataset=read(str(file)).remove_columns("row"),
             loss=BinaryCrossEntropyLoss(model),
             callbacks=[clock],
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return clock.seconds
 
 

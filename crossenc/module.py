@@ -105,9 +105,10 @@ class CrossEncoderModule(LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         losses = self.loss(self._logits(batch), batch["label"])
-        self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))
         # Not the batch's own mean: batches are of unequal size, and every pair of the epoch weighs the same.
-        return losses.sum() / batch.get("mean_pairs", len(losses))
+        loss = losses.sum() / batch.get("mean_pairs", len(losses))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=True)
+        return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics)
