@@ -89,7 +89,7 @@ class LastCheckpoint(Callback):
         if every_n_steps < 1 or every_n_minutes <= 0:
             raise UsageError("last.every_n_steps must be at least 1 and last.every_n_minutes above 0")
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
-        self.saved_step, self.signal = -1, 0
+        self.saved_step, self.saved_at, self.signal = -1, time.monotonic(), 0
         self.random: list[dict[str, Any]] = []
         self.handlers: dict[int, Any] = {}
 
@@ -103,6 +103,12 @@ class LastCheckpoint(Callback):
             self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give_signals_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 
@@ -118,10 +124,23 @@ class LastCheckpoint(Callback):
         late = time.monotonic() - self.saved_at >= 60 * self.every_n_minutes
         if trainer.strategy.broadcast(late) or trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
+        self._stop_if_signalled(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.training or (trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking):
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.save(trainer)
+            self._stop_if_signalled(trainer)
+
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
+            self.save(trainer)
+            number, folder = self.signal or signal.SIGTERM, Path(trainer.default_root_dir)
+            raise StoppedError(
+                f"{signal.Signals(number).name} at step {trainer.global_step}; go on with: python -m crossenc fit "
+                f"--config {shlex.quote(str(folder / 'config.yaml'))} "
+                f"--ckpt_path {shlex.quote(str(folder / 'last.ckpt'))}",
+                number,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)

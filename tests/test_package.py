@@ -42,6 +42,9 @@ def test_the_recipe_is_what_fit_does_without_arguments(capsys):
     assert recipe["data"]["source"] == "sentence-transformers/quora-duplicates"
     assert (recipe["trainer"]["max_epochs"], recipe["trainer"]["val_check_interval"]) == (1, 500)
     assert parsed("--config", str(ROOT / "configs" / "quickstart.yaml"))["data"]["source"] == "sample"
+    overlaid = parsed("--config", str(ROOT / "configs" / "quora.yaml"), "--config", str(ROOT / "configs" / "ddp.yaml"))
+    assert overlaid["trainer"]["strategy"] == "ddp"
+    assert overlaid["model"] == recipe["model"]
 
 
 def blocks(language: str) -> list[str]:
