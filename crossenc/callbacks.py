@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 import random
+import shlex
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .errors import UsageError
+from .errors import StoppedError, UsageError
 
 log = logging.getLogger(__name__)
 
