@@ -96,16 +96,16 @@ class RunCLI(LightningCLI):
             "--examples", type=list[list[str]], default=[], help="Pairs of texts to score with the export after fit."
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-        if self.command == "fit":
-            parser.add_lightning_class_args(LastCheckpoint, "last")
-            parser.add_argument(
-                "--on_mismatch",
-                type=Literal["refuse", "continue"],
-                default="refuse",
-                help="When a run goes on with other data, tokenizer, devices or batches than before: refuse, or keep "
-                "weights and optimizer and continue with the next epoch.",
-            )
-            parser.link_arguments("on_mismatch", "data.on_mismatch")
+        # For all commands, since they take the config.yaml that fit wrote.
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_argument(
+            "--on_mismatch",
+            type=Literal["refuse", "continue"],
+            default="refuse",
+            help="When a run goes on with other data, tokenizer, devices or batches than before: refuse, or keep weights "
+            "and optimizer and continue with the next epoch.",
+        )
+        parser.link_arguments("on_mismatch", "data.on_mismatch")
         for name in ("backbone", "max_length", "trust_remote_code", "revision"):
             parser.link_arguments(f"model.{name}", f"data.{name}")
 
