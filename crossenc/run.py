@@ -102,8 +102,8 @@ class RunCLI(LightningCLI):
             "--on_mismatch",
             type=Literal["refuse", "continue"],
             default="refuse",
-            help="When a run goes on with other data, tokenizer, devices or batches than before: refuse, or keep weights "
-            "and optimizer and continue with the next epoch.",
+            help="When a run goes on with other data, tokenizer, devices or batches: refuse, or keep weights and "
+            "optimizer and continue with the next epoch.",
         )
         parser.link_arguments("on_mismatch", "data.on_mismatch")
         for name in ("backbone", "max_length", "trust_remote_code", "revision"):
@@ -128,7 +128,7 @@ class RunCLI(LightningCLI):
         if not self.goes_on:
             self.folder = _claim(self.folder)
         config.run = self.folder.name
-        config.trainer.default_root_dir = config.trainer.default_root_dir or str(self.folder)
+        config.trainer.default_root_dir = str(self.folder)  # also where the config of another run names that run's
         log.info("run %s", self.folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
