@@ -74,7 +74,7 @@ def main() -> None:
             {"who": "peer", "ranks": ranks, **figures(lengths, peer_steps(lengths, arguments.batch_size, ranks))}
         )
         for by in ("pairs", "tokens"):
-            for window in arguments.windows if ranks == arguments.ranks[0] else [5, 50]:
+            for window in arguments.windows if ranks == arguments.ranks[0] else [1, 5, 50]:
                 steps = our_steps(lengths, arguments.batch_size, ranks, by=by, window=window)
                 rows.append({"who": f"by {by}, window {window}", "ranks": ranks, **figures(lengths, steps)})
     if arguments.out:

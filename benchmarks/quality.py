@@ -1,7 +1,7 @@
 """Ours against sentence-transformers' trainer in quality: one epoch on the same pairs with the same hyper-parameters.
 
     python benchmarks/quality.py --data ../shared/data/quora
-    python benchmarks/quality.py --only ours --name window-1 --options="--data.window 1"
+    python benchmarks/quality.py --only ours --name "ours, window 5" --options="--data.window 5"
 
 The folder holds train.tsv and dev.tsv (question1, question2, is_duplicate). Both start from the offline backbone, train
 on all of train.tsv (batch 64, AdamW 5e-5, warm-up 10 %, linear, clip 1.0) and are tested with their last weights on

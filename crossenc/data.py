@@ -65,8 +65,8 @@ class PairDataModule(LightningDataModule):
         batch_size: Pairs per device and batch.
         batch_by: `pairs` makes every batch of `batch_size` pairs; `tokens` gives every step equally many tokens, and
             `batch_size` pairs on average: short pairs come in larger batches, for the same number of steps.
-        window: So many steps' pairs are sorted by length together before they are cut into steps. More saves padding,
-            but makes steps less alike; 1 shuffles plainly. `benchmarks/README.md` shows what it costs and brings.
+        window: So many steps' pairs are sorted by length together before they are cut into steps: faster, but steps are
+            less alike, which can cost quality. 1 shuffles plainly; `benchmarks/README.md` has the figures.
         eval_tokens: Tokens in a batch of evaluation, padding included. Null: 4,096 on a CPU, 65,536 elsewhere.
         num_workers: Processes that pad batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
@@ -95,7 +95,7 @@ class PairDataModule(LightningDataModule):
         test_size: float | None = None,
         batch_size: int = 64,
         batch_by: Literal["pairs", "tokens"] = "pairs",
-        window: int = 5,
+        window: int = 1,
         eval_tokens: int | None = None,
         num_workers: int = 0,
         num_proc: int | None = None,
