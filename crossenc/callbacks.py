@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -75,11 +75,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         unfinished.replace(path)
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` in the run's folder, from which a run goes on exactly: the random generators are in it too.
 
     SIGTERM and SIGINT let the step end (and the validation that follows it), write the checkpoint, and end the run by a
     `StoppedError`. On SLURM they are left to Lightning, which puts the job into the queue again.
+
+    A `Checkpoint`, so that Lightning calls it last: what the keeper of the best one knows of this step is in the file.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
