@@ -9,15 +9,11 @@ worst step. The peer's row is its own rule: random batches of `batch_size`, what
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from machine import describe
+from machine import make_parser, require_data, write_record
 from numpy.typing import NDArray
 
 from crossenc.backbone import load_tokenizer
@@ -56,15 +52,12 @@ def figures(lengths: NDArray[np.int64], steps: Batches) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser = make_parser(__doc__)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 5, 20, 50, 200])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    if not (arguments.data / "train.tsv").is_file():
-        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_data(arguments.data)
     datasets.disable_progress_bars()
     encoded = encode(read(str(arguments.data / "train.tsv")), load_tokenizer(BACKBONE), 512)
     lengths = np.array(encoded["length"][:])
@@ -77,9 +70,7 @@ def main() -> None:
             for window in arguments.windows if ranks == arguments.ranks[0] else [1, 5, 50]:
                 steps = our_steps(lengths, arguments.batch_size, ranks, by=by, window=window)
                 rows.append({"who": f"by {by}, window {window}", "ranks": ranks, **figures(lengths, steps)})
-    if arguments.out:
-        command = "python benchmarks/batching.py " + " ".join(sys.argv[1:])
-        arguments.out.write_text(json.dumps({"command": command, "machine": describe(), "rows": rows}, indent=2) + "\n")
+    write_record(arguments.out, {"rows": rows})
     print(f"{len(lengths):,} pairs, {lengths.mean():.1f} tokens on average, longest {lengths.max()}\n")
     print("| ranks | | steps | real/padded | slowest rank (worst step) | spread of a step's tokens |")
     print("|---|---|---|---|---|---|")

