@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .backbone import DEFAULT_BACKBONE, freeze_first_layers, load_model, resolve_max_length
 from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
+from .forward import pair_logits
 from .metrics import PairMetrics
 from .optim import make_optimizer, make_schedule, parameter_groups
 
@@ -86,14 +87,9 @@ class CrossEncoderModule(LightningModule):
         self.threshold: float | None = None
         self.figures: dict[str, float] = {}
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits of shape (pairs,), in fp32, of token ids and masks of shape (pairs, tokens)."""
-        # [:, 0] and no squeeze: a batch may be a single pair. fp32: a sigmoid in bf16 makes ties among the scores.
-        logits: Tensor = self.model(**inputs).logits[:, 0]
-        return logits.float()
-
-    def _logits(self, batch: PairBatch) -> Tensor:
-        return torch.cat([self(piece) for piece in batch["pieces"]])
+    def forward(self, batch: PairBatch) -> Tensor:
+        """Logits of shape (pairs,), in fp32."""
+        return pair_logits(self.model, batch)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each pair, shape (pairs,): labels from 0 to 1, smoothed while training."""
@@ -104,7 +100,7 @@ class CrossEncoderModule(LightningModule):
         return binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        losses = self.loss(self._logits(batch), batch["label"])
+        losses = self.loss(self(batch), batch["label"])
         # Not the batch's own mean: batches are of unequal size, and every pair of the epoch weighs the same.
         loss = losses.sum() / batch.get("mean_pairs", len(losses))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=True)
@@ -117,7 +113,7 @@ class CrossEncoderModule(LightningModule):
         self._evaluate(batch, self.test_metrics)
 
     def _evaluate(self, batch: PairBatch, metrics: PairMetrics) -> None:
-        logits = self._logits(batch)
+        logits = self(batch)
         metrics.update(logits.sigmoid(), batch["label"], self.loss(logits, batch["label"]))
 
     def on_validation_epoch_end(self) -> None:
@@ -144,7 +140,7 @@ class CrossEncoderModule(LightningModule):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Rows, logits and scores (after the sigmoid) of a batch, each of shape (pairs,)."""
-        logits = self._logits(batch)
+        logits = self(batch)
         return {"row": batch["row"], "logit": logits, "score": logits.sigmoid()}
 
     def configure_optimizers(self) -> Any:

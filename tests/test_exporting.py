@@ -37,7 +37,7 @@ def module_scores(checkpoint: Path, pairs: list[tuple[str, str]]) -> list[float]
     encoded = encode(datasets.Dataset.from_list(rows), tokenizer, module.max_length).with_format("arrow")
     collate = PairCollator(tokenizer)
     with torch.inference_mode():
-        return [module(collate(encoded[[row]])["pieces"][0]).sigmoid().item() for row in range(len(pairs))]
+        return [module(collate(encoded[[row]])).sigmoid().item() for row in range(len(pairs))]
 
 
 def peer_scores(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:

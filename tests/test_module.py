@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from crossenc.backbone import load_tokenizer
+from crossenc.encode import PairBatch
 from crossenc.errors import BackboneError
 from crossenc.module import CrossEncoderModule
 
@@ -24,12 +25,12 @@ def test_loss_is_bce_with_weight_and_smoothing():
 
 def test_dropout_is_on_in_training_and_one_pair_makes_one_logit():
     module = CrossEncoderModule(BACKBONE)
-    inputs = dict(load_tokenizer(BACKBONE)([["one text", "another"]], return_tensors="pt"))
+    batch = PairBatch(pieces=[dict(load_tokenizer(BACKBONE)([["one text", "another"]], return_tensors="pt"))])
     assert module.model.training
-    assert module(inputs).shape == (1,)
-    assert not torch.equal(module(inputs), module(inputs))
+    assert module(batch).shape == (1,)
+    assert not torch.equal(module(batch), module(batch))
     module.eval()
-    assert torch.equal(module(inputs), module(inputs))
+    assert torch.equal(module(batch), module(batch))
 
 
 def test_first_layers_are_frozen():
