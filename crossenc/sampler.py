@@ -5,8 +5,7 @@
             neighbours across a border are of like length too
 3 cut       into steps: of equally many pairs, or of equally many tokens
 4 shuffle   the steps
-5 deal      each step's rows, from long to short, to its shares, one for each device and accumulated batch: in turn,
-            or of equally many tokens
+5 deal      each step's rows to its shares, one for each device and accumulated batch: as many pairs and tokens to each
 
 Every device derives the whole plan from (seed, epoch, lengths) alone and takes its own shares, so that the steps are
 the same for any number of devices and no device waits for one with longer texts.
@@ -66,11 +65,18 @@ def cut(rows: Rows, weights: Rows, parts: int, least: int = 1) -> list[Rows]:
     return np.split(rows, np.minimum(places, len(rows) - number[::-1] * least))
 
 
-def deal(rows: Rows, lengths: Rows, shares: int, by: Literal["pairs", "tokens"]) -> list[Rows]:
-    """A step's rows (from long to short) in shares of equally many pairs, or of equally many tokens."""
-    if by == "tokens":
-        return cut(rows, lengths[rows], shares)
-    return [rows[share::shares] for share in range(shares)]
+def deal(rows: Rows, lengths: Rows, shares: int) -> list[Rows]:
+    """A step's rows (from long to short) in shares of equally many pairs, give or take one, and of like many tokens.
+
+    In rounds, each share gets one row of each: the share with the fewest tokens so far gets the longest. No two shares
+    differ by more tokens than the longest row has.
+    """
+    tokens, owner = np.zeros(shares, dtype=np.int64), np.empty(len(rows), dtype=np.int64)
+    for start in range(0, len(rows), shares):
+        part = slice(start, min(start + shares, len(rows)))
+        owner[part] = np.argsort(tokens, kind="stable")[: part.stop - start]
+        tokens[owner[part]] += lengths[rows[part]]
+    return [rows[owner == share] for share in range(shares)]
 
 
 def plan_evaluation(lengths: Rows, tokens: int, rank: int, ranks: int) -> list[Rows]:
@@ -132,7 +138,7 @@ class TrainingOrder(DistributedSampler[Any]):
         """The batches of the epoch from batch number `start` on."""
         done, skipped = divmod(self.start, self.accumulate)
         for step, rows in enumerate(self.plan()[done:]):
-            parts = deal(rows, self.lengths, self.shares, self.by)[self.rank :: self.num_replicas]
+            parts = deal(rows, self.lengths, self.shares)[self.rank :: self.num_replicas]
             for part in parts[0 if step else skipped :]:
                 yield part.tolist()
 
