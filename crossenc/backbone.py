@@ -123,6 +123,7 @@ def load_model(
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from .attention import use_attention
     from .dropout import use_cheap_dropout
 
     config = load_config(backbone, trust_remote_code, revision)
@@ -152,6 +153,7 @@ def load_model(
         )
     model.train()
     use_cheap_dropout(model)
+    use_attention(model)
     return model  # type: ignore[no-any-return]
 
 

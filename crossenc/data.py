@@ -25,9 +25,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from . import pairs
-from .backbone import DEFAULT_BACKBONE, load_tokenizer, resolve_max_length
+from .backbone import DEFAULT_BACKBONE, load_config, load_tokenizer, resolve_max_length
 from .encode import PairBatch, PairCollator, encode, tell_cut
 from .errors import CheckpointError, DataError, UsageError
+from .forward import piece_cost
 from .sampler import EvaluationOrder, TrainingOrder
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
-# Tokens that could be computed in the time that one more piece of a batch takes; the CPU's is measured.
-_PIECE_COST = {"cpu": 75, "other": 4_096}
 _NEEDED = {
     TrainerFn.FITTING: pairs.SPLITS,  # the test split too: a broken test file is better known before training
     TrainerFn.VALIDATING: ("val",),
@@ -124,6 +123,7 @@ class PairDataModule(LightningDataModule):
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
         self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
+        self.model_type = load_config(backbone, trust_remote_code, revision).model_type
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.encoded: dict[str, Dataset] = {}
         self.facts: dict[str, Any] = {}
@@ -251,6 +251,9 @@ class PairDataModule(LightningDataModule):
     def _on_cpu(self) -> bool:
         return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
 
+    def _piece_cost(self) -> int:
+        return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda")
+
     def _lengths(self, split: str) -> NDArray[np.int64]:
         if split not in self.encoded:
             raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
@@ -262,7 +265,7 @@ class PairDataModule(LightningDataModule):
         return {
             "dataset": part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
             "batch_size": None,  # the order yields whole batches
-            "collate_fn": PairCollator(self.tokenizer, mean_pairs, _PIECE_COST["cpu" if self._on_cpu() else "other"]),
+            "collate_fn": PairCollator(self.tokenizer, mean_pairs, self._piece_cost()),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -23,15 +23,23 @@ log = logging.getLogger(__name__)
 
 
 class PairBatch(TypedDict, total=False):
-    """Pairs from long to short, in pieces of like length; `row` and `label` are (pairs,).
+    """Pairs from long to short, their tokens in one row without padding, and how they lie in pieces of like length.
 
-    A piece is what the backbone takes, each tensor (pairs of the piece, tokens of its longest pair). Together the
-    pieces are the batch: they cost less padding and change nothing else. In training `mean_pairs` tells how many pairs
-    a batch of the epoch has on average: a loss summed over the batch and divided by it weighs every pair of the epoch
-    equally, however the pairs are spread over batches.
+    `input_ids`, `position_ids` and, where the backbone takes them, `token_type_ids` are (tokens,), `row` and `label`
+    (pairs,). `pieces` holds (pairs, tokens of the longest) of each piece, `starts` each pair's first place in the row,
+    `slots` each token's place among the padded pieces, and `padding` what stands in the other places there.
+
+    In training `mean_pairs` tells how many pairs a batch of the epoch has on average: a loss summed over the batch and
+    divided by it weighs every pair of the epoch equally, however the pairs are spread over batches.
     """
 
-    pieces: list[dict[str, Tensor]]
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    starts: Tensor
+    slots: Tensor
+    pieces: list[tuple[int, int]]
+    padding: dict[str, int]
     row: Tensor
     label: Tensor
     mean_pairs: float
@@ -111,7 +119,7 @@ class PairCollator:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, mean_pairs: float | None = None, piece_cost: int = 75
+        self, tokenizer: PreTrainedTokenizerFast, mean_pairs: float | None = None, piece_cost: int = 0
     ) -> None:
         self.mean_pairs, self.piece_cost = mean_pairs, piece_cost
         self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
@@ -122,30 +130,32 @@ class PairCollator:
     def __call__(self, table: pyarrow.Table) -> PairBatch:
         import numpy as np
 
-        order = np.argsort(-table["length"].to_numpy(), kind="stable")
-        table = table.take(order)
-        pieces, start = [], 0
-        for size in cut_pieces(table["length"].to_numpy(), self.piece_cost):
-            pieces.append(self._pad(table.slice(start, size)))
-            start += size
-        batch = PairBatch(pieces=pieces, row=_tensor(table["row"]))
+        table = table.take(np.argsort(-table["length"].to_numpy(), kind="stable"))
+        lengths = table["length"].to_numpy().astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        places = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        pieces: list[tuple[int, int]] = []
+        longest: list[int] = []
+        for size in cut_pieces(lengths, self.piece_cost):
+            pieces.append((size, -(-int(lengths[len(longest)]) // self.multiple) * self.multiple))
+            longest += [pieces[-1][1]] * size
+        # A pair begins where the places of those before it end; with padding on the left, its own comes first.
+        first = np.cumsum(longest) - longest + (np.array(longest) - lengths if self.left else 0)
+        batch = PairBatch(
+            position_ids=torch.from_numpy(places),
+            starts=torch.from_numpy(starts),
+            slots=torch.from_numpy(places + np.repeat(first, lengths)),
+            pieces=pieces,
+            padding={name: value for name, value in self.padding.items() if name in table.column_names},
+            row=_tensor(table["row"]),
+        )
+        for name in batch["padding"]:
+            batch[name] = _tensor(table[name].combine_chunks().flatten()).long()  # type: ignore[literal-required]
         if "label" in table.column_names:
             batch["label"] = _tensor(table["label"])
         if self.mean_pairs is not None:
             batch["mean_pairs"] = self.mean_pairs
         return batch
-
-    def _pad(self, table: pyarrow.Table) -> dict[str, Tensor]:
-        lengths = _tensor(table["length"])
-        longest = -(-int(lengths.max()) // self.multiple) * self.multiple
-        place = torch.arange(longest)
-        mask = (place >= longest - lengths[:, None]) if self.left else (place < lengths[:, None])
-        inputs = {"attention_mask": mask.long()}
-        for name, padding in self.padding.items():
-            if name in table.column_names:
-                values = _tensor(table[name].combine_chunks().flatten()).long()
-                inputs[name] = torch.full(mask.shape, padding).masked_scatter_(mask, values)
-        return inputs
 
 
 def cut_pieces(lengths: NDArray[np.int32], cost: int) -> list[int]:

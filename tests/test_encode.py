@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossenc import CrossEncoderModule
 from crossenc.backbone import load_tokenizer
-from crossenc.encode import PairCollator, cut_pieces, encode, tell_cut
+from crossenc.encode import cut_pieces, encode, tell_cut
 from crossenc.pairs import read
 
 from .conftest import BACKBONE
@@ -61,27 +59,3 @@ def test_pieces_take_the_fewest_tokens(found: list[int], cost: int):
     assert sum(sizes) == len(found)
     assert min(sizes) > 0
     assert price([0, *accumulate(sizes)]) == min(map(price, cuts))
-
-
-def test_batches_of_any_shape_give_the_same_logits_and_gradients(pairs_file: Path):
-    """60 pairs as one padded batch, in pieces of like length, and one by one: fp32, dropout off."""
-    module, tokenizer = CrossEncoderModule(BACKBONE).eval(), load_tokenizer(BACKBONE)
-    table = encode(read(str(pairs_file)), tokenizer, 512).with_format("arrow")
-    found = {}
-    for name, size, cost in (("plain", 60, 10**9), ("pieces", 60, 20), ("batches", 7, 20), ("single", 1, 0)):
-        collate = PairCollator(tokenizer, piece_cost=cost)
-        module.zero_grad()
-        logits, pieces = torch.zeros(60), 0
-        for start in range(0, 60, size):
-            batch = collate(table[list(range(start, min(60, start + size)))])
-            pieces += len(batch["pieces"])
-            given = module.predict_step(batch, 0)["logit"]
-            logits[batch["row"]] = given.detach()
-            (module.loss(given, batch["label"]).sum() / 60).backward()
-        gradients = [p.grad.flatten() for p in module.model.parameters() if p.grad is not None]
-        found[name] = logits, torch.cat(gradients)
-        assert pieces == 1 or name != "plain"
-        assert pieces > 3 or name != "pieces"
-    for name in ("pieces", "batches", "single"):
-        for one, other in zip(found[name], found["plain"], strict=True):
-            assert torch.allclose(one, other, atol=1e-5), name

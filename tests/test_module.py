@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from crossenc.backbone import load_tokenizer
-from crossenc.encode import PairBatch
 from crossenc.errors import BackboneError
 from crossenc.module import CrossEncoderModule
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, collate
 
 
 def test_loss_is_bce_with_weight_and_smoothing():
@@ -25,7 +23,7 @@ def test_loss_is_bce_with_weight_and_smoothing():
 
 def test_dropout_is_on_in_training_and_one_pair_makes_one_logit():
     module = CrossEncoderModule(BACKBONE)
-    batch = PairBatch(pieces=[dict(load_tokenizer(BACKBONE)([["one text", "another"]], return_tensors="pt"))])
+    batch = collate([("one text", "another")], BACKBONE)
     assert module.model.training
     assert module(batch).shape == (1,)
     assert not torch.equal(module(batch), module(batch))

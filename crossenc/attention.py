@@ -1,0 +1,133 @@
+"""Attention over packed pairs: the tokens of all pairs in one row, without padding, and no pair sees another.
+
+The linear layers of a backbone, which take nearly all of its time, compute text and nothing else. Only here are pairs
+taken apart, in pieces: on a CPU one for each length, on a GPU few, padded to their longest pair. Registered with
+transformers' own interface; without a `packing` it is transformers' `sdpa`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .dropout import kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "crossenc_sdpa"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the pairs lie in their row.
+
+    pieces: (pairs, tokens of the longest) of each piece; the pairs of all pieces follow each other in the row.
+    starts: place of each pair's first token in the row, shape (pairs,).
+    slots: place of each token among the pieces' places, padding included, shape (tokens,); None without padding.
+    """
+
+    pieces: list[tuple[int, int]]
+    starts: Tensor
+    slots: Tensor | None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(tokens, ...) to (places, ...), zeros in the padding."""
+        if self.slots is None:
+            return values
+        places = sum(pairs * longest for pairs, longest in self.pieces)
+        return values.new_zeros(places, *values.shape[1:]).index_copy(0, self.slots, values)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(places, ...) to (tokens, ...)."""
+        return values if self.slots is None else values.index_select(0, self.slots)
+
+
+def use_attention(model: PreTrainedModel) -> None:
+    """Give a model this attention, if it would take transformers' `sdpa`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        AttentionInterface.register(ATTENTION, attend)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.set_attn_implementation(ATTENTION)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function; with a `packing`, of one row (1, heads, tokens, width) that holds many pairs.
+
+    Returns (1, tokens, heads, width).
+    """
+    if packing is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
+        )
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return attend_packed(query, key, value, packing, dropout, scaling)[None], None
+
+
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float = 0.0, scaling: float | None = None
+) -> Tensor:
+    """Attention of every pair within itself.
+
+    Args:
+        query: (tokens, heads, width), or (pairs, heads, width) where only each pair's first token is asked for.
+        key: (tokens, heads, width).
+        value: as `key`.
+        packing: where the pairs lie.
+        dropout: share of the attention that is dropped.
+        scaling: of the products; None is 1 / sqrt(width).
+
+    Returns:
+        As `query`.
+    """
+    firsts = len(query) == len(packing.starts) != len(key)
+    pairs, places = [pairs for pairs, _ in packing.pieces], [pairs * longest for pairs, longest in packing.pieces]
+    parts = [
+        torch.split(query, pairs) if firsts else torch.split(packing.spread(query), places),
+        torch.split(packing.spread(key), places),
+        torch.split(packing.spread(value), places),
+    ]
+    if packing.slots is not None:
+        real = packing.spread(torch.ones_like(packing.slots, dtype=torch.bool))
+        parts.append(torch.split(real[:, None, None], places))
+    found = []
+    for number, piece in zip(pairs, zip(*parts, strict=True), strict=True):
+        q, k, v, *rest = (part.unflatten(0, (number, -1)).transpose(1, 2) for part in piece)
+        context = _attend_piece(q, k, v, rest[0].mT if rest else None, dropout, scaling)
+        found.append(context.transpose(1, 2).flatten(0, 1))
+    context = torch.cat(found)
+    return context if firsts else packing.gather(context)
+
+
+def _attend_piece(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """Plain attention, each tensor (pairs, heads, tokens, width)."""
+    if not dropout or query.device.type != "cpu":
+        return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+    # In fp32: a fiftieth of the work, and products in bf16 are prepared anew for every shape.
+    with torch.autocast("cpu", enabled=False):
+        scores = (query.float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.float().mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        shares = scores.softmax(-1)
+        return ((shares * kept(shares.shape, dropout, shares.dtype)) @ value.float()).to(value.dtype)

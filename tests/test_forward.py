@@ -1,0 +1,122 @@
+"""Packed, padded and single pairs: the same logits and the same gradients (fp32, dropout off)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from crossenc.attention import ATTENTION, Packing, attend_packed
+from crossenc.backbone import load_model, load_tokenizer, locate
+from crossenc.forward import pair_logits, piece_cost
+from crossenc.pairs import sample_pairs
+
+from .conftest import BACKBONE, collate
+
+PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["train"][:30]]
+PAIRS += [("", "?"), ("word " * 100, "another " * 100), ("one text", "another")]
+
+
+def gradients(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    labels = torch.arange(len(logits)) % 2.0
+    nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+    # The pooler's key and the like get none; positions that no pair reaches get zeros either way.
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def in_order(batch, logits: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(logits).index_copy(0, batch["row"], logits)
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small model of each family, with weights large enough to tell mistakes."""
+    import transformers as t
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    named = {"vocab_size": 30522, "num_labels": 1, "initializer_range": 0.3, "pad_token_id": 0}
+    distil = {"dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40}
+    configs = {
+        "bert": t.BertConfig(**sizes, **named),
+        "roberta": t.RobertaConfig(**sizes, **named, max_position_embeddings=200, type_vocab_size=2),
+        "xlm-roberta": t.XLMRobertaConfig(**sizes, **named, max_position_embeddings=200, type_vocab_size=2),
+        "camembert": t.CamembertConfig(**sizes, **named, max_position_embeddings=200, type_vocab_size=2),
+        "distilbert": t.DistilBertConfig(**distil, **named),
+        "electra": t.ElectraConfig(**sizes, **named, embedding_size=24),  # takes padded pieces
+    }
+    folders = {"minilm": BACKBONE}
+    for name, config in configs.items():
+        folder = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        t.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+        names = ["input_ids", "attention_mask", *["token_type_ids"] * (name != "distilbert")]
+        tokenizer = t.AutoTokenizer.from_pretrained(locate(BACKBONE), model_input_names=names)
+        tokenizer.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.mark.parametrize("family", ["minilm", "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"])
+def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str, backbones: dict[str, str]):
+    model, plain = (load_model(backbones[family], name).eval() for name in (None, "sdpa"))
+    plain.load_state_dict(model.state_dict())
+    plain.set_attn_implementation("sdpa")
+    inputs = load_tokenizer(backbones[family])(
+        [list(pair) for pair in PAIRS], padding=True, truncation=True, max_length=128, return_tensors="pt"
+    )
+    expected = plain(**inputs).logits[:, 0]
+    expected_gradients = gradients(plain, expected)
+    assert expected.std() > 1e-3
+    for cost in (0, 20, 10**6):
+        batch = collate(PAIRS, backbones[family], cost)
+        assert (len(batch["pieces"]) == 1) == (cost == 10**6)
+        logits = in_order(batch, pair_logits(model, batch))
+        assert torch.allclose(logits, expected, atol=1e-5), cost
+        assert torch.allclose(gradients(model, logits), expected_gradients, atol=1e-5), cost
+    single = [pair_logits(model, collate([pair], backbones[family])) for pair in PAIRS[-3:]]
+    assert torch.allclose(torch.cat(single), expected[-3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("cost", [0, 10**6])
+def test_dropout_of_the_attention_is_the_plain_models(cost: int):
+    """With a rate that drops nearly nothing, and with one that drops much: agreement, and the same mean."""
+    model = load_model(BACKBONE)
+    assert model.config._attn_implementation == ATTENTION
+    batch = collate(PAIRS, BACKBONE, cost)
+    expected = pair_logits(model.eval(), batch)
+    for part in model.modules():
+        if hasattr(part, "dropout") and hasattr(part, "scaling"):
+            part.train()
+            part.dropout.p = 1e-9
+    assert torch.allclose(pair_logits(model, batch), expected, atol=1e-5)
+    torch.manual_seed(0)
+    tokens, pairs = len(batch["input_ids"]), batch["pieces"]
+    exact = sum(n * longest for n, longest in pairs) == tokens
+    packing = Packing(pairs, batch["starts"], None if exact else batch["slots"])
+    query, key = torch.randn(2, tokens, 3, 8)
+    found = attend_packed(query, key, torch.ones(tokens, 3, 8), packing, dropout=0.3)
+    assert found.mean().item() == pytest.approx(1, abs=0.05)
+    assert found.std() > 0.05
+    # Only the first tokens' queries: the same rows.
+    every = attend_packed(query, key, key, packing)
+    firsts = attend_packed(query[batch["starts"]], key, key, packing)
+    assert torch.allclose(firsts, every[batch["starts"]], atol=1e-6)
+
+
+def test_padding_on_the_left_is_the_models_own(backbones: dict[str, str], tmp_path: Path):
+    """A model that takes padded pieces gets them on the side that its tokenizer pads."""
+    tokenizer = load_tokenizer(backbones["electra"])
+    expected = tokenizer([list(pair) for pair in PAIRS], padding=True, padding_side="left", max_length=128,
+                         truncation=True, return_tensors="pt")  # fmt: skip
+    model = load_model(backbones["electra"]).eval()
+    tokenizer.padding_side = "left"
+    try:
+        batch = collate(PAIRS, backbones["electra"], 10**6)
+    finally:
+        tokenizer.padding_side = "right"
+    logits = in_order(batch, pair_logits(model, batch))
+    assert torch.allclose(logits, model(**expected).logits[:, 0], atol=1e-5)
+    assert piece_cost("electra", "cpu") > piece_cost("bert", "cpu")
