@@ -5,6 +5,7 @@ CrossencError           anything a user can mend; never raised itself
 ├── BackboneError       a backbone that cannot be loaded, or that has no room for a single-logit head
 ├── CheckpointError     a checkpoint that is missing or was not written by crossenc
 ├── ExportError         an export that would overwrite, or whose scores differ from the checkpoint's
+├── OutputError         a file that is there already, or that cannot be written
 ├── HubError            the Hugging Face Hub is out of reach, or does not have what was asked for
 ├── UsageError          options that do not go together
 ├── StoppedError        a signal ended the run after a checkpoint was written; exit code 143 or 130
@@ -37,6 +38,10 @@ class CheckpointError(CrossencError):
 
 class ExportError(CrossencError):
     """An export would overwrite a folder, or does not score as its checkpoint does."""
+
+
+class OutputError(CrossencError):
+    """A file is there already, belongs to other work, or cannot be written."""
 
 
 class HubError(CrossencError):

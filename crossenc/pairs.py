@@ -147,7 +147,7 @@ def _canonical_rows(
 ) -> Iterator[dict[str, Any]]:
     """The generator behind `read`; `version` is only there to stand in the cache's key."""
     if "path" in origin:
-        rows = _rows_of_file(Path(origin["path"]), where)
+        rows = _whole_rows(Path(origin["path"]), where)
     elif "sample" in origin:
         pairs = sample_pairs()
         rows = (row for split, part in pairs.items() if origin["sample"] in (split, "all") for row in part)
@@ -160,52 +160,84 @@ def _unbatch(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def _rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file as they stand there; raises `DataError` on a row that cannot be read."""
+def _whole_rows(path: Path, where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file; raises `DataError` at the first that cannot be read."""
+    for row, item in enumerate(rows_of_file(path, where), start=1):
+        if isinstance(item, str):
+            raise DataError(f"{where}, row {row}: {item}")
+        yield item
+
+
+def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
+    """The rows of a file as they stand there; a string in place of a row says what is wrong with it.
+
+    Raises `DataError` where the file as a whole cannot be read; `where` is what messages call it.
+    """
     if path.suffix.lower() == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(10_000):
+                    yield from batch.to_pylist()
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
         return
     # utf-8-sig: spreadsheets begin a csv with a byte-order mark, which else becomes a part of the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        row = 0
-        try:
-            for row, item in enumerate(_rows_of_text(path.suffix.lower(), lines), start=1):
-                if isinstance(item, str):
-                    raise DataError(f"{where}, row {row}: {item}")
-                yield item
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{where}, near row {row + 1}: not UTF-8 ({error.reason}); save the file as UTF-8"
-            ) from error
-        except csv.Error as error:
-            raise DataError(f"{where}, row {row + 1}: {error}") from error
+    # surrogateescape: a byte that is no UTF-8 spoils its row, and not the file.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        yield from _rows_of_text(path.suffix.lower(), lines, where)
 
 
-def _rows_of_text(suffix: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
-    """Rows of csv, tsv or jsonl; a string in place of a row says what is wrong with it."""
+def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dict[str, Any] | str]:
     if suffix == ".jsonl":
         for line in filter(str.strip, lines):
             try:
                 item = json.loads(line)
             except json.JSONDecodeError as error:
                 item = error.msg
-            yield item if isinstance(item, dict) else f"not a JSON object: {line.strip()[:60]!r}"
+            if not isinstance(item, dict):
+                item = f"not a JSON object: {line.strip()[:60]!r}"
+            # An escape such as \ud800 is no character either.
+            elif not _is_utf8(json.dumps(item, ensure_ascii=False) if "\\u" in line else line):
+                item = _NOT_UTF8
+            yield item
         return
     reader = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-    header = next(reader, [])
-    for fields in reader:
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{where}, header: {error}") from error
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{where} has more than one column {twice[0]!r}; rename one")
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield str(error)
+            continue
         if len(fields) == len(header):
-            # An empty field is how a csv writes a null.
-            yield {name: field or None for name, field in zip(header, fields, strict=True)}
+            if _is_utf8("".join(fields)):
+                # An empty field is how a csv writes a null.
+                yield {name: field or None for name, field in zip(header, fields, strict=True)}
+            else:
+                yield _NOT_UTF8
         elif fields:
             yield f"{len(fields)} fields where the header has {len(header)}; quote fields that hold the separator"
+
+
+_NOT_UTF8 = "not UTF-8; save the file as UTF-8"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def canonical(
@@ -214,16 +246,11 @@ def canonical(
     """Rename the columns, check every row and give it its number. Raises `DataError` with the source and the row."""
     names: dict[str, str] | None = None
     for row, values in enumerate(rows):
-        names = names or _match_columns(list(values), where, columns, labelled)
+        names = names or match_columns(list(values), where, columns, labelled)
         place = f"{where}, row {row + 1}"
-        pair: dict[str, Any] = {"row": row}
-        for side in ("text_a", "text_b"):
-            text = values.get(names[side])
-            if text is None:
-                raise DataError(f"{place}: {names[side]} is null; remove the row or fill in the question")
-            if not isinstance(text, str):
-                raise DataError(f"{place}: {names[side]} is not text but {type(text).__name__} ({one_line(text)[:60]})")
-            pair[side] = text
+        if wrong := what_is_wrong(values, names):
+            raise DataError(f"{place}: {wrong}")
+        pair: dict[str, Any] = {"row": row, **{side: values[names[side]] for side in ("text_a", "text_b")}}
         if labelled:
             pair["label"] = _parse_label(values.get(names["label"]), place, names["label"])
         yield pair
@@ -231,7 +258,19 @@ def canonical(
         raise DataError(f"{where} has no rows")
 
 
-def _match_columns(found: list[str], where: str, columns: Mapping[str, str], labelled: bool) -> dict[str, str]:
+def what_is_wrong(values: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+    """Why a row's texts cannot be scored, or None; `names` are the columns of `text_a` and `text_b`."""
+    for side in ("text_a", "text_b"):
+        text = values.get(names[side])
+        if text is None:
+            return f"{names[side]} is null; remove the row or fill in the question"
+        if not isinstance(text, str):
+            return f"{names[side]} is not text but {type(text).__name__} ({one_line(text)[:60]})"
+    return None
+
+
+def match_columns(found: list[str], where: str, columns: Mapping[str, str], labelled: bool) -> dict[str, str]:
+    """The source's own name of each of our columns; raises `DataError` if one is missing."""
     names: dict[str, str] = {}
     for ours, aliases in ALIASES.items():
         if ours == "label" and not labelled:

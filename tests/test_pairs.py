@@ -70,7 +70,7 @@ def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
 
 def test_bytes_that_are_no_utf8_are_named(tmp_path: Path):
     (tmp_path / "p.csv").write_bytes(HEADER.encode() + b"caf\xe9,b,1\n")
-    with pytest.raises(DataError, match=r"p\.csv, near row 1: not UTF-8"):
+    with pytest.raises(DataError, match=r"p\.csv, row 1: not UTF-8"):
         pairs.read(str(tmp_path / "p.csv"))
 
 

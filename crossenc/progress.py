@@ -1,0 +1,69 @@
+"""Progress of loops outside the Trainer, with the time left: a bar on a terminal, else a line every ten seconds."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show how far `what` has come; gives the function to call with how many more are done.
+
+    Args:
+        what: a verb and its object, such as "score pairs".
+        total: how many there are.
+        done: how many an earlier run did: they count as done, but not for the speed.
+    """
+    if sys.stderr.isatty():
+        with _bar(what, total, done) as advance:
+            yield advance
+    else:
+        yield _lines(what, total, done)
+
+
+@contextmanager
+def _bar(what: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
+
+
+def _lines(what: str, total: int, done: int) -> Callable[[int], None]:
+    start = written = time.monotonic()
+    before = done
+
+    def advance(count: int) -> None:
+        nonlocal done, written
+        done += count
+        now = time.monotonic()
+        if now - written >= SECONDS_BETWEEN_LINES and done > before:
+            written = now
+            left = (now - start) / (done - before) * (total - done)
+            log.info("%s: %s of %s, %s left", what, f"{done:,}", f"{total:,}", _duration(left))
+
+    return advance
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
