@@ -110,6 +110,38 @@ def write_card(folder: Path, name: str, checkpoint: dict[str, Any], figures: dic
     card.save(folder / "README.md")
 
 
+def add_onnx(folder: Path, figures: dict[str, float]) -> None:
+    """Tell of an export's ONNX files in its card.
+
+    Args:
+        folder: the export.
+        figures: of the file with 8-bit weights, if there is one: `rows`, the average precision of `onnx` and
+            `onnx-int8` on them, and the largest `difference` of scores.
+    """
+    text = """
+
+## ONNX
+
+`onnx/model.onnx` gives the same scores by onnxruntime, in fp32:
+
+```python
+model = CrossEncoder("{name}", backend="onnx")
+```
+"""
+    int8 = """
+`onnx/model_qint8.onnx` has its weights in 8 bits (`model_kwargs={{"file_name": "onnx/model_qint8.onnx"}}`). On
+{rows:,.0f} dev pairs its average precision is {onnx-int8:.4f}, and that of fp32 {onnx:.4f}: a loss of {loss:.4f}.
+Scores differ by {difference:.3f} at most.
+"""
+    card = folder / "README.md"
+    content = card.read_text(encoding="utf-8")
+    name = re.search(r"^# (.*)$", content, re.MULTILINE)
+    content = content.rstrip() + text.format(name=name[1] if name else folder.name)
+    if figures:
+        content += int8.format(**figures, loss=figures["onnx"] - figures["onnx-int8"])
+    card.write_text(content, encoding="utf-8")
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name can be an id on the Hub (`owner/name`) and is no path of this machine."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", name)) and not Path(name).exists() and name[0] not in "./"

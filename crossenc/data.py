@@ -179,6 +179,13 @@ class PairDataModule(LightningDataModule):
     def _read(self, source: str, labelled: bool = True) -> Dataset:
         return pairs.read(source, self.subset, self.columns, labelled)
 
+    def read_split(self, split: str) -> Dataset:
+        """The pairs of one split as texts, with their labels; raises `DataError` if there are none."""
+        parts = self._read_splits((split,))
+        if split not in parts:
+            raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
+        return parts[split].take(min(self.limit or sys.maxsize, len(parts[split])))
+
     def _sources(self) -> dict[str, str]:
         """Where each split is read; those that are not named are cut off `train`."""
         if self.source == pairs.SAMPLE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -87,6 +88,15 @@ def _encode_batch(
         "cut": [bool(e.overflowing) for e in encodings],
     }
     return columns | ({"token_type_ids": [e.type_ids for e in encodings]} if with_types else {})
+
+
+def encode_texts(
+    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> dict[str, list[Any]]:
+    """The columns that `encode` makes, for pairs of texts in memory."""
+    rules, with_types = tokenizer.backend_tokenizer.to_str(), "token_type_ids" in tokenizer.model_input_names
+    texts = {"text_a": [a for a, _ in pairs], "text_b": [b for _, b in pairs]}
+    return _encode_batch(texts, rules, max_length, with_types, __version__)
 
 
 @cache

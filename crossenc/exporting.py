@@ -5,19 +5,20 @@ The folder is written beside its target, loaded again, compared with the checkpo
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-import pickle
+import math
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, ExportError
+from .errors import ExportError, UsageError
+from .loading import load_checkpoint
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
     from .module import CrossEncoderModule
@@ -28,6 +29,8 @@ ACTIVATION = "torch.nn.modules.activation.Sigmoid"
 # sentence-transformers reads its three files from this version on; written where it is not installed.
 _ST_VERSION = "6.2.0"
 TOLERANCE = 1e-5
+# onnxruntime fuses and orders sums in its own way.
+ONNX_TOLERANCE = 1e-4
 _PROBES = (
     ("How do I learn to swim?", "What is the best way to learn swimming?"),
     ("How do I learn to swim?", ""),
@@ -36,20 +39,33 @@ _PROBES = (
 )
 
 
-def export(checkpoint: str, output: str, overwrite: bool = False) -> Path:
+def export(
+    checkpoint: str,
+    output: str,
+    overwrite: bool = False,
+    onnx: bool = False,
+    int8: bool = False,
+    dev: str | None = None,
+) -> Path:
     """Write the export of a checkpoint: weights, tokenizer, the readers' files and a model card.
 
     Args:
         checkpoint: A `.ckpt` file that `crossenc fit` wrote.
         output: The folder to write.
         overwrite: Replace an export that is there already.
+        onnx: Add `onnx/model.onnx`, of any batch and length, in fp32. Needs the extra `onnx`.
+        int8: Add `onnx/model_qint8.onnx` too, with 8-bit weights; what it loses on the dev pairs is told in the card.
+        dev: The labelled pairs for that: a file, or a name like those of fit; by default the dev pairs of the run that
+            the checkpoint lies in.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: The file is missing or was not written by crossenc.
+        DataError, HubError: The dev pairs cannot be read.
         ExportError: The folder is there already, or the export does not score as the checkpoint does.
+        UsageError: `int8`, and there are no dev pairs.
     """
     target = Path(output)
     if target.exists():
@@ -57,7 +73,7 @@ def export(checkpoint: str, output: str, overwrite: bool = False) -> Path:
             raise ExportError(f"{target} is there already; choose another folder, or give --overwrite")
         if not (target / "modules.json").is_file():
             raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
-    loaded, module, tokenizer = _load(Path(checkpoint))
+    loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
         unfinished = Path(space) / "new"
@@ -70,10 +86,71 @@ def export(checkpoint: str, output: str, overwrite: bool = False) -> Path:
             raise ExportError(
                 f"the export of {checkpoint} gives scores that differ by {worst:.2g} from the checkpoint's"
             )
+        if onnx or int8:
+            _add_onnx(unfinished, expected, _dev_pairs(Path(checkpoint), dev) if int8 else None)
         if target.exists():
             target.rename(Path(space) / "old")
         unfinished.rename(target)
     return target
+
+
+def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> None:
+    """Write the ONNX files, compare them with the checkpoint, and tell of them in the card."""
+    from .card import add_onnx
+    from .onnx_model import write_onnx
+    from .scorer import Backend, Scoring, score_chunks
+    from .scoring import sigmoid
+
+    def score(backend: Backend, pairs: Sequence[tuple[str, str]]) -> Any:
+        ((_, logits),) = score_chunks(Scoring(str(folder), backend=backend), [(0, list(pairs))])
+        return sigmoid(logits)
+
+    write_onnx(folder, int8=dev is not None)
+    worst = abs(score("onnx", _PROBES) - expected).max()
+    if not worst <= ONNX_TOLERANCE:
+        raise ExportError(
+            f"{folder.name}/onnx/model.onnx gives scores that differ by {worst:.2g} from the checkpoint's"
+        )
+    figures = {}
+    if dev is not None:
+        import torch
+        from torchmetrics.functional.classification import binary_average_precision
+
+        pairs, labels = list(zip(dev["text_a"], dev["text_b"], strict=True)), torch.tensor(dev["label"][:]) >= 0.5
+        scores = {backend: score(backend, pairs) for backend in ("onnx", "onnx-int8")}
+        figures = {
+            backend: binary_average_precision(torch.from_numpy(found), labels.long()).item()
+            for backend, found in scores.items()
+        }
+        figures["difference"] = float(abs(scores["onnx"] - scores["onnx-int8"]).max())
+        if not math.isfinite(sum(figures.values())):
+            raise ExportError(
+                "the average precision of the 8-bit model cannot be measured: all dev labels are the same"
+            )
+        log.info(
+            "average precision on %s dev pairs: %.4f, with 8-bit weights %.4f; scores differ by up to %.3f",
+            f"{len(pairs):,}", *figures.values(),
+        )  # fmt: skip
+        figures["rows"] = len(pairs)
+    add_onnx(folder, figures)
+
+
+def _dev_pairs(checkpoint: Path, dev: str | None) -> Dataset:
+    """Labelled pairs of `dev`, or the dev pairs of the run that a checkpoint lies in, as its config.yaml has them."""
+    from . import pairs
+
+    if dev is not None:
+        return pairs.read(dev)
+    import yaml
+
+    from .data import PairDataModule
+
+    config = checkpoint.parent / "config.yaml"
+    if not config.is_file():
+        raise UsageError(f"--int8 is measured on dev pairs, and there is no {config} that tells them; give --dev FILE")
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    model = {name: settings["model"][name] for name in ("backbone", "max_length", "trust_remote_code", "revision")}
+    return PairDataModule(**settings["data"] | model).read_split("val")
 
 
 def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -90,29 +167,6 @@ def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[fl
     with torch.inference_mode():
         scores: list[float] = model.eval()(**inputs).logits[:, 0].sigmoid().tolist()
     return scores
-
-
-def _load(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, PreTrainedTokenizerFast]:
-    import torch
-
-    from .backbone import load_tokenizer
-    from .module import CrossEncoderModule
-
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint that can be read: the file is damaged or of another kind"
-        ) from error
-    if not isinstance(loaded, dict) or "crossenc" not in loaded:
-        raise CheckpointError(f"{path} was not written by crossenc")
-    settings = loaded["hyper_parameters"]
-    # The digest guards the backbone's own weights; these come from the checkpoint.
-    module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)
-    tokenizer = load_tokenizer(settings["backbone"], settings["trust_remote_code"], settings["revision"])
-    return loaded, module.eval(), copy.deepcopy(tokenizer)
 
 
 def _module_scores(

@@ -76,3 +76,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
     code = main(["fit", *arguments, "--output", str(output), "--run", "short", "--trainer.accelerator", "cpu"])
     assert code == 0
     return output / "short"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export-like folder of a very small model with random weights, for what scores do not matter to."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from crossenc.backbone import load_tokenizer, quiet_transformers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=30_522, num_labels=1, initializer_range=0.3, **sizes)
+    config.crossenc = {"threshold": 0.5}
+    with quiet_transformers():
+        BertForSequenceClassification(config).save_pretrained(folder)
+        load_tokenizer(BACKBONE).save_pretrained(folder)
+    return folder

@@ -1,0 +1,135 @@
+"""Load a trained model from whatever holds it: an export's folder, a Hub id, or a checkpoint of `fit`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .backbone import load_model, load_tokenizer, locate, resolve_max_length
+from .errors import BackboneError, CheckpointError, HubError, one_line
+from .tables import file_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from .module import CrossEncoderModule
+
+# What a model consists of; a repository may hold its weights in other forms too.
+_MODEL_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
+_ONNX_FILES = ("onnx/*",)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to score pairs, in fp32 and evaluation mode, on the CPU.
+
+    `max_length` is in tokens; `threshold` is the score from which on a pair is a duplicate, None if none was chosen.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    max_length: int
+    threshold: float | None
+
+
+def load(model: str) -> LoadedModel:
+    """Load a model that gives one logit to a pair.
+
+    Args:
+        model: the folder of an export (or of any single-label sequence classifier), a Hub id, or a `.ckpt` file.
+
+    Raises:
+        BackboneError: the folder holds no such model.
+        CheckpointError: the checkpoint is missing or was not written by crossenc.
+        HubError: the Hub is out of reach or has no such model.
+    """
+    path = find(model)
+    if path.is_file():
+        _, module, tokenizer = load_checkpoint(path)
+        plain = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
+        return LoadedModel(plain.eval(), tokenizer, module.max_length, module.threshold)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
+    folder = str(path)
+    return LoadedModel(
+        load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None), _threshold(config)
+    )
+
+
+def find(model: str, onnx: bool = False) -> Path:
+    """The checkpoint's file or the model's folder; a Hub id is downloaded first, with its ONNX files if asked for."""
+    if model.endswith(".ckpt"):
+        if not Path(model).is_file():
+            raise CheckpointError(f"{model}: no such checkpoint")
+        return Path(model)
+    located = locate(model)
+    if Path(located).is_dir():
+        return Path(located)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(located, allow_patterns=[*_MODEL_FILES, *(_ONNX_FILES if onnx else ())]))
+    except HFValidationError as error:
+        raise BackboneError(f"{model} is no folder, no .ckpt file and no Hub id: {one_line(error)}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"model {model} could not be read from the Hugging Face Hub ({one_line(error)}); "
+            "give an export's folder or a .ckpt file"
+        ) from error
+
+
+def fingerprint(path: Path) -> str:
+    """A short hash of all that decides a model's scores: its weights, config and tokenizer, or the checkpoint."""
+    digest = sha256()
+    files = [path] if path.is_file() else sorted(f for kind in (*_MODEL_FILES, *_ONNX_FILES) for f in path.rglob(kind))
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file_digest(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def read_threshold(model: str) -> float | None:
+    """The threshold that a model stored, without loading its weights where that can be."""
+    path = find(model)
+    if path.is_file():
+        return load(model).threshold
+    return _threshold(json.loads((path / "config.json").read_text(encoding="utf-8")))
+
+
+def _threshold(config: dict[str, Any]) -> float | None:
+    threshold: float | None = config.get("crossenc", {}).get("threshold")
+    return threshold
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, PreTrainedTokenizerFast]:
+    """What a checkpoint holds, its module in evaluation mode, and a tokenizer of its own, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or was not written by crossenc.
+    """
+    import torch
+
+    from .module import CrossEncoderModule
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint that can be read: the file is damaged or of another kind"
+        ) from error
+    if not isinstance(loaded, dict) or "crossenc" not in loaded:
+        raise CheckpointError(f"{path} was not written by crossenc")
+    settings = loaded["hyper_parameters"]
+    # The digest guards the backbone's own weights; these come from the checkpoint.
+    module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)
+    tokenizer = load_tokenizer(settings["backbone"], settings["trust_remote_code"], settings["revision"])
+    return loaded, module.eval(), copy.deepcopy(tokenizer)

@@ -1,0 +1,236 @@
+"""Score chunks of pairs on one device or many: the engine under `score`, `rerank` and `mine`.
+
+1 prepare   token ids of a chunk, its batches by length, in a thread of its own while the chunk before is computed
+2 compute   logits, by torch or onnxruntime
+3 share     with several devices one process each, which takes the next chunk when it is done with its last: none waits
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backbone import load_tokenizer, resolve_max_length
+from .errors import CrossencError, UsageError
+from .loading import find, fingerprint, load
+from .onnx_model import OnnxModel
+
+Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true"]
+Backend: TypeAlias = Literal["torch", "onnx", "onnx-int8"]
+Texts: TypeAlias = list[tuple[str, str]]
+Logits: TypeAlias = NDArray[np.float32]
+# Tokens in a batch, padding included, as in evaluation.
+_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+# Tokens that could be computed in the time that one more piece of a batch takes.
+PIECE_COST = {"cpu": 75, "cuda": 4_096}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What decides a pair's score: the model and how it is computed; and on how many devices."""
+
+    model: str
+    precision: Precision = "32-true"
+    backend: Backend = "torch"
+    both_orders: bool = False
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise UsageError(f"devices {self.devices} is not at least 1")
+        if self.backend != "torch" and self.precision != "32-true":
+            raise UsageError(f"precision {self.precision} is torch's; backend {self.backend} has its own")
+
+    def facts(self) -> dict[str, Any]:
+        """What finished parts depend on, in plain types; the number of devices is none of it."""
+        return {
+            "model": fingerprint(find(self.model, onnx=self.backend != "torch")),
+            "precision": self.precision,
+            "backend": self.backend,
+            "both_orders": self.both_orders,
+        }
+
+
+def score_chunks(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
+    """Logits of numbered chunks of pairs, each of shape (pairs,), in the order in which they are done."""
+    if scoring.devices == 1:
+        yield from _overlapped(Scorer(scoring), chunks)
+    else:
+        yield from _shared(scoring, chunks)
+
+
+class Scorer:
+    """One model on one device; the `rank`th of those that there are."""
+
+    def __init__(self, scoring: Scoring, rank: int = 0) -> None:
+        import torch
+
+        self.scoring, self.compute = scoring, self._by_torch
+        threads = max(1, len(os.sched_getaffinity(0)) // scoring.devices)
+        if scoring.backend != "torch":
+            folder = find(scoring.model, onnx=True)
+            self.tokenizer, self.max_length = load_tokenizer(str(folder)), resolve_max_length(str(folder), None)
+            self.model: Any = OnnxModel(folder, scoring.backend, rank, threads)
+            self.device, self.compute = torch.device("cpu"), self._by_onnx
+            return
+        loaded = load(scoring.model)
+        self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, loaded.max_length
+        self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cpu" and scoring.devices > 1:
+            torch.set_num_threads(threads)
+        self.model.to(self.device, torch.bfloat16 if scoring.precision == "bf16-true" else torch.float32)
+
+    def prepare(self, texts: Texts) -> tuple[int, list[Any]]:
+        """The number of rows to compute, and their batches: those of a chunk, or twice as many in both orders."""
+        import pyarrow
+
+        from .encode import PairCollator, encode_texts
+        from .sampler import plan_evaluation
+
+        both = texts + [(b, a) for a, b in texts] if self.scoring.both_orders else texts
+        columns = encode_texts(both, self.tokenizer, self.max_length)
+        table = pyarrow.table({"row": np.arange(len(both)), **columns}).drop_columns("cut")
+        kind = self.device.type
+        plan = plan_evaluation(table["length"].to_numpy(), _TOKENS[kind], rank=0, ranks=1)
+        if self.compute == self._by_onnx:
+            return len(both), [(rows, self._pad(columns, rows)) for rows in plan]
+        collate = PairCollator(self.tokenizer, piece_cost=PIECE_COST[kind])
+        return len(both), [collate(table.take(rows)) for rows in plan]
+
+    def _pad(self, columns: dict[str, list[Any]], rows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        shape = (len(rows), columns["length"][rows[0]])  # the first is the longest
+        inputs = {"attention_mask": np.zeros(shape, dtype=np.int64)}
+        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        for name in padding.keys() & columns:
+            inputs[name] = np.full(shape, padding[name], dtype=np.int64)
+        for place, row in enumerate(rows):
+            length = columns["length"][row]
+            inputs["attention_mask"][place, :length] = 1
+            for name in padding.keys() & columns:
+                inputs[name][place, :length] = columns[name][row]
+        return inputs
+
+    def logits(self, prepared: tuple[int, list[Any]]) -> Logits:
+        """The logits of a chunk, in its order; the mean of both orders where both were asked for."""
+        logits = self.compute(*prepared)
+        return logits.reshape(2, -1).mean(0) if self.scoring.both_orders else logits
+
+    def _by_torch(self, count: int, batches: list[Any]) -> Logits:
+        import torch
+
+        from .forward import pair_logits
+
+        found = torch.empty(count, device=self.device)
+        mixed = self.scoring.precision == "bf16-mixed"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            for batch in batches:
+                batch = _on(batch, self.device)
+                found[batch["row"]] = pair_logits(self.model, batch)
+        logits: Logits = found.cpu().numpy()
+        return logits
+
+    def _by_onnx(self, count: int, batches: list[Any]) -> Logits:
+        found = np.empty(count, dtype=np.float32)
+        for rows, inputs in batches:
+            found[rows] = self.model(inputs)
+        return found
+
+
+def _on(item: Any, device: Any) -> Any:
+    """A batch on a device, whatever its tensors stand in."""
+    if isinstance(item, dict):
+        return {name: _on(value, device) for name, value in item.items()}
+    if isinstance(item, list | tuple):
+        return type(item)(_on(value, device) for value in item)
+    return item.to(device, non_blocking=True) if hasattr(item, "to") else item
+
+
+def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
+    """A thread prepares the next chunk while the model computes the last; tokenizing leaves Python's lock."""
+    waiting: tuple[int, Future[Any]] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for number, texts in chunks:
+            coming = (number, pool.submit(scorer.prepare, texts))
+            if waiting:
+                yield waiting[0], scorer.logits(waiting[1].result())
+            waiting = coming
+        if waiting:
+            yield waiting[0], scorer.logits(waiting[1].result())
+
+
+def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
+    context = multiprocessing.get_context("spawn")  # a process that was forked cannot use a GPU
+    tasks, results = context.Queue(), context.Queue()
+    workers = [
+        context.Process(target=_work, args=(scoring, rank, tasks, results), daemon=True)
+        for rank in range(scoring.devices)
+    ]
+    coming, underway = iter(chunks), 0
+    try:
+        for worker in workers:
+            worker.start()
+        # Each process computes one chunk and prepares the next; as many wait, and no more are read ahead.
+        for first in islice(coming, 4 * scoring.devices):
+            tasks.put(first)
+            underway += 1
+        more = True
+        while underway:
+            if more and (chunk := next(coming, None)) is not None:
+                tasks.put(chunk)
+                underway += 1
+            elif more:
+                more = False
+                for _ in workers:
+                    tasks.put(None)
+            yield _next_result(results, workers)
+            underway -= 1
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
+    while True:
+        try:
+            number, found = results.get(timeout=1)
+        except queue.Empty:
+            if dead := [worker for worker in workers if worker.exitcode]:
+                raise UsageError(
+                    f"a scoring process ended by itself (exit code {dead[0].exitcode}), perhaps for want of memory; "
+                    "finished parts are kept: give the same command again, or fewer devices"
+                ) from None
+            continue
+        if isinstance(found, Exception):
+            raise found
+        return number, found
+
+
+def _work(scoring: Scoring, rank: int, tasks: Any, results: Any) -> None:
+    """One device's process: takes chunks until its parent ends it, or ends by itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        for number, logits in _overlapped(Scorer(scoring, rank), iter(tasks.get, None)):
+            results.put((number, logits))
+    except CrossencError as error:
+        results.put((None, type(error)(str(error))))
+    except Exception as error:
+        results.put((None, RuntimeError(f"in a scoring process: {type(error).__name__}: {error}")))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)

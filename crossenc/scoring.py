@@ -1,0 +1,253 @@
+"""`score`: a score for every pair of a file of any size, a list or a DataFrame.
+
+1 check   every row is read once, so that a broken one is known before anything is scored
+2 score   chunk by chunk; the logits of each are one part in `.OUTPUT.parts/`, written whole or not at all
+3 join    the input's rows are read again, get their scores, and go to the output in the input's order
+
+What a broken run leaves are its parts: the same command goes on with them. Memory holds a few chunks, whatever the
+size of the input.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .errors import DataError
+from .pairs import SUFFIXES, match_columns, what_is_wrong
+from .parts import Parts
+from .progress import progress
+from .scorer import Backend, Logits, Precision, Scoring, Texts, score_chunks
+from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, write_table
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+log = logging.getLogger(__name__)
+
+SIDES = ("text_a", "text_b")
+
+
+def score(
+    model: str,
+    pairs: Any,
+    output: str | None = None,
+    *,
+    columns: dict[str, str] | None = None,
+    column: str = "score",
+    logit: bool = False,
+    both_orders: bool = False,
+    precision: Precision = "32-true",
+    backend: Backend = "torch",
+    devices: int = 1,
+    on_error: Literal["stop", "skip"] = "stop",
+    overwrite: bool = False,
+) -> Path | pandas.DataFrame | Logits:
+    """Score pairs, from 0 (they ask different things) to 1 (the same).
+
+    A run that was broken goes on where it was when it is called again with the same arguments.
+
+    Args:
+        model: An export's folder, a Hub id, or a `.ckpt` file of fit.
+        pairs: A csv, tsv, jsonl or parquet file, `-` (standard input, in jsonl), a DataFrame, or a list of pairs.
+        output: The file to write, its format told by its name, or `-` (standard output, in jsonl): the input's columns
+            in their order, and the new ones.
+        columns: The input's own column names: `{text_a: left, text_b: right}`. The usual names need no mention.
+        column: Name of the new column.
+        logit: Add the logit too, which the score is the sigmoid of; its column is called `logit`.
+        both_orders: Score each pair in both orders of its texts and take the mean logit, in twice the time.
+        precision: `32-true`, or with bf16 where it pays: `bf16-mixed`, or `bf16-true` with the weights in it too.
+        backend: `torch`, or the `onnx` or `onnx-int8` file of an export that has one.
+        devices: GPUs, or processes on a CPU, that share the pairs.
+        on_error: `stop` before anything is scored if a row is broken, or `skip` broken rows: they are left out and
+            listed in `OUTPUT.skipped.jsonl`; in a list or DataFrame their score is NaN.
+        overwrite: Replace an output that is there already, and drop unfinished work that does not fit.
+
+    Returns:
+        The output's path; without an output a copy of the DataFrame with the new columns, or for other input the
+        scores, shape (rows,).
+
+    Raises:
+        BackboneError, CheckpointError, HubError: The model cannot be loaded.
+        DataError: The input cannot be read, or a row is broken.
+        OutputError: The output is there already, or cannot be written.
+    """
+    scoring = Scoring(model, precision, backend, both_orders, devices)
+    with ExitStack() as stack:
+        table = stack.enter_context(open_table(pairs, SIDES))
+        if output is not None:
+            claim_output(output, SUFFIXES, overwrite)
+        new = ([("logit")] if logit else []) + [column]
+        checked = _check(table, columns or {}, new, on_error, _schema_needed(output))
+        folder = None if output in (None, STANDARD) else _parts_folder(str(output))
+        facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
+        parts = Parts(folder, facts | scoring.facts(), overwrite)
+        texts = (
+            (number, [(row[checked.names["text_a"]], row[checked.names["text_b"]]) for _, row in chunk])
+            for number, chunk in enumerate(chunked(_good_rows(table, checked.names)))
+        )
+        score_into(parts, scoring, texts, checked.good)
+        if output is None:
+            return _in_memory(table, checked, parts, new)
+        _join(table, checked, parts, new, output)
+        if folder:
+            shutil.rmtree(folder)
+            log.info("scores of %s pairs: %s", f"{checked.good:,}", output)
+        return Path(output)
+
+
+def score_into(parts: Parts, scoring: Scoring, chunks: Iterator[tuple[int, Texts]], total: int) -> None:
+    """Score numbered chunks of `total` pairs in all, but for those that `parts` has already."""
+    number_of_parts = -(-total // CHUNK)
+    done = sum(min(CHUNK, total - CHUNK * number) for number in range(number_of_parts) if number in parts)
+    if done:
+        log.info("%s of %s pairs are scored already", f"{done:,}", f"{total:,}")
+    if done == total:
+        return
+    start = time.monotonic()
+    with progress("score pairs", total, done) as advance:
+        for number, logits in score_chunks(scoring, (chunk for chunk in chunks if chunk[0] not in parts)):
+            parts[number] = logits
+            advance(len(logits))
+    log.info("%s pairs scored, %.0f a second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
+
+
+def sigmoid(logits: Logits) -> Logits:
+    """Scores of logits."""
+    from scipy.special import expit
+
+    scores: Logits = expit(logits)
+    return scores
+
+
+def decimals(values: Logits) -> list[float]:
+    """Each number with as few digits as tell it from other fp32 numbers, so that files hold no meaningless ones."""
+    return [float(text) for text in values.astype(str)]
+
+
+@dataclass
+class _Checked:
+    """What one reading of the input found."""
+
+    names: dict[str, str] = field(default_factory=dict)  # the input's own, of text_a and text_b
+    columns: dict[str, None] = field(default_factory=dict)  # in the order of their first appearance
+    rows: int = 0
+    good: int = 0
+    schema: pyarrow.Schema | None = None
+
+
+def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str, infer: bool) -> _Checked:
+    """Read every row once; raises `DataError` if one is broken and `on_error` is `stop`, or if there is none."""
+    found = _Checked(schema=table.schema() if infer else None)
+    broken: list[tuple[int, str]] = []
+    infer = infer and found.schema is None
+    for chunk in chunked(table):
+        whole = [row for row in chunk if not isinstance(row, str)]
+        if whole and not found.names:
+            found.names = match_columns(list(whole[0]), table.where, columns, labelled=False)
+        for row in chunk:
+            found.rows += 1
+            wrong = row if isinstance(row, str) else what_is_wrong(row, found.names)
+            if wrong is None:
+                found.good += 1
+                found.columns.update(dict.fromkeys(row))
+            elif len(broken) < 10:
+                broken.append((found.rows, wrong))
+        if infer:
+            found.schema = _widen(found.schema, whole, table.where)
+    if broken and on_error == "stop":
+        row, wrong = broken[0]
+        others = f" (and {found.rows - found.good - 1:,} more rows)" if found.rows - found.good > 1 else ""
+        raise DataError(f"{table.where}, row {row}: {wrong}{others}; --on_error skip leaves out such rows")
+    if not found.good:
+        raise DataError(f"{table.where} has no rows that can be scored")
+    if taken := [name for name in new if name in found.columns]:
+        raise DataError(f"{table.where} has a column {taken[0]} already; name the new one with --column NAME")
+    return found
+
+
+def _widen(schema: pyarrow.Schema | None, rows: list[Row], where: str) -> pyarrow.Schema:
+    import pyarrow
+
+    try:
+        more = pyarrow.Table.from_pylist([dict(row) for row in rows]).schema
+        return more if schema is None else pyarrow.unify_schemas([schema, more], promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"{where} has columns of mixed types, which parquet cannot hold: {error}; write jsonl"
+        ) from error
+
+
+def _good_rows(table: Table, names: dict[str, str], broken: Any = None) -> Iterator[tuple[int, Row]]:
+    """The rows that can be scored, with their number from 0; `broken` is called with the others' number and fault."""
+    for number, row in enumerate(table):
+        wrong = row if isinstance(row, str) else what_is_wrong(row, names)
+        if wrong is None:
+            yield number, row  # type: ignore[misc]
+        elif broken:
+            broken(number, wrong)
+
+
+def _schema_needed(output: str | None) -> bool:
+    return output is not None and Path(output).suffix.lower() == ".parquet"
+
+
+def _parts_folder(output: str) -> Path:
+    return Path(output).with_name(f".{Path(output).name}.parts")
+
+
+def _new_values(logits: Logits, new: list[str]) -> list[Any]:
+    """The new columns of one part, in the order of their names."""
+    return [logits, sigmoid(logits)][-len(new) :]
+
+
+def _in_memory(table: Table, checked: _Checked, parts: Parts, new: list[str]) -> Any:
+    logits = np.full(checked.rows, np.nan, dtype=np.float32)
+    places = [number for number, _ in _good_rows(table, checked.names)]
+    logits[places] = np.concatenate(list(parts.all(-(-checked.good // CHUNK))))
+    values = dict(zip(new, _new_values(logits, new), strict=True))
+    if isinstance(table.source, Path | list):
+        return values[new[-1]]
+    frame = table.source.copy()  # type: ignore[union-attr]
+    for name, column in values.items():
+        frame[name] = column
+    return frame
+
+
+def _join(table: Table, checked: _Checked, parts: Parts, new: list[str], output: str) -> None:
+    import pyarrow
+
+    schema = checked.schema
+    if schema is not None:
+        schema = pyarrow.schema([*schema, *(pyarrow.field(name, pyarrow.float32()) for name in new)])
+    skipped: list[Row] = []
+    rows = _good_rows(table, checked.names, lambda row, wrong: skipped.append({"row": row + 1, "error": wrong}))
+    with ExitStack() as stack:
+        take = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
+        side = None
+        if checked.good < checked.rows:
+            where = f"{output}.skipped.jsonl" if output != STANDARD else "skipped.jsonl"
+            side = stack.enter_context(write_table(where, ["row", "error"]))
+            log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", where)
+        for number, chunk in enumerate(chunked(rows)):
+            values = [decimals(column) for column in _new_values(parts[number], new)]
+            take(
+                [
+                    {**row, **dict(zip(new, numbers, strict=True))}
+                    for (_, row), *numbers in zip(chunk, *values, strict=True)
+                ]
+            )
+            if side:
+                side(skipped)
+                skipped.clear()
+        if side:
+            side(skipped)

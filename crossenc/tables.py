@@ -1,0 +1,254 @@
+"""Tables of rows, whatever holds them: read row by row with what is wrong named, and written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .errors import DataError, OutputError, UsageError
+from .pairs import SUFFIXES, is_local, rows_of_file
+from .parts import writing
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+log = logging.getLogger(__name__)
+
+Row: TypeAlias = Mapping[str, Any]
+STANDARD = "-"  # standard input or output, in jsonl
+# Rows that are read, scored and written together: what is kept of a broken run is whole chunks.
+CHUNK = 10_000
+
+
+class Table:
+    """Rows that can be read again and again: of a file, a list or a DataFrame.
+
+    Args:
+        source: the file, or the rows themselves.
+        where: what messages call it.
+    """
+
+    def __init__(self, source: Path | Sequence[Row] | pandas.DataFrame, where: str) -> None:
+        self.source, self.where = source, where
+
+    def __iter__(self) -> Iterator[Row | str]:
+        """The rows; a string in place of a row says what is wrong with it."""
+        if isinstance(self.source, Path):
+            yield from rows_of_file(self.source, self.where)
+        elif isinstance(self.source, Sequence):
+            yield from self.source
+        else:
+            for start in range(0, len(self.source), CHUNK):
+                yield from self.source.iloc[start : start + CHUNK].to_dict("records")
+
+    def digest(self) -> str:
+        """A hash of all that the table holds."""
+        if isinstance(self.source, Path):
+            return file_digest(self.source)
+        digest = sha256()
+        for row in self:
+            digest.update(repr(row).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def schema(self) -> pyarrow.Schema | None:
+        """The types of the columns where the source has them; text in csv and tsv; else None."""
+        import pyarrow
+        import pyarrow.parquet
+
+        if not isinstance(self.source, Path):
+            return None if isinstance(self.source, Sequence) else pyarrow.Schema.from_pandas(self.source, False)
+        if self.source.suffix.lower() == ".parquet":
+            return pyarrow.parquet.read_schema(self.source).remove_metadata()
+        return None
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
+    """The table behind a file's name, `-`, a DataFrame, or a list: of rows, or of tuples or single values.
+
+    Args:
+        source: what it is. Standard input is copied to a temporary file, since rows are read more than once.
+        names: the columns of a list's tuples.
+
+    Raises:
+        DataError: there is no such file, or its format cannot be told from its name.
+    """
+    if isinstance(source, str | Path):
+        if str(source) == STANDARD:
+            with tempfile.NamedTemporaryFile(suffix=".jsonl") as spool:
+                with writing("the copy of standard input"):
+                    shutil.copyfileobj(sys.stdin.buffer, spool)
+                    spool.flush()
+                yield Table(Path(spool.name), "standard input")
+            return
+        path = Path(source)
+        if not is_local(str(source)) or path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{source}: cannot tell its format; give a file named {', '.join(SUFFIXES)}, or -")
+        yield Table(path, str(source))
+    elif hasattr(source, "iloc"):
+        yield Table(source, "the DataFrame")
+    else:
+        yield Table([_as_row(item, names) for item in source], "the list")
+
+
+def _as_row(item: Any, names: Sequence[str]) -> Row:
+    if isinstance(item, Mapping):
+        return item
+    values = (item,) if isinstance(item, str) else tuple(item)
+    if len(values) != len(names):
+        raise DataError(f"the list holds {item!r}, where {' and '.join(names)} are needed")
+    return dict(zip(names, values, strict=True))
+
+
+def chunked(rows: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:
+    """The rows in lists of `size`; the last may be shorter."""
+    rows = iter(rows)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def claim_output(output: str, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Make sure that an output can be written, before any work is done.
+
+    Raises:
+        OutputError: it is there already, or its folder cannot be written to.
+        UsageError: its format cannot be told from its name.
+    """
+    if output == STANDARD:
+        return
+    path = Path(output)
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"{output}: cannot tell its format; name it {', '.join(suffixes)}, or - for standard output")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputError(f"{output} is there already; choose another name, or give --overwrite")
+    with writing(output):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+@contextmanager
+def write_table(
+    output: str, columns: Sequence[str], schema: pyarrow.Schema | None = None
+) -> Iterator[Callable[[list[Row]], None]]:
+    """Write rows to csv, tsv, jsonl or parquet by the name's suffix, or jsonl to standard output; gives the function
+    that takes them. The file gets its name at the end only.
+
+    Args:
+        output: the file, or `-`.
+        columns: their names; a row's other columns are left out in csv and tsv.
+        schema: types of the columns, which parquet needs.
+    """
+    if output == STANDARD:
+        yield lambda rows: sys.stdout.writelines(_json_lines(rows))
+        sys.stdout.flush()
+        return
+    path = Path(output)
+    unfinished = path.with_name(f".{path.name}-unfinished")
+    try:
+        with writing(output):
+            if path.suffix.lower() == ".parquet":
+                import pyarrow
+                import pyarrow.parquet
+
+                with pyarrow.parquet.ParquetWriter(unfinished, schema) as file:
+                    yield lambda rows: file.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            else:
+                with unfinished.open("w", encoding="utf-8", newline="") as text:
+                    if path.suffix.lower() == ".jsonl":
+                        yield lambda rows: text.writelines(_json_lines(rows))
+                    else:
+                        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+                        writer = csv.writer(text, delimiter=separator, lineterminator="\n")
+                        writer.writerow(columns)
+                        yield lambda rows: writer.writerows([_field(row.get(name)) for name in columns] for row in rows)
+            unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _json_lines(rows: Iterable[Row]) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _field(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else value
+
+
+TEXT_NAMES = ("text", "question", "query", "sentence", "contents", "body", "question1", "sentence1", "text_a")
+ID_NAMES = ("id", "_id", "qid", "query_id", "query-id", "doc_id", "docid", "pid", "corpus_id", "corpus-id")
+
+
+def read_texts(
+    table: Table, column: str | None, on_error: str = "stop", titled: bool = False
+) -> tuple[list[Any], list[str], list[Row]]:
+    """Ids (or row numbers from 0), texts, and the broken rows that were skipped.
+
+    Args:
+        table: what to read.
+        column: the column of the texts; None takes one of the usual names.
+        on_error: `stop` or `skip`.
+        titled: put a `title`, where a row has one, before its text.
+
+    Raises:
+        DataError: a row is broken, an id stands there twice, or there are no texts.
+    """
+    ids: list[Any] = []
+    texts: list[str] = []
+    skipped: list[Row] = []
+    name, key = column, None
+    for number, row in enumerate(table):
+        wrong = row if isinstance(row, str) else None
+        if isinstance(row, Mapping):
+            if not texts and not skipped:
+                name = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None)
+                key = next((name for name in ID_NAMES if name in row), None)
+                if name is None:
+                    asked = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
+                    raise DataError(f"{table.where} has no column {asked}; it has {list(row)}; name it with --column")
+            text, known = row.get(name or ""), row.get(key) if key else number
+            if not isinstance(text, str) or known is None:
+                wrong = f"{name if not isinstance(text, str) else key} is null or no text"
+            else:
+                ids.append(known)
+                texts.append(f"{row['title']} {text}" if titled and row.get("title") else text)
+        if wrong:
+            if on_error == "stop":
+                raise DataError(f"{table.where}, row {number + 1}: {wrong}; --on_error skip leaves out such rows")
+            skipped.append({"row": number + 1, "error": wrong})
+    if not texts:
+        raise DataError(f"{table.where} has no texts")
+    if len(set(ids)) < len(ids):
+        seen: set[Any] = set()
+        twice = next(item for item in ids if item in seen or seen.add(item))  # type: ignore[func-returns-value]
+        raise DataError(f"{table.where} has the {key} {twice!r} more than once")
+    return ids, texts, skipped
+
+
+def tell_skipped(skipped: list[Row], output: str) -> None:
+    """List broken rows in `OUTPUT.skipped.jsonl`, if there are any."""
+    if skipped:
+        where = f"{output}.skipped.jsonl"
+        log.warning("%s broken rows are left out: %s", f"{len(skipped):,}", where)
+        with write_table(where, ["row", "error"]) as take:
+            take(skipped)

