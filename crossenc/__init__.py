@@ -6,14 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CrossEncoderModule", "PairDataModule", "__version__", "export"]
+__all__ = ["CrossEncoderModule", "PairDataModule", "__version__", "export", "mine", "score"]
 
 if TYPE_CHECKING:
     from .data import PairDataModule
     from .exporting import export
+    from .mining import mine
     from .module import CrossEncoderModule
+    from .scoring import score
 
-_HOMES = {"CrossEncoderModule": "module", "PairDataModule": "data", "export": "exporting"}
+_HOMES = {
+    "CrossEncoderModule": "module",
+    "PairDataModule": "data",
+    "export": "exporting",
+    "mine": "mining",
+    "score": "scoring",
+}
 
 
 def __getattr__(name: str) -> Any:

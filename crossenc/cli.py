@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from . import __version__
 from .errors import CrossencError, StoppedError, UsageError, one_line
@@ -21,17 +22,72 @@ def _run(command: str, args: list[str]) -> None:
 
 
 def _export(command: str, args: list[str]) -> None:
-    from jsonargparse import ArgumentParser
-
     from .exporting import export
 
+    print(_call(export, command, args, checkpoint="A .ckpt file that fit wrote.", output="The folder to write."))
+
+
+def _score(command: str, args: list[str]) -> None:
+    from .scoring import score
+
+    _call(
+        score,
+        command,
+        args,
+        model=_MODEL,
+        pairs="A csv, tsv, jsonl or parquet file, or - for jsonl on stdin.",
+        output="The file to write, or - for jsonl on stdout.",
+    )
+
+
+def _mine(command: str, args: list[str]) -> None:
+    from .mining import mine
+
+    found = _call(
+        mine,
+        command,
+        args,
+        model=_MODEL,
+        questions="A csv, tsv, jsonl or parquet file of questions.",
+        output="The file of pairs to write; the groups go beside it.",
+    )
+    print(found.pairs, found.groups, sep="\n")
+
+
+_MODEL = "An export's folder, a Hub id, or a .ckpt file."
+
+
+def _call(function: Callable[..., Any], command: str, args: list[str], **positional: str) -> Any:
+    """Call a function with what the command line says; its parameters are the options, but for the positional ones.
+
+    Options may be written with dashes, and those that are true or false without a value.
+    """
+    from inspect import signature
+
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
-    parser.add_argument("checkpoint", type=str, help="A .ckpt file that fit wrote.")
-    parser.add_argument("output", type=str, help="The folder to write.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace an export that is there already.")
+    for name, text in positional.items():
+        parser.add_argument(name, type=str, help=text)
+    parser.add_function_arguments(function, skip=set(positional))
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    given = parser.parse_args(args)
-    print(export(given.checkpoint, given.output, given.overwrite))
+    flags = {f"--{name}" for name, about in signature(function).parameters.items() if about.default is False}
+    given = parser.parse_args(_spell_out(args, flags)).as_dict()
+    given.pop("debug")
+    return function(**given)
+
+
+def _spell_out(args: list[str], flags: set[str]) -> list[str]:
+    """Underscores for the dashes in the names of options, and `=true` after a flag that stands alone."""
+    words = []
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            alone = name in flags and not equals and following not in ("true", "false")
+            word = f"{name}=true" if alone else name + equals + value
+        words.append(word)
+    return words
 
 
 # name: (what it does, how it runs)
@@ -40,7 +96,9 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "validate": ("evaluate a checkpoint on the dev pairs and choose the threshold", _run),
     "test": ("evaluate a checkpoint on the test pairs at its stored threshold", _run),
     "predict": ("score every pair of a source into predictions.csv", _run),
-    "export": ("write the export of a checkpoint: export CKPT OUT [--overwrite]", _export),
+    "score": ("add a score to every pair of a file of any size: score MODEL INPUT OUTPUT", _score),
+    "mine": ("find the duplicates in a large set of questions: mine MODEL QUESTIONS OUTPUT", _mine),
+    "export": ("write the export of a checkpoint: export CKPT OUT", _export),
 }
 
 
@@ -78,6 +136,8 @@ def main(args: list[str] | None = None) -> int:
             raise UsageError(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}")
         if not {"-h", "--help"} & set(rest):
             _set_up_terminal()
+            if COMMANDS[name][1] in (_run, _export):
+                _quiet_lightning()
         COMMANDS[name][1](name, rest)
     except Exception as error:
         if debug or not _is_for_the_user(error):
@@ -97,9 +157,14 @@ def _is_for_the_user(error: Exception) -> bool:
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentError as ParsingError
+
+    if isinstance(error, CrossencError | ArgumentError | ParsingError | OSError):
+        return True
+    if "lightning" not in sys.modules:  # whose errors there can be none of then
+        return False
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    return isinstance(error, CrossencError | ArgumentError | ParsingError | MisconfigurationException | OSError)
+    return isinstance(error, MisconfigurationException)
 
 
 def _set_up_terminal() -> None:
@@ -109,14 +174,9 @@ def _set_up_terminal() -> None:
     ours = logging.getLogger("crossenc")
     ours.handlers[:] = [handler]
     ours.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
-    import datasets
-    import lightning.pytorch  # noqa: F401  # first, for it sets its own log level when it is imported
-
-    # Hardware lists, tips and seeds; errors of these libraries reach the user as exceptions.
-    for library in ("lightning", "lightning.pytorch", "lightning.fabric", "huggingface_hub", "datasets"):
+    # Errors of these libraries reach the user as exceptions.
+    for library in ("huggingface_hub", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     # Tokens are cached and padding is cheap, so that no worker process is the right number of them.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # torch's own pytree, called by Lightning 2.6 in the old way.
@@ -127,6 +187,17 @@ def _set_up_terminal() -> None:
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
     # A run that goes on writes into its own folder; its metrics.csv was set aside before.
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
+
+
+def _quiet_lightning() -> None:
+    """Without hardware lists, tips and seeds, which a log level of its own lets pass when it is imported."""
+    import datasets
+    import lightning.pytorch  # noqa: F401
+
+    for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def entry_point() -> None:

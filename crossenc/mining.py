@@ -1,0 +1,319 @@
+"""`mine`: the duplicates within a large set of questions.
+
+1 copies      questions that are the same but for case and white space, without any model
+2 vectors     of the others, by a bi-encoder
+3 neighbours  pairs of questions with like vectors, by faiss; each pair once
+4 scores      of these pairs, by the cross-encoder
+5 groups      of questions that ask the same, with one that stands for them
+
+2, 3 and 4 leave parts on the disk as they go, and a broken run goes on with them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UsageError
+from .loading import find, fingerprint, read_threshold
+from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of_index
+from .pairs import SUFFIXES
+from .parts import Parts
+from .scorer import Backend, Precision, Scoring
+from .scoring import decimals, score_into, sigmoid
+from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
+
+log = logging.getLogger(__name__)
+
+_PAIR_COLUMNS = {"a": "", "b": "", "text_a": "string", "text_b": "string", "score": "float32", "similarity": "float32"}
+_PAIR_COLUMNS |= {"found_by": "string"}
+_GROUP_COLUMNS = {"group": "int64", "id": "", "text": "string", "representative": "bool_"}
+# A component's table of distances between all its questions: 20,000 take 1.6 GB.
+_LARGEST_COMPONENT = 20_000
+
+
+class Mined(NamedTuple):
+    """The duplicates of a set of questions, in the order of their rows.
+
+    `pairs`: `a`, `b` (ids, or row numbers from 0), `text_a`, `text_b`, `score`, `similarity` (of the vectors), and
+    `found_by`: `copy` or `model`. A copy is paired with the first question that it is a copy of.
+    `groups`: a row for each question that has a duplicate: `group`, `id`, `text`, `representative`.
+    """
+
+    pairs: list[Row]
+    groups: list[Row]
+
+
+class MinedFiles(NamedTuple):
+    """The files with what `Mined` has."""
+
+    pairs: Path
+    groups: Path
+
+
+def mine(
+    model: str,
+    questions: Any,
+    output: str | None = None,
+    *,
+    retriever: str = DEFAULT_RETRIEVER,
+    top_k: int = 50,
+    min_similarity: float = 0.6,
+    threshold: float | None = None,
+    index: Index = "auto",
+    linkage: Literal["components", "complete"] = "components",
+    column: str | None = None,
+    both_orders: bool = False,
+    precision: Precision = "32-true",
+    backend: Backend = "torch",
+    devices: int = 1,
+    on_error: Literal["stop", "skip"] = "stop",
+    work: str | None = None,
+    overwrite: bool = False,
+) -> Mined | MinedFiles:
+    """Find the pairs of questions that ask the same, and the groups that they make.
+
+    A run that was broken goes on where it was when it is called again with the same arguments.
+
+    Args:
+        model: An export's folder, a Hub id, or a `.ckpt` file of fit.
+        questions: A csv, tsv, jsonl or parquet file, `-` (standard input, in jsonl), a DataFrame, or a list of texts.
+            A column `id` is kept, or else rows are numbered from 0.
+        output: The file of pairs to write, its format told by its name; the groups go beside it, `out.csv` making
+            `out.groups.csv`.
+        retriever: The bi-encoder: a Hub id, a folder, or `package:NAME/PATH`. Needs the extra `mine`.
+        top_k: Neighbours of each question that are looked at.
+        min_similarity: Pairs whose vectors have a lower cosine are not scored. Of Quora's duplicates 97 in 100 have at
+            least 0.6 with the default retriever.
+        threshold: Score from which on a pair is a duplicate; null takes the one that the model stored.
+        index: `exact`, `ivf` or `hnsw` (faiss); `auto` is exact up to 100,000 questions, and ivf above.
+        linkage: `components`: a question belongs to a group if it is a duplicate of one of it; `complete`: of each.
+        column: The column of the questions; the usual names need no mention.
+        both_orders: Score each pair in both orders and take the mean logit, in twice the time.
+        precision: See `score`.
+        backend: See `score`.
+        devices: GPUs, or processes on a CPU, that share the scoring.
+        on_error: `stop` before anything is done if a row is broken, or `skip` broken rows and list them in
+            `OUTPUT.skipped.jsonl`.
+        work: Folder that keeps vectors, neighbours and scores, for another run with another threshold; null keeps them
+            beside the output until it is written.
+        overwrite: Replace an output that is there already, and drop kept work that does not fit.
+
+    Returns:
+        The paths of both files, or without an output their rows.
+
+    Raises:
+        BackboneError, CheckpointError, HubError: A model cannot be loaded.
+        DataError: The input cannot be read, or a row is broken.
+        MissingExtraError: sentence-transformers or faiss is not installed.
+        OutputError: The output is there already or cannot be written, or work of another retriever lies in its place.
+        UsageError: A number is out of its range, or the model has no threshold and none is given.
+    """
+    scoring = Scoring(model, precision, backend, both_orders, devices)
+    if top_k < 1 or not -1 <= min_similarity <= 1:
+        raise UsageError("top_k must be at least 1, and min_similarity from -1 to 1")
+    if output == STANDARD:
+        raise UsageError("mine writes two files; name the one of the pairs")
+    if output is not None:
+        claim_output(output, SUFFIXES, overwrite)
+        claim_output(_groups_file(output), SUFFIXES, overwrite)
+    threshold = read_threshold(model) if threshold is None else threshold
+    if threshold is None:
+        raise UsageError(f"{model} has stored no threshold; give --threshold")
+    with open_table(questions, ["text"]) as table:
+        ids, texts, skipped = read_texts(table, column, on_error)
+        facts: dict[str, Any] = {"questions": table.digest(), "column": column, "on_error": on_error}
+    first = first_copies(texts)
+    distinct = np.flatnonzero(first == np.arange(len(texts)))
+    log.info("%s questions, %s of them copies", f"{len(texts):,}", f"{len(texts) - len(distinct):,}")
+    _tell_memory(texts, len(distinct), retriever, top_k, kind_of_index(len(distinct), index))
+
+    home = Path(work) if work else None if output is None else Path(output).with_name(f".{Path(output).name}.parts")
+
+    def parts(name: str) -> Parts:
+        return Parts(home and home / name, facts, overwrite)
+
+    facts |= {"retriever": fingerprint(find(retriever))}
+    vectors = embed([texts[row] for row in distinct], retriever, parts("vectors"))
+    facts |= {"index": index, "top_k": top_k, "min_similarity": min_similarity}
+    candidates = find_candidates(vectors, top_k, min_similarity, index, parts("neighbours"))
+    del vectors
+    candidates["a"], candidates["b"] = distinct[candidates["a"]], distinct[candidates["b"]]
+    log.info("%s pairs to score", f"{len(candidates):,}")
+    facts |= scoring.facts()
+    logits = _score(candidates, texts, scoring, parts("scores"))
+    pairs = _duplicates(candidates, sigmoid(logits), first, threshold)
+    groups, representatives = group(pairs, len(texts), linkage, threshold)
+    log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
+    rows = (_pair_row(pair, score, ids, texts) for pair, score in zip(pairs, decimals(pairs["score"]), strict=True))
+    members = _group_rows(groups, representatives, ids, texts)
+    if output is None:
+        return Mined(list(rows), members)
+    kind = "int64" if all(isinstance(item, int) for item in ids) else "string"
+    _write(output, rows, _PAIR_COLUMNS, kind)
+    _write(_groups_file(output), members, _GROUP_COLUMNS, kind)
+    tell_skipped(skipped, output)
+    if home and not work:
+        shutil.rmtree(home)
+    return MinedFiles(Path(output), Path(_groups_file(output)))
+
+
+def first_copies(texts: list[str]) -> NDArray[np.int64]:
+    """For each text the first that is the same but for case and white space, shape (texts,)."""
+    seen: dict[str, int] = {}
+    return np.array([seen.setdefault(" ".join(text.casefold().split()), row) for row, text in enumerate(texts)])
+
+
+def _score(candidates: NDArray[Any], texts: list[str], scoring: Scoring, parts: Parts) -> NDArray[np.float32]:
+    starts = range(0, len(candidates), CHUNK)
+    chunks = (
+        (number, [(texts[a], texts[b]) for a, b in candidates[["a", "b"]][start : start + CHUNK].tolist()])
+        for number, start in enumerate(starts)
+    )
+    score_into(parts, scoring, chunks, len(candidates))
+    return np.concatenate([*parts.all(len(starts)), np.empty(0, dtype=np.float32)])
+
+
+DUPLICATE = np.dtype(
+    [("a", np.int64), ("b", np.int64), ("similarity", np.float32), ("score", np.float32), ("copy", bool)]
+)
+
+
+def _duplicates(
+    candidates: NDArray[Any], scores: NDArray[np.float32], first: NDArray[np.int64], threshold: float
+) -> NDArray[Any]:
+    """The pairs that count, of copies and of the model, in order."""
+    # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
+    kept = scores.astype(np.float64) >= threshold
+    copies = np.flatnonzero(first != np.arange(len(first)))
+    pairs = np.empty(int(kept.sum()) + len(copies), dtype=DUPLICATE)
+    found, same = pairs[: int(kept.sum())], pairs[int(kept.sum()) :]
+    found["a"], found["b"] = candidates["a"][kept], candidates["b"][kept]
+    found["similarity"], found["score"], found["copy"] = candidates["similarity"][kept], scores[kept], False
+    same["a"], same["b"], same["similarity"], same["score"], same["copy"] = first[copies], copies, 1, 1, True
+    return pairs[np.lexsort((pairs["b"], pairs["a"]))]
+
+
+def group(
+    pairs: NDArray[Any], count: int, linkage: Literal["components", "complete"], threshold: float
+) -> tuple[NDArray[np.int64], dict[int, int]]:
+    """Groups of rows that are duplicates, and of each the row that stands for it.
+
+    That is the one with the highest sum of scores with others of the group; of several, the first.
+
+    Args:
+        pairs: an array of `DUPLICATE`.
+        count: rows in all.
+        linkage: see `mine`; pairs that were not scored are no duplicates.
+        threshold: the pairs' least score.
+
+    Returns:
+        The group of each row, shape (rows,), -1 for a row without duplicates; groups are numbered by their first row.
+        And the representative of each group.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs["a"], pairs["b"])), shape=(count, count))
+    labels = connected_components(graph, directed=False)[1].astype(np.int64)
+    if linkage == "complete":
+        labels = _split_components(pairs, labels, threshold)
+    _, first, labels, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.full(len(first), -1)
+    large = np.flatnonzero(sizes > 1)
+    rank[large[np.argsort(first[large])]] = np.arange(len(large))
+    groups = rank[labels]
+    inside = pairs[groups[pairs["a"]] == groups[pairs["b"]]]
+    weight = np.bincount(inside["a"], inside["score"], count) + np.bincount(inside["b"], inside["score"], count)
+    rows = np.flatnonzero(groups >= 0)
+    rows = rows[np.lexsort((rows, -weight[rows], groups[rows]))]
+    _, best = np.unique(groups[rows], return_index=True)
+    return groups, dict(enumerate(rows[best].tolist()))
+
+
+def _split_components(pairs: NDArray[Any], labels: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
+    """Cut every component into clusters of which all pairs are duplicates; copies go with their first."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
+    copies, found = pairs[pairs["copy"]], pairs[~pairs["copy"]]
+    found = found[np.argsort(labels[found["a"]], kind="stable")]
+    free = int(labels.max()) + 1
+    for part in np.split(found, np.flatnonzero(np.diff(labels[found["a"]])) + 1):
+        members, places = np.unique(np.concatenate([part["a"], part["b"]]), return_inverse=True)
+        if len(members) <= 2:
+            continue
+        if len(members) > _LARGEST_COMPONENT:
+            raise UsageError(
+                f"{len(members):,} questions hang together, too many for --linkage complete; give a higher --threshold"
+            )
+        distances = np.full((len(members), len(members)), 2.0)  # farther than any that were scored
+        np.fill_diagonal(distances, 0)
+        one, other = places[: len(part)], places[len(part) :]
+        distances[one, other] = distances[other, one] = 1 - part["score"].astype(np.float64)
+        clusters = fcluster(linkage(squareform(distances), "complete"), 1 - threshold + 1e-9, "distance")
+        labels[members] = free + clusters
+        free += int(clusters.max()) + 1
+    labels[copies["b"]] = labels[copies["a"]]
+    return labels
+
+
+def _pair_row(pair: Any, score: float, ids: list[Any], texts: list[str]) -> Row:
+    a, b = int(pair["a"]), int(pair["b"])
+    numbers = {"score": score, "similarity": round(float(pair["similarity"]), 4)}
+    found_by = {"found_by": "copy" if pair["copy"] else "model"}
+    return {"a": ids[a], "b": ids[b], "text_a": texts[a], "text_b": texts[b], **numbers, **found_by}
+
+
+def _group_rows(
+    groups: NDArray[np.int64], representatives: dict[int, int], ids: list[Any], texts: list[str]
+) -> list[Row]:
+    rows = np.flatnonzero(groups >= 0)
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    return [
+        {"group": number, "id": ids[row], "text": texts[row], "representative": representatives[number] == row}
+        for row, number in zip(rows.tolist(), groups[rows].tolist(), strict=True)
+    ]
+
+
+def _write(output: str, rows: Any, columns: dict[str, str], kind: str) -> None:
+    import pyarrow
+
+    schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
+    with ExitStack() as stack:
+        take = stack.enter_context(write_table(output, list(columns), schema))
+        for chunk in chunked(rows):
+            take(chunk)
+
+
+def _groups_file(output: str) -> str:
+    path = Path(output)
+    return str(path.with_name(f"{path.stem}.groups{path.suffix}"))
+
+
+def _tell_memory(texts: list[str], count: int, retriever: str, top_k: int, index: str) -> None:
+    """Say about how much memory the run will take at its fullest, models apart."""
+    config = json.loads((find(retriever) / "config.json").read_text(encoding="utf-8"))
+    vectors = 4 * count * int(config.get("hidden_size", 768))
+    own = {"exact": 0, "ivf": vectors + 8 * count, "hnsw": vectors + 4 * 64 * count}[index]
+    held = {
+        "questions": sum(60 + 2 * len(text) for text in texts),
+        "vectors": vectors,
+        f"index ({index})": own,
+        "pairs, at most": 2 * 20 * top_k * count,
+    }
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    log.info(
+        "memory: up to %.2f GB (%.1f GB are free): %s",
+        sum(held.values()) / 1e9,
+        free / 1e9,
+        ", ".join(f"{name} {size / 1e9:.2f}" for name, size in held.items()),
+    )

@@ -1,0 +1,146 @@
+"""Vectors of texts by a bi-encoder, and the nearest of them by faiss: what may be worth a cross-encoder's look."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BackboneError, one_line, require
+from .loading import find
+from .parts import Parts
+from .progress import progress
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RETRIEVER = "sentence-transformers/all-MiniLM-L6-v2"
+Index: TypeAlias = Literal["auto", "exact", "ivf", "hnsw"]
+Vectors: TypeAlias = NDArray[np.float32]
+Search: TypeAlias = Callable[[Vectors, int], tuple[Vectors, NDArray[np.int64]]]
+# Texts that are embedded, and rows whose neighbours are looked for, together: one part each.
+BLOCK = 2_000
+# Every vector with every other: 200,000 of them take minutes on two cores, and four times as long for twice as many.
+EXACT_LIMIT = 100_000
+
+
+def embed(texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed questions") -> Vectors:
+    """Vectors of length one, shape (texts, dimensions); those that `parts` has are not computed again.
+
+    Args:
+        texts: what to embed.
+        retriever: a bi-encoder: a Hub id, a folder, or `package:NAME/PATH`.
+        parts: gets the vectors, `BLOCK` texts each.
+        what: what the progress is called.
+
+    Raises:
+        BackboneError, HubError: it cannot be loaded.
+        MissingExtraError: sentence-transformers is not installed.
+    """
+    starts = range(0, len(texts), BLOCK)
+    missing = [number for number in range(len(starts)) if number not in parts]
+    if missing:
+        model = _load(retriever)
+        done = sum(min(BLOCK, len(texts) - start) for number, start in enumerate(starts) if number in parts)
+        with progress(what, len(texts), done) as advance:
+            for number in missing:
+                block = list(texts[starts[number] : starts[number] + BLOCK])
+                found = model.encode(block, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
+                parts[number] = np.ascontiguousarray(found, dtype=np.float32)
+                advance(len(block))
+    vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
+    for start, part in zip(starts, parts.all(len(starts)), strict=True):
+        vectors[start : start + BLOCK] = part
+    return vectors
+
+
+def _load(retriever: str) -> Any:
+    library = require("sentence_transformers", "mine")
+    from .backbone import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            return library.SentenceTransformer(str(find(retriever)))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: {one_line(error)[:300]}") from error
+
+
+def kind_of_index(count: int, index: Index) -> Index:
+    """What `auto` stands for: every vector with every other up to `EXACT_LIMIT`, and lists of like vectors above.
+
+    Not a graph (HNSW) by itself: two builds of it by several threads differ, so that a broken run would not end as an
+    unbroken one.
+    """
+    return index if index != "auto" else "exact" if count <= EXACT_LIMIT else "ivf"
+
+
+def make_search(vectors: Vectors, index: Index) -> Search:
+    """A function that gives the similarities (cosines) and the row numbers of the k vectors next to each query.
+
+    Both are of shape (queries, k), from the nearest on; -1 stands where fewer were found.
+
+    Args:
+        vectors: shape (rows, dimensions), of length one.
+        index: `exact` looks at every row; `ivf` at those lists of like vectors that are nearest to the query, 1 in 32;
+            `hnsw` goes along a graph of neighbours, fast and in more memory.
+    """
+    faiss = require("faiss", "mine")
+    count, dimensions = vectors.shape
+    index = kind_of_index(count, index)
+    if index == "exact":
+        return lambda queries, k: faiss.knn(queries, vectors, min(k, count), metric=faiss.METRIC_INNER_PRODUCT)
+    if index == "hnsw":
+        made = faiss.IndexHNSWFlat(dimensions, 32, faiss.METRIC_INNER_PRODUCT)
+        made.hnsw.efConstruction, made.hnsw.efSearch = 100, 128
+    else:
+        # faiss's guidelines: between 4 and 16 sqrt(n) lists.
+        lists = max(1, min(round(4 * math.sqrt(count)), count // 40))
+        made = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, lists, faiss.METRIC_INNER_PRODUCT)
+        made.nprobe = max(16, lists // 32)
+        log.info("index: %s lists of like questions, of which %s are looked at", f"{lists:,}", made.nprobe)
+        made.train(vectors)
+    with progress("fill the index", count) as advance:
+        for start in range(0, count, 10 * BLOCK):
+            made.add(vectors[start : start + 10 * BLOCK])
+            advance(min(10 * BLOCK, count - start))
+    return lambda queries, k: made.search(queries, min(k, count))
+
+
+CANDIDATE = np.dtype([("a", np.int64), ("b", np.int64), ("similarity", np.float32)])
+
+
+def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: Index, parts: Parts) -> NDArray[Any]:
+    """Pairs of rows of which one is among the `top_k` next to the other: a before b, each once, in order.
+
+    Args:
+        vectors: shape (rows, dimensions), of length one.
+        top_k: neighbours of each row.
+        min_similarity: pairs with a lower cosine are left out.
+        index: see `make_search`.
+        parts: gets the pairs, the neighbours of `BLOCK` rows each.
+
+    Returns:
+        An array of `CANDIDATE`, shape (pairs,).
+    """
+    starts = range(0, len(vectors), BLOCK)
+    missing = [number for number in range(len(starts)) if number not in parts]
+    if missing:
+        search = make_search(vectors, index)
+        with progress("find neighbours", len(vectors), BLOCK * (len(starts) - len(missing))) as advance:
+            for number in missing:
+                block = vectors[starts[number] : starts[number] + BLOCK]
+                similarities, rows = search(block, top_k + 1)  # a row is next to itself
+                own = np.arange(starts[number], starts[number] + len(block))[:, None]
+                kept = (similarities >= min_similarity) & (rows != own) & (rows >= 0)
+                pairs = np.empty(int(kept.sum()), dtype=CANDIDATE)
+                pairs["a"], pairs["b"] = np.minimum(rows, own)[kept], np.maximum(rows, own)[kept]
+                pairs["similarity"] = similarities[kept]
+                parts[number] = pairs
+                advance(len(block))
+    pairs = np.concatenate(list(parts.all(len(starts))))
+    # A pair stands there twice where each is next to the other.
+    _, first = np.unique(pairs["a"] * len(vectors) + pairs["b"], return_index=True)
+    return pairs[first]

@@ -1,0 +1,171 @@
+"""`mine`: copies, pairs and groups; broken runs; what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from crossenc import mine, score
+from crossenc.backbone import locate
+from crossenc.cli import main
+from crossenc.errors import DataError, OutputError, UsageError
+from crossenc.mining import DUPLICATE, first_copies, group
+from crossenc.pairs import sample_groups
+
+from .conftest import BACKBONE
+
+QUESTIONS = [question for topic in sample_groups()[:12] for question in topic["questions"]]
+# A copy of the third, but for case and white space.
+QUESTIONS += [f"  {QUESTIONS[2].upper()}\t"]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_copies_are_found_without_a_model():
+    assert first_copies(["a b", "c", "A  B ", "Ｃ", "c"]).tolist() == [0, 1, 0, 3, 1]
+
+
+@pytest.fixture(scope="module")
+def mined(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Pairs and groups of the questions, by a model of random weights."""
+    folder = tmp_path_factory.mktemp("mined")
+    pd.DataFrame({"id": [f"q{row}" for row in range(len(QUESTIONS))], "question": QUESTIONS}).to_csv(
+        folder / "questions.csv", index=False
+    )
+    arguments = [str(tiny), str(folder / "questions.csv"), str(folder / "out.csv"), "--retriever", BACKBONE]
+    assert main(["mine", *arguments, "--top-k", "5", "--min-similarity", "0.5"]) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["out.csv", "out.groups.csv", "questions.csv"]
+    return folder / "out.csv", folder / "out.groups.csv"
+
+
+def test_pairs_are_scored_once_and_above_the_models_threshold(tiny: Path, mined: tuple[Path, Path]):
+    rows = read(mined[0])
+    places = [(int(row["a"][1:]), int(row["b"][1:])) for row in rows]
+    assert places == sorted(set(places))
+    assert all(a < b for a, b in places)
+    assert [(row["text_a"], row["text_b"]) for row in rows] == [(QUESTIONS[a], QUESTIONS[b]) for a, b in places]
+    copies = [row for row in rows if row["found_by"] == "copy"]
+    assert [(row["a"], row["b"], row["score"]) for row in copies] == [("q2", f"q{len(QUESTIONS) - 1}", "1.0")]
+    others = [row for row in rows if row["found_by"] == "model"]
+    expected = score(str(tiny), [(row["text_a"], row["text_b"]) for row in others])
+    assert [float(row["score"]) for row in others] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert min(float(row["score"]) for row in others) >= 0.5
+    assert len(others) > 10
+
+
+def test_groups_are_the_components_of_the_pairs(mined: tuple[Path, Path]):
+    pairs, rows = read(mined[0]), read(mined[1])
+    of = {row["id"]: row["group"] for row in rows}
+    assert all(of[pair["a"]] == of[pair["b"]] for pair in pairs)
+    assert set(of) == {pair[side] for pair in pairs for side in ("a", "b")}
+    for number in set(of.values()):
+        members = [row for row in rows if row["group"] == number]
+        assert [row["representative"] for row in members].count("True") == 1
+        assert len(members) > 1
+        reached = {members[0]["id"]}
+        for _ in members:
+            reached |= {pair[side] for pair in pairs for side in "ab" if {pair["a"], pair["b"]} & reached}
+        assert reached == {row["id"] for row in members}
+
+
+def test_lists_and_frames_take_the_same_path(tiny: Path, mined: tuple[Path, Path]):
+    options = {"retriever": BACKBONE, "top_k": 5, "min_similarity": 0.5}
+    pairs, groups = mine(str(tiny), QUESTIONS, **options)
+    assert [(f"q{pair['a']}", f"q{pair['b']}", str(pair["score"])) for pair in pairs] == [
+        (row["a"], row["b"], row["score"]) for row in read(mined[0])
+    ]
+    assert [(str(row["group"]), row["text"]) for row in groups] == [
+        (row["group"], row["text"]) for row in read(mined[1])
+    ]
+    assert mine(str(tiny), pd.DataFrame({"text": QUESTIONS}), **options) == (pairs, groups)
+
+
+def made(*pairs: tuple[int, int, float]) -> np.ndarray:
+    return np.array([(a, b, 0.9, score, False) for a, b, score in pairs], dtype=DUPLICATE)
+
+
+def test_groups_and_their_representatives():
+    chain = made((1, 2, 0.9), (2, 3, 0.8), (5, 6, 0.7))
+    groups, representatives = group(chain, 8, "components", 0.5)
+    assert groups.tolist() == [-1, 0, 0, 0, -1, 1, 1, -1]
+    assert representatives == {0: 2, 1: 5}
+    groups, representatives = group(chain, 8, "complete", 0.5)
+    assert groups.tolist() == [-1, 0, 0, -1, -1, 1, 1, -1]  # 1 and 3 were never called duplicates
+    assert representatives == {0: 1, 1: 5}
+    whole = made((0, 1, 0.5), (0, 2, 0.6), (1, 2, 0.7))
+    assert group(whole, 3, "complete", 0.5)[0].tolist() == [0, 0, 0]
+    copied = np.concatenate([chain, np.array([(3, 7, 1, 1, True)], dtype=DUPLICATE)])
+    assert group(copied, 8, "complete", 0.5)[0].tolist() == [-1, 0, 0, 1, -1, 2, 2, 1]
+    assert group(made(), 3, "components", 0.5)[0].tolist() == [-1, -1, -1]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny: Path, mined: tuple[Path, Path], tmp_path: Path):
+    questions = shutil.copy(mined[0].parent / "questions.csv", tmp_path)
+    command = [sys.executable, "-m", "crossenc", "mine", str(tiny), str(questions), str(tmp_path / "out.csv")]
+    command += ["--retriever", BACKBONE, "--top-k", "5", "--min-similarity", "0.5"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    work = tmp_path / ".out.csv.parts"
+    while not (work / "vectors" / "00000000.npy").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    other = shutil.copytree(locate(BACKBONE), tmp_path / "other")
+    settings = json.loads((other / "sentence_bert_config.json").read_text())
+    (other / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 8}))
+    with pytest.raises(OutputError, match="holds unfinished work with other retriever"):
+        mine(str(tiny), str(questions), str(tmp_path / "out.csv"), retriever=str(other), top_k=5, min_similarity=0.5)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "memory: up to" in done.stderr
+    assert "arning" not in done.stderr
+    assert (tmp_path / "out.csv").read_bytes() == mined[0].read_bytes()
+    assert (tmp_path / "out.groups.csv").read_bytes() == mined[1].read_bytes()
+    assert not work.exists()
+
+
+def test_kept_work_serves_another_threshold(tiny: Path, tmp_path: Path):
+    options = {"retriever": BACKBONE, "top_k": 5, "min_similarity": 0.5, "work": str(tmp_path / "work")}
+    first = mine(str(tiny), QUESTIONS, str(tmp_path / "a.jsonl"), threshold=0.5, **options)
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")}
+    assert stamps
+    second = mine(str(tiny), QUESTIONS, str(tmp_path / "b.parquet"), threshold=0.51, linkage="complete", **options)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")} == stamps
+    assert len(pd.read_parquet(second.pairs)) <= len(first.pairs.read_text().splitlines())
+    assert pd.read_parquet(second.groups)["representative"].dtype == bool
+
+
+def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_path: Path):
+    def refused(error: type[Exception], said: str, questions: object = QUESTIONS, **options: object) -> None:
+        with pytest.raises(error, match=said):
+            mine(str(tiny), questions, str(tmp_path / "out.csv"), **{"retriever": BACKBONE, **options})
+        assert not (tmp_path / ".out.csv.parts").exists()
+
+    refused(DataError, r"q\.csv, row 2: text is null", str(write("q.csv", 'text\na\n""\n')))
+    refused(DataError, "the id '1' more than once", str(write("r.csv", "id,text\n1,a\n1,b\n")))
+    refused(DataError, "has no column 'text' or .* name it with --column", str(write("s.csv", "x,y\n1,a\n")))
+    refused(DataError, "has no texts", [])
+    refused(UsageError, "top_k must be", top_k=0)
+    with pytest.raises(UsageError, match="name the one"):
+        mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)
+    found = mine(
+        str(tiny),
+        str(tmp_path / "q.csv"),
+        str(tmp_path / "out.csv"),
+        retriever=BACKBONE,
+        on_error="skip",
+        threshold=0.9,
+    )
+    assert read(found.pairs) == []
+    assert json.loads((tmp_path / "out.csv.skipped.jsonl").read_text())["row"] == 2

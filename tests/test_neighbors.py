@@ -1,0 +1,75 @@
+"""Vectors and neighbours: what faiss finds beside plain numpy, each pair once, and parts that are taken over."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from crossenc.errors import BackboneError
+from crossenc.neighbors import embed, find_candidates, kind_of_index, make_search
+from crossenc.parts import Parts
+
+from .conftest import BACKBONE
+
+
+def unit_vectors(count: int, dimensions: int = 16) -> np.ndarray:
+    """Clusters of like vectors, as edited questions make them."""
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(count // 5, dimensions))
+    vectors = np.repeat(centres, 5, axis=0) + 0.3 * draw.normal(size=(count // 5 * 5, dimensions))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_candidates_are_the_neighbours_once_each():
+    vectors = unit_vectors(5_000)
+    found = find_candidates(vectors, 3, 0.5, "exact", Parts(None, {}))
+    similarities = vectors @ vectors.T
+    np.fill_diagonal(similarities, -2)
+    nearest = np.argsort(-similarities, axis=1)[:, :3]
+    expected = {
+        (min(row, other), max(row, other))
+        for row in range(len(vectors))
+        for other in nearest[row].tolist()
+        if similarities[row, other] >= 0.5
+    }
+    pairs = list(zip(found["a"].tolist(), found["b"].tolist(), strict=True))
+    assert pairs == sorted(set(pairs))
+    assert set(pairs) == expected
+    assert found["similarity"] == pytest.approx(similarities[found["a"], found["b"]], abs=1e-5)
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_approximate_indexes_find_nearly_all(index: str):
+    vectors = unit_vectors(5_000)
+    exact, found = (
+        {(a, b) for a, b, _ in find_candidates(vectors, 4, 0.6, kind, Parts(None, {})).tolist()}
+        for kind in ("exact", index)
+    )
+    assert len(exact & found) / len(exact) > 0.95
+
+
+def test_auto_is_exact_up_to_a_size():
+    assert kind_of_index(100_000, "auto") == "exact"
+    assert kind_of_index(100_001, "auto") == "ivf"
+    assert kind_of_index(10, "hnsw") == "hnsw"
+
+
+def test_fewer_rows_than_neighbours():
+    similarities, rows = make_search(unit_vectors(5), "exact")(unit_vectors(5)[:2], 50)
+    assert rows.shape == similarities.shape == (2, 5)
+    assert len(find_candidates(unit_vectors(5), 50, -1, "exact", Parts(None, {}))) == 10
+
+
+def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():
+    from sentence_transformers import SentenceTransformer
+
+    from crossenc.backbone import locate
+
+    texts = ["How do I learn to swim?", "", "这是什么？"]
+    parts = Parts(None, {})
+    vectors = embed(texts, BACKBONE, parts)
+    model = SentenceTransformer(locate(BACKBONE), device="cpu")
+    assert vectors == pytest.approx(model.encode(texts, normalize_embeddings=True), abs=1e-5)
+    assert embed(texts, "no such model", parts) is not vectors  # nothing is missing, so that nothing is loaded
+    with pytest.raises(BackboneError):
+        embed(texts, "./gone", Parts(None, {}))
