@@ -32,8 +32,6 @@ Texts: TypeAlias = list[tuple[str, str]]
 Logits: TypeAlias = NDArray[np.float32]
 # Tokens in a batch, padding included, as in evaluation.
 _TOKENS = {"cpu": 4_096, "cuda": 65_536}
-# Tokens that could be computed in the time that one more piece of a batch takes.
-PIECE_COST = {"cpu": 75, "cuda": 4_096}
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ class Scorer:
         import pyarrow
 
         from .encode import PairCollator, encode_texts
+        from .forward import piece_cost
         from .sampler import plan_evaluation
 
         both = texts + [(b, a) for a, b in texts] if self.scoring.both_orders else texts
@@ -105,7 +104,7 @@ class Scorer:
         plan = plan_evaluation(table["length"].to_numpy(), _TOKENS[kind], rank=0, ranks=1)
         if self.compute == self._by_onnx:
             return len(both), [(rows, self._pad(columns, rows)) for rows in plan]
-        collate = PairCollator(self.tokenizer, piece_cost=PIECE_COST[kind])
+        collate = PairCollator(self.tokenizer, piece_cost=piece_cost(self.model.config.model_type, kind))
         return len(both), [collate(table.take(rows)) for rows in plan]
 
     def _pad(self, columns: dict[str, list[Any]], rows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
