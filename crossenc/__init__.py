@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CrossEncoderModule", "PairDataModule", "__version__", "export", "mine", "score"]
+__all__ = ["CrossEncoderModule", "PairDataModule", "__version__", "export", "mine", "rerank", "score"]
 
 if TYPE_CHECKING:
     from .data import PairDataModule
     from .exporting import export
     from .mining import mine
     from .module import CrossEncoderModule
+    from .reranking import rerank
     from .scoring import score
 
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "PairDataModule": "data",
     "export": "exporting",
     "mine": "mining",
+    "rerank": "reranking",
     "score": "scoring",
 }
 

@@ -54,24 +54,44 @@ def _mine(command: str, args: list[str]) -> None:
     print(found.pairs, found.groups, sep="\n")
 
 
+def _rerank(command: str, args: list[str]) -> None:
+    from .reranking import rerank
+
+    sources = ("queries", "corpus", "candidates", "qrels")
+    _call(rerank, command, args, sources, {"output": "-"}, model=_MODEL)
+
+
 _MODEL = "An export's folder, a Hub id, or a .ckpt file."
 
 
-def _call(function: Callable[..., Any], command: str, args: list[str], **positional: str) -> Any:
+def _call(
+    function: Callable[..., Any],
+    command: str,
+    args: list[str],
+    sources: tuple[str, ...] = (),
+    defaults: dict[str, Any] | None = None,
+    **positional: str,
+) -> Any:
     """Call a function with what the command line says; its parameters are the options, but for the positional ones.
 
-    Options may be written with dashes, and those that are true or false without a value.
+    Options may be written with dashes, and those that are true or false without a value. `sources` are parameters that
+    take more than files from Python; `defaults` are the command line's own.
     """
-    from inspect import signature
+    from inspect import Parameter, signature
 
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
     for name, text in positional.items():
         parser.add_argument(name, type=str, help=text)
-    parser.add_function_arguments(function, skip=set(positional))
+    parser.add_function_arguments(function, skip={*positional, *sources})
+    parameters = signature(function).parameters
+    for name in sources:
+        required = parameters[name].default is Parameter.empty
+        parser.add_argument(f"--{name}", type=str, required=required, help="A file; see the function's help in Python.")
+    parser.set_defaults(defaults or {})
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    flags = {f"--{name}" for name, about in signature(function).parameters.items() if about.default is False}
+    flags = {f"--{name}" for name, about in parameters.items() if about.default is False}
     given = parser.parse_args(_spell_out(args, flags)).as_dict()
     given.pop("debug")
     return function(**given)
@@ -97,6 +117,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "test": ("evaluate a checkpoint on the test pairs at its stored threshold", _run),
     "predict": ("score every pair of a source into predictions.csv", _run),
     "score": ("add a score to every pair of a file of any size: score MODEL INPUT OUTPUT", _score),
+    "rerank": ("order the candidates of each query: rerank MODEL --queries Q --corpus C", _rerank),
     "mine": ("find the duplicates in a large set of questions: mine MODEL QUESTIONS OUTPUT", _mine),
     "export": ("write the export of a checkpoint: export CKPT OUT", _export),
 }

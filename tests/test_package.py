@@ -19,7 +19,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_public_names_are_these_and_import_loads_nothing_heavy():
-    assert crossenc.__all__ == ["CrossEncoderModule", "PairDataModule", "__version__", "export", "mine", "score"]
+    assert crossenc.__all__ == [
+        "CrossEncoderModule",
+        "PairDataModule",
+        "__version__",
+        "export",
+        "mine",
+        "rerank",
+        "score",
+    ]
     code = "import sys, crossenc; sys.exit(bool({'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert all(getattr(crossenc, name) is not None for name in crossenc.__all__)

@@ -1,0 +1,244 @@
+"""`rerank`: order the candidates of each query by the cross-encoder, and say what that gains.
+
+Candidates come from a run file, or from a bi-encoder; without either every text of the corpus is one for every query.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .errors import DataError, UsageError, require
+from .neighbors import BLOCK, Index, embed, make_search
+from .parts import Parts, writing
+from .scorer import Backend, Precision, Scoring
+from .scoring import score_into, sigmoid
+from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, read_texts, write_table
+
+log = logging.getLogger(__name__)
+
+RUN_SUFFIXES = (".run", ".trec", ".txt")
+# For each query, texts of the corpus with a score, the best first; by their places in the input.
+Ranking: TypeAlias = list[list[tuple[int, float]]]
+
+
+def rerank(
+    model: str,
+    queries: Any,
+    corpus: Any,
+    output: str | None = None,
+    *,
+    candidates: Any = None,
+    retriever: str | None = None,
+    retrieve_k: int = 100,
+    top_k: int = 10,
+    qrels: Any = None,
+    index: Index = "auto",
+    both_orders: bool = False,
+    precision: Precision = "32-true",
+    backend: Backend = "torch",
+    devices: int = 1,
+    overwrite: bool = False,
+) -> Path | list[list[Row]]:
+    """Find the best texts of a corpus for each query.
+
+    Args:
+        model: An export's folder, a Hub id, or a `.ckpt` file of fit.
+        queries: A csv, tsv, jsonl or parquet file with an id and a text, a DataFrame, or a list of texts (their ids are
+            their places, from 0).
+        corpus: The same for the texts; a `title` goes before its text.
+        output: A TREC run (`.run`, `.trec`, `.txt`), or `.jsonl`; `-` is a TREC run on standard output.
+        candidates: A TREC run, or jsonl with `query_id, corpus_id, score`, or such rows in a list.
+        retriever: A bi-encoder that finds the candidates: a Hub id, a folder, or `package:NAME/PATH`. Needs the extra
+            `mine`.
+        retrieve_k: Candidates of each query that it finds.
+        top_k: Texts of each query that are written.
+        qrels: What is relevant, as TREC qrels or as BEIR's tsv, or such rows in a list. MRR@10, nDCG@10 and MAP of all
+            candidates are reported, before and after. Needs the extra `rank`.
+        index: How the retriever's vectors are searched; see `mine`.
+        both_orders: Score each pair in both orders and take the mean logit, in twice the time.
+        precision: See `score`.
+        backend: See `score`.
+        devices: GPUs, or processes on a CPU, that share the scoring.
+        overwrite: Replace an output that is there already.
+
+    Returns:
+        The output's path, or without an output for each query its rows `query_id, corpus_id, score`, the best first.
+
+    Raises:
+        BackboneError, CheckpointError, HubError: A model cannot be loaded.
+        DataError: A file cannot be read, or names a query or a text that there is not.
+        MissingExtraError: The package for the retriever or the metrics is not installed.
+        OutputError: The output is there already, or cannot be written.
+        UsageError: Options do not go together.
+    """
+    scoring = Scoring(model, precision, backend, both_orders, devices)
+    if candidates is not None and retriever is not None:
+        raise UsageError("give candidates, or a retriever that finds them, and not both")
+    if top_k < 1 or retrieve_k < 1:
+        raise UsageError("top_k and retrieve_k must be at least 1")
+    if qrels is not None:
+        require("ir_measures", "rank")  # known before the work is done
+    if output is not None:
+        claim_output(output, (*RUN_SUFFIXES, ".jsonl"), overwrite)
+    with open_table(queries, ["text"]) as table:
+        query_ids, query_texts, _ = read_texts(table, None)
+    with open_table(corpus, ["text"]) as table:
+        corpus_ids, corpus_texts, _ = read_texts(table, None, titled=True)
+    relevant = None if qrels is None else read_qrels(qrels)
+    if candidates is not None:
+        before = _read_candidates(candidates, query_ids, corpus_ids)
+    elif retriever is not None:
+        before = retrieve(query_texts, corpus_texts, retriever, retrieve_k, index)
+    else:
+        before = [[(place, 0.0) for place in range(len(corpus_texts))] for _ in query_texts]
+    after = _score(before, query_texts, corpus_texts, scoring)
+    if relevant is not None:
+        ordered = {"after": after} if candidates is None and retriever is None else {"before": before, "after": after}
+        _report({name: evaluate(found, relevant, query_ids, corpus_ids) for name, found in ordered.items()})
+    rows: list[list[Row]] = [
+        [{"query_id": query, "corpus_id": corpus_ids[place], "score": score} for place, score in found[:top_k]]
+        for query, found in zip(query_ids, after, strict=True)
+    ]
+    if output is None:
+        return rows
+    _write(output, rows)
+    return Path(output)
+
+
+def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int, index: Index = "auto") -> Ranking:
+    """The k texts whose vectors are next to each query's, with the cosine."""
+    search = make_search(embed(corpus, retriever, Parts(None, {}), "embed the corpus"), index)
+    vectors = embed(queries, retriever, Parts(None, {}), "embed the queries")
+    found: Ranking = []
+    for start in range(0, len(vectors), BLOCK):
+        similarities, places = search(vectors[start : start + BLOCK], k)
+        for scores, row in zip(similarities.tolist(), places.tolist(), strict=True):
+            found.append([(place, score) for place, score in zip(row, scores, strict=True) if place >= 0])
+    return found
+
+
+def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scoring) -> Ranking:
+    pairs = [(query, place) for query, found in enumerate(before) for place, _ in found]
+    chunks = (
+        (number, [(queries[query], corpus[place]) for query, place in chunk])
+        for number, chunk in enumerate(chunked(pairs))
+    )
+    parts = Parts(None, {})
+    score_into(parts, scoring, chunks, len(pairs))
+    logits = np.concatenate([*parts.all(-(-len(pairs) // CHUNK)), np.empty(0, dtype=np.float32)])
+    after, start = [], 0
+    for found in before:
+        own = logits[start : start + len(found)]
+        start += len(found)
+        # By the logits: the scores of two that are both nearly sure can be equal.
+        order = np.argsort(-own, kind="stable").tolist()
+        after.append([(found[i][0], score) for i, score in zip(order, sigmoid(own)[order].tolist(), strict=True)])
+    return after
+
+
+def _read_candidates(candidates: Any, query_ids: list[Any], corpus_ids: list[Any]) -> Ranking:
+    """Candidates in the order of their scores; raises `DataError` for a query or text that is not there."""
+    places = {str(item): place for place, item in enumerate(corpus_ids)}
+    numbers = {str(item): number for number, item in enumerate(query_ids)}
+    found: list[dict[int, float]] = [{} for _ in query_ids]
+    for where, query, item, score in _triples(candidates, 6, (0, 2, 4)):
+        if query not in numbers:
+            raise DataError(f"{where}: there is no query {query!r}")
+        if item not in places:
+            raise DataError(f"{where}: there is no text {item!r} in the corpus")
+        found[numbers[query]][places[item]] = score
+    return [sorted(own.items(), key=lambda pair: -pair[1]) for own in found]
+
+
+def read_qrels(qrels: Any) -> dict[str, dict[str, int]]:
+    """For each query what is how relevant, from TREC qrels, a table with such columns, or rows."""
+    relevant: dict[str, dict[str, int]] = {}
+    for _, query, item, grade in _triples(qrels, 4, (0, 2, 3)):
+        relevant.setdefault(query, {})[item] = int(grade)
+    return relevant
+
+
+_QUERY, _ITEM = ("query_id", "query-id", "qid"), ("corpus_id", "corpus-id", "doc_id", "docid", "pid")
+_NUMBER = ("score", "relevance", "rel", "label")
+
+
+def _triples(source: Any, fields: int, places: tuple[int, int, int]) -> Iterator[tuple[str, str, str, float]]:
+    """Query, text and number of each row, and what to call the row: of a TREC file with so many fields, or a table."""
+    trec = isinstance(source, str) and Path(source).suffix.lower() in (*RUN_SUFFIXES, ".qrels")
+    if trec and not Path(source).is_file():
+        raise DataError(f"{source}: no such file")
+    with ExitStack() as stack:
+        if trec:
+            lines = stack.enter_context(Path(source).open(encoding="utf-8"))
+            rows: Any = (line.split() for line in lines)
+            where = source
+        else:
+            table: Table = stack.enter_context(open_table(source, ["query_id", "corpus_id", "score"]))
+            rows, where = iter(table), table.where
+        for number, row in enumerate(rows, start=1):
+            place = f"{where}, row {number}"
+            if isinstance(row, str):
+                raise DataError(f"{place}: {row}")
+            if isinstance(row, Mapping):
+                names = [next((name for name in of if name in row), None) for of in (_QUERY, _ITEM, _NUMBER)]
+                if None in names:
+                    raise DataError(f"{where} needs the columns query_id, corpus_id and score; it has {list(row)}")
+                values = [row[name] for name in names if name]
+            elif len(row) != fields:
+                raise DataError(f"{place}: {len(row)} fields where a TREC file has {fields}")
+            else:
+                values = [row[i] for i in places]
+            try:
+                yield place, str(values[0]), str(values[1]), float(values[2])
+            except (TypeError, ValueError):
+                raise DataError(f"{place}: {values[2]!r} is no number") from None
+
+
+def evaluate(
+    ranking: Ranking, relevant: Mapping[str, Mapping[str, int]], query_ids: list[Any], corpus_ids: list[Any]
+) -> dict[str, float]:
+    """MRR@10, nDCG@10 and MAP over the queries that have something relevant, by ir-measures.
+
+    The order of a ranking counts, and not its scores, which may be equal.
+    """
+    measures = require("ir_measures", "rank")
+    run = {
+        str(query): {str(corpus_ids[place]): -float(rank) for rank, (place, _) in enumerate(found)}
+        for query, found in zip(query_ids, ranking, strict=True)
+    }
+    wanted = {"MRR@10": measures.RR @ 10, "nDCG@10": measures.nDCG @ 10, "MAP": measures.AP}
+    found = measures.calc_aggregate(list(wanted.values()), relevant, run)
+    return {name: float(found[measure]) for name, measure in wanted.items()}
+
+
+def _report(figures: dict[str, dict[str, float]]) -> None:
+    for name in figures["after"]:
+        log.info("%-8s%s", name, ",".join(f" {when} {found[name]:.4f}" for when, found in figures.items()))
+
+
+def _write(output: str, rows: list[list[Row]]) -> None:
+    if Path(output).suffix.lower() == ".jsonl":
+        with write_table(output, []) as take:
+            for own in rows:
+                take(own)
+        return
+    if spaced := [item for own in rows for row in own for item in row.values() if len(str(item).split()) != 1]:
+        raise UsageError(f"a TREC run cannot hold the id {spaced[0]!r}; write .jsonl")
+    lines = [
+        f"{row['query_id']} Q0 {row['corpus_id']} {rank} {row['score']:.8f} crossenc\n"
+        for own in rows
+        for rank, row in enumerate(own, start=1)
+    ]
+    if output == STANDARD:
+        print(*lines, sep="", end="")
+        return
+    unfinished = Path(output).with_name(f".{Path(output).name}-unfinished")
+    with writing(output):
+        unfinished.write_text("".join(lines), encoding="utf-8")
+        unfinished.replace(output)

@@ -1,0 +1,116 @@
+"""`rerank`: sentence-transformers' order and scores; candidates, runs and metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from crossenc import rerank
+from crossenc.cli import main
+from crossenc.errors import DataError, OutputError, UsageError
+from crossenc.pairs import sample_groups
+from crossenc.reranking import evaluate, retrieve
+
+from .conftest import BACKBONE
+
+GROUPS = sample_groups()[:8]
+CORPUS = [question for group in GROUPS for question in group["questions"][1:]]
+QUERIES = [group["questions"][0] for group in GROUPS]
+
+
+def test_order_and_scores_are_sentence_transformers(trained: Path):
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(trained / "model"), device="cpu")
+    found = rerank(str(trained / "model"), QUERIES, CORPUS, top_k=len(CORPUS))
+    for number, query in enumerate(QUERIES):
+        expected = model.rank(query, CORPUS)
+        scores = {row["corpus_id"]: row["score"] for row in expected}
+        assert [row["query_id"] for row in found[number]] == [number] * len(CORPUS)
+        assert [row["score"] for row in found[number]] == pytest.approx([row["score"] for row in expected], abs=1e-5)
+        # Where scores are nearly equal, either order is right.
+        assert [scores[row["corpus_id"]] for row in found[number]] == pytest.approx(
+            [row["score"] for row in expected], abs=1e-5
+        )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """Queries, corpus and qrels in three of the usual forms."""
+    (tmp_path / "queries.tsv").write_text("qid\ttext\n" + "".join(f"q{i}\t{text}\n" for i, text in enumerate(QUERIES)))
+    lines = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(CORPUS)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [
+        (f"q{number}", f"d{CORPUS.index(text)}")
+        for number, group in enumerate(GROUPS)
+        for text in group["questions"][1:]
+    ]
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t1\n" for q, d in rows))
+    (tmp_path / "some.qrels").write_text("".join(f"{q} 0 {d} 1\n" for q, d in rows))
+    return {name: str(tmp_path / file) for name, file in (
+        ("queries", "queries.tsv"), ("corpus", "corpus.jsonl"), ("qrels", "qrels.tsv"), ("trec", "some.qrels"),
+        ("run", "out.run"), ("again", "again.jsonl"),
+    )}  # fmt: skip
+
+
+def test_the_command_retrieves_reranks_and_reports(trained: Path, files: dict[str, str], caplog, capsys):
+    arguments = ["rerank", str(trained / "model"), "--queries", files["queries"], "--corpus", files["corpus"]]
+    retrieved = ["--retriever", BACKBONE, "--retrieve-k", "12", "--top-k", "12", "--qrels", files["qrels"]]
+    with caplog.at_level(logging.INFO):
+        assert main([*arguments, *retrieved, "--output", files["run"]]) == 0
+    figures = {line.split()[0]: line for line in caplog.messages if " before " in line}
+    assert set(figures) == {"MRR@10", "nDCG@10", "MAP"}
+    lines = [line.split() for line in Path(files["run"]).read_text().splitlines()]
+    assert len(lines) == 12 * len(QUERIES)
+    assert [line[3] for line in lines[:12]] == [str(rank) for rank in range(1, 13)]
+    # The run is itself a file of candidates: the same pairs, the same order.
+    again = ["--candidates", files["run"], "--top-k", "12", "--qrels", files["trec"], "--output", files["again"]]
+    assert main([*arguments, *again]) == 0
+    rows = [json.loads(line) for line in Path(files["again"]).read_text().splitlines()]
+    assert [(row["query_id"], row["corpus_id"]) for row in rows] == [(line[0], line[2]) for line in lines]
+    assert [row["score"] for row in rows] == pytest.approx([float(line[4]) for line in lines], abs=1e-6)
+    capsys.readouterr()
+    assert main([*arguments, "--top-k", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(QUERIES)
+
+
+def test_the_retriever_finds_what_its_cosines_say():
+    from sentence_transformers import SentenceTransformer
+
+    from crossenc.backbone import locate
+
+    model = SentenceTransformer(locate(BACKBONE), device="cpu")
+    similarities = model.similarity(model.encode(QUERIES), model.encode(CORPUS)).numpy()
+    for number, found in enumerate(retrieve(QUERIES, CORPUS, BACKBONE, 5)):
+        assert [place for place, _ in found] == (-similarities[number]).argsort()[:5].tolist()
+        assert [score for _, score in found] == pytest.approx(sorted(similarities[number])[:-6:-1], abs=1e-5)
+
+
+def test_figures_are_those_of_hand():
+    relevant = {"a": {"x": 1}, "b": {"x": 1, "y": 1}}
+    ranking = [[(1, 0.9), (0, 0.9)], [(0, 0.5), (2, 0.4), (1, 0.3)]]
+    found = evaluate(ranking, relevant, ["a", "b"], ["x", "y", "z"])
+    assert found["MRR@10"] == pytest.approx((1 / 2 + 1) / 2)
+    assert found["MAP"] == pytest.approx((1 / 2 + (1 + 2 / 3) / 2) / 2)
+
+
+def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tmp_path: Path):
+    def refused(error: type[Exception], said: str, **options: object) -> None:
+        given = {"queries": files["queries"], "corpus": files["corpus"], "output": files["run"], **options}
+        with pytest.raises(error, match=said):
+            rerank(str(tiny), **given)
+        assert not Path(files["run"]).exists()
+
+    refused(DataError, "row 1: there is no query 'q99'", candidates=str(write("a.run", "q99 Q0 d0 1 0.5 x\n")))
+    refused(DataError, "row 1: there is no text 'd99'", candidates=str(write("b.run", "q0 Q0 d99 1 0.5 x\n")))
+    refused(DataError, "row 1: 3 fields where a TREC file has 6", candidates=str(write("c.run", "q0 d0 1\n")))
+    refused(DataError, "'high' is no number", candidates=str(write("d.run", "q0 Q0 d0 1 high x\n")))
+    refused(DataError, "needs the columns query_id", candidates=str(write("e.jsonl", '{"q": 1}\n')))
+    refused(DataError, "no such file", candidates="gone.run")
+    refused(UsageError, "not both", candidates=str(tmp_path / "a.run"), retriever=BACKBONE)
+    refused(UsageError, "top_k and retrieve_k", top_k=0)
+    refused(UsageError, "cannot hold the id 'q 1'", queries=[{"id": "q 1", "text": "a"}])
+    refused(OutputError, "is there already", output=files["corpus"])
