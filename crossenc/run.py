@@ -122,7 +122,8 @@ class RunCLI(LightningCLI):
         config = self.config[self.command]
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
-            log.info("precision %s: what this hardware multiplies natively", config.trainer.precision)
+            native = "multiplies" if config.trainer.precision == "bf16-mixed" else "does not multiply"
+            log.info("precision %s: this hardware %s bf16 itself", config.trainer.precision, native)
         if config.trainer.enable_model_summary is None:
             config.trainer.enable_model_summary = False
         if not self.goes_on:

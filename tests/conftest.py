@@ -21,7 +21,7 @@ def collate(pairs: list[tuple[str, str]], backbone: str, piece_cost: int = 0, ma
     from crossenc.encode import PairCollator, encode
 
     tokenizer = load_tokenizer(backbone)
-    texts = [{"row": row, "text_a": a, "text_b": b, "label": row % 2} for row, (a, b) in enumerate(pairs)]
+    texts = [{"row": row, "text_a": a, "text_b": b, "label": row % 2.0} for row, (a, b) in enumerate(pairs)]
     encoded = encode(datasets.Dataset.from_list(texts), tokenizer, max_length)
     return PairCollator(tokenizer, piece_cost=piece_cost)(encoded.remove_columns("cut").with_format("arrow")[:])
 

@@ -38,3 +38,13 @@ def test_first_layers_are_frozen():
     assert any(".layer.2." in name for name in trained)
     with pytest.raises(BackboneError, match="cannot freeze 7 layers of a backbone with 6"):
         CrossEncoderModule(BACKBONE, freeze_layers=7)
+
+
+def test_bf16_ends_before_the_loss():
+    module = CrossEncoderModule(BACKBONE)
+    batch = collate([("one text", "another"), ("a second", "and a third")], BACKBONE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.model(input_ids=batch["input_ids"][None]).logits.dtype == torch.bfloat16
+        logits = module(batch)
+        assert logits.dtype == module.predict_step(batch, 0)["score"].dtype == torch.float32
+        assert module.loss(logits, batch["label"].float()).dtype == torch.float32
