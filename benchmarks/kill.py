@@ -107,7 +107,7 @@ def main() -> None:
             else:
                 with (folder / "in.csv").open("w", encoding="utf-8", newline="") as file:
                     csv.writer(file).writerows(
-                        [("text",), *((text,) for text in make_questions(arguments.data, 3_000))]
+                        [("text",), *((text,) for text in make_questions(arguments.data, 2_000))]
                     )
                 options = ["--retriever", RETRIEVER, "--top-k", "20", "--min-similarity", "0.3"]
                 outputs = [folder / "out.csv", folder / "out.groups.csv"]

