@@ -7,15 +7,14 @@ fewer operations. Other backbones, and those whose attention or layers were exch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import ATTENTION, Packing, attend_packed
-
-if TYPE_CHECKING:
-    from .encode import PairBatch
+from .encode import PairBatch
 
 
 def pair_logits(model: Any, batch: PairBatch) -> Tensor:
@@ -26,10 +25,68 @@ def pair_logits(model: Any, batch: PairBatch) -> Tensor:
         batch: as `PairCollator` makes it, on the model's device.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    packs = inner.config.model_type in _HEADS and getattr(inner.config, "_attn_implementation", None) == ATTENTION
-    logits = _packed(inner, batch) if packs else _padded(model, batch)
+    if inner.config.model_type not in _HEADS or getattr(inner.config, "_attn_implementation", None) != ATTENTION:
+        logits = _padded(model, batch)
+    elif batch["input_ids"].device.type == "cpu" and not torch.is_grad_enabled() and _exact(batch):
+        logits = _by_threads(inner, batch)
+    else:
+        logits = _packed(inner, batch)
     # [:, 0] and no squeeze: a batch may be a single pair. fp32: a sigmoid in bf16 makes ties among the scores.
     return logits[:, 0].float()
+
+
+def _by_threads(model: Any, batch: PairBatch) -> Tensor:
+    """A part of the batch for each core at a time, which then waits for no other within an operation.
+
+    Parts of a thousand tokens stay in a core's cache. Together this is a seventh faster than both cores on one part.
+    """
+    threads, parts = torch.get_num_threads(), _parts(batch, 1_024)
+    mode, mixed = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    kind = torch.get_autocast_dtype("cpu")
+
+    def compute(part: PairBatch) -> Tensor:  # the modes belong to a thread
+        with torch.inference_mode(mode), torch.no_grad(), torch.autocast("cpu", kind, enabled=mixed):
+            return _packed(model, part)
+
+    if threads == 1 or len(parts) == 1:
+        return torch.cat([compute(part) for part in parts])
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(compute, parts)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _parts(batch: PairBatch, tokens: int) -> list[PairBatch]:
+    """The batch in parts of up to so many tokens, or of one longer pair."""
+    cuts: list[list[tuple[int, int]]] = [[]]
+    room = tokens
+    for pairs, length in batch["pieces"]:
+        while pairs:
+            fits = min(pairs, room // length) or (not cuts[-1])
+            if not fits:
+                cuts.append([])
+                room = tokens
+                continue
+            cuts[-1].append((int(fits), length))
+            room = max(0, room - fits * length)
+            pairs -= fits
+    parts, pair, place = [], 0, 0
+    for pieces in cuts:
+        last_pair, last = pair + sum(n for n, _ in pieces), place + sum(n * length for n, length in pieces)
+        part = PairBatch(pieces=pieces, starts=batch["starts"][pair:last_pair] - place)
+        for name in ("input_ids", "position_ids", "token_type_ids"):
+            if name in batch:
+                part[name] = batch[name][place:last]
+        parts.append(part)
+        pair, place = last_pair, last
+    return parts
+
+
+def _exact(batch: PairBatch) -> bool:
+    """Whether the pieces hold pairs of one length each, and so no padding."""
+    return sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
 
 
 def _padded(model: Any, batch: PairBatch) -> Tensor:
@@ -49,8 +106,7 @@ def _padded(model: Any, batch: PairBatch) -> Tensor:
 
 def _packed(model: Any, batch: PairBatch) -> Tensor:
     base = model.base_model
-    exact = sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
-    packing = Packing(batch["pieces"], batch["starts"], None if exact else batch["slots"])
+    packing = Packing(batch["pieces"], batch["starts"], None if _exact(batch) else batch["slots"])
     places = batch["position_ids"]
     if hasattr(base.embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from behind its padding
         places = places + base.embeddings.padding_idx + 1

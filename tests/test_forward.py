@@ -10,7 +10,7 @@ from torch import nn
 
 from crossenc.attention import ATTENTION, Packing, attend_packed
 from crossenc.backbone import load_model, load_tokenizer, locate
-from crossenc.forward import pair_logits, piece_cost
+from crossenc.forward import _parts, pair_logits, piece_cost
 from crossenc.pairs import sample_pairs
 
 from .conftest import BACKBONE, collate
@@ -78,6 +78,30 @@ def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str
         assert torch.allclose(gradients(model, logits), expected_gradients, atol=1e-5), cost
     single = [pair_logits(model, collate([pair], backbones[family])) for pair in PAIRS[-3:]]
     assert torch.allclose(torch.cat(single), expected[-3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_scoring_by_parts_and_threads_changes_nothing(threads: int):
+    model = load_model(BACKBONE).eval()
+    batch = collate(PAIRS * 3, BACKBONE)
+    parts = _parts(batch, 300)
+    assert len(parts) > 5
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts]), batch["input_ids"])
+    assert [sum(n for n, _ in part["pieces"]) for part in parts] == [len(part["starts"]) for part in parts]
+    assert all(len(part["input_ids"]) <= 300 for part in parts)
+    expected = pair_logits(model, batch).detach()  # with gradients, so in one
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            logits = pair_logits(model, batch)
+            with torch.autocast("cpu", torch.bfloat16):
+                rough = pair_logits(model, batch)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(logits, expected, atol=1e-6)
+    assert 1e-5 < (rough - expected).abs().max() < 0.05  # in bf16 in the threads too
 
 
 @pytest.mark.parametrize("cost", [0, 10**6])
