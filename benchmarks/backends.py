@@ -11,7 +11,6 @@ Rounds are added to those in the record. The largest difference of scores is aga
 from __future__ import annotations
 
 import csv
-import json
 import multiprocessing
 import resource
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, quiet, require_data, require_peer, write_record
+from machine import make_parser, quiet, read_record, require_data, require_peer, write_record
 
 WARM_UP = 200
 
@@ -105,8 +104,7 @@ def main() -> None:
     require_data(arguments.data)
     require_peer()
     quiet()
-    known = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.is_file() else {}
-    rounds: list[dict[str, Any]] = known.get("rounds", [])
+    rounds: list[dict[str, Any]] = read_record(arguments.out).get("rounds", [])
     with tempfile.TemporaryDirectory() as space:
         folder, files = Path(space) / "model", [Path(space) / "warm.tsv", Path(space) / "pairs.tsv"]
         make_export(arguments.data, folder)

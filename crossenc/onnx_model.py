@@ -5,7 +5,6 @@ sentence-transformers (`backend="onnx"`, `model_kwargs={"file_name": ...}`) and 
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -83,14 +82,14 @@ class OnnxModel:
         threads: on a CPU.
     """
 
-    def __init__(self, folder: Path, backend: str, rank: int = 0, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, backend: str, rank: int, threads: int) -> None:
         runtime = require("onnxruntime", "onnx")
         file = folder / FILES[backend]
         if not file.is_file():
             how = "--onnx --int8" if backend == "onnx-int8" else "--onnx"
             raise BackboneError(f"there is no {file}; write it with: crossenc export CHECKPOINT FOLDER {how}")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads
         providers: list[Any] = ["CPUExecutionProvider"]
         if "CUDAExecutionProvider" in runtime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": rank}))

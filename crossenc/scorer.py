@@ -75,7 +75,7 @@ class Scorer:
         import torch
 
         self.scoring, self.compute = scoring, self._by_torch
-        threads = max(1, len(os.sched_getaffinity(0)) // scoring.devices)
+        threads = max(1, torch.get_num_threads() // scoring.devices)
         if scoring.backend != "torch":
             folder = find(scoring.model, onnx=True)
             self.tokenizer, self.max_length = load_tokenizer(str(folder)), resolve_max_length(str(folder), None)
