@@ -168,8 +168,10 @@ def main(args: list[str] | None = None) -> int:
         else:
             print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CrossencError) else 2
-    except KeyboardInterrupt:  # before the first step, when there is nothing to keep
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:  # before the first step, when there is nothing to keep
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        return 130  # Lightning makes a SystemExit of it
     return 0
 
 

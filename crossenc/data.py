@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
@@ -122,6 +123,7 @@ class PairDataModule(LightningDataModule):
         self.on_mismatch = on_mismatch
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
+        self.backbone = backbone
         self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
         self.model_type = load_config(backbone, trust_remote_code, revision).model_type
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
@@ -139,6 +141,7 @@ class PairDataModule(LightningDataModule):
         if stage == "fit":
             self.facts = {
                 "source": self.source,
+                "backbone": self.backbone,
                 "subset": self.subset,
                 "split": "group" if self.source == pairs.SAMPLE else self.split,
                 "limit": self.limit,
@@ -246,7 +249,10 @@ class PairDataModule(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[PairBatch]:
         rank, ranks = self._share()
         tokens = self.eval_tokens or (4_096 if self._on_cpu() else 65_536)
-        order = EvaluationOrder(self._lengths(split), tokens, rank=rank, ranks=ranks)
+        lengths = self._lengths(split)
+        if len(lengths) < ranks:  # some would have no batch, and those that share weights would wait for them
+            raise DataError(f"{len(lengths)} {split} pairs are too few for {ranks} devices; give fewer devices")
+        order = EvaluationOrder(lengths, tokens, rank=rank, ranks=ranks)
         return DataLoader(sampler=order, **self._loading(split))
 
     def _share(self) -> tuple[int, int]:
@@ -259,6 +265,8 @@ class PairDataModule(LightningDataModule):
         return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
 
     def _piece_cost(self) -> int:
+        if self.trainer and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return 2**40  # one piece: devices that share their weights must compute equally many
         return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda")
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
@@ -275,6 +283,7 @@ class PairDataModule(LightningDataModule):
             "collate_fn": PairCollator(self.tokenizer, mean_pairs, self._piece_cost()),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": _leave_group,
             "pin_memory": torch.cuda.is_available(),
             "generator": torch.Generator(),  # making an iterator takes no number from the dropout's generator
         }
@@ -291,18 +300,23 @@ class PairDataModule(LightningDataModule):
         """
         if not (self.trainer and self.trainer.state.fn == TrainerFn.FITTING and "plan" in state):
             return
+        before, now = _told(state), _told(self.facts)
+        differing = [
+            f"{name} {before.get(name)} (now {now[name]})"
+            for name in now
+            if state["plan"].get(name) != self.facts["plan"][name]
+        ]
         self.position = state["position"]
-        before, now = state["plan"], self.facts["plan"]
-        differing = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
-        if not differing:
-            return
-        if self.on_mismatch == "refuse":
+        if differing and self.on_mismatch == "refuse":
             raise CheckpointError(
                 f"the checkpoint was trained with {', '.join(differing)}; go on with the same, or give "
                 "--on_mismatch continue to keep weights and optimizer and start at the next epoch"
             )
-        log.info("the checkpoint was trained with %s: going on with the next epoch", ", ".join(differing))
-        self.position = {**self.position, "batches": sys.maxsize}
+        if differing:
+            log.info("the checkpoint was trained with %s: going on with the next epoch", ", ".join(differing))
+            self.position = {**self.position, "batches": sys.maxsize}
+        if self.train_loader:  # sharded weights are read late
+            self.train_loader.load_state_dict(self.position)
 
 
 class PairLoader(DataLoader[PairBatch]):
@@ -331,6 +345,11 @@ class PairLoader(DataLoader[PairBatch]):
         self.epoch, self.batches = state.get("epoch", 0), min(state.get("batches", 0), len(self))
 
 
+def _leave_group(worker: int) -> None:
+    """What Ctrl-C sends to all processes of a run is for the main ones, which need their workers to end the step."""
+    os.setpgrp()
+
+
 def digest(part: Dataset) -> str:
     """A short hash of a split's tokens and labels, in their order."""
     found = sha256()
@@ -338,6 +357,12 @@ def digest(part: Dataset) -> str:
         for column in (table["input_ids"].combine_chunks().flatten(), table["label"]):
             found.update(column.to_numpy().tobytes())
     return found.hexdigest()[:12]
+
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    """The plan's entries as a person reads them: digests with what they are of."""
+    of = {"training tokens": facts["source"], "tokenizer": facts["backbone"]}
+    return {name: f"{value} of {of[name]}" if name in of else value for name, value in facts["plan"].items()}
 
 
 def _seed() -> int:

@@ -8,6 +8,7 @@ CrossencError           anything a user can mend; never raised itself
 ├── OutputError         a file that is there already, or that cannot be written
 ├── HubError            the Hugging Face Hub is out of reach, or does not have what was asked for
 ├── UsageError          options that do not go together
+├── LostProcessError    another process of the run is gone; exit code 1
 ├── StoppedError        a signal ended the run after a checkpoint was written; exit code 143 or 130
 └── MissingExtraError   a feature whose optional package is not installed
 """
@@ -52,12 +53,18 @@ class UsageError(CrossencError):
     """Options do not go together."""
 
 
+class LostProcessError(CrossencError):
+    """Another process of the run is gone."""
+
+    exit_code = 1
+
+
 class StoppedError(CrossencError):
     """A signal ended the run after its checkpoint was written."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
 
 
 class MissingExtraError(CrossencError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -114,20 +113,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, Pre
     Raises:
         CheckpointError: the file is missing, damaged, or was not written by crossenc.
     """
-    import torch
-
+    from .checkpoints import read_checkpoint
     from .module import CrossEncoderModule
 
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint that can be read: the file is damaged or of another kind"
-        ) from error
-    if not isinstance(loaded, dict) or "crossenc" not in loaded:
-        raise CheckpointError(f"{path} was not written by crossenc")
+    loaded = read_checkpoint(path)
     settings = loaded["hyper_parameters"]
     # The digest guards the backbone's own weights; these come from the checkpoint.
     module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)

@@ -17,6 +17,7 @@ from .errors import CheckpointError, UsageError, require
 from .forward import pair_logits
 from .metrics import PairMetrics
 from .optim import make_optimizer, make_schedule, parameter_groups
+from .sharding import shard
 
 CHECKPOINT_VERSION = 1
 
@@ -86,6 +87,11 @@ class CrossEncoderModule(LightningModule):
         self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
         self.threshold: float | None = None
         self.figures: dict[str, float] = {}
+
+    def configure_model(self) -> None:
+        """Shard the weights where the strategy is made for it; Lightning asks for it once for each stage."""
+        if self.device_mesh is not None:
+            shard(self, self.device.type, self.trainer.world_size)
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Logits of shape (pairs,), in fp32."""

@@ -6,29 +6,24 @@ checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from .callbacks import (
-    AtomicCheckpointIO,
-    LastCheckpoint,
-    PlainProgress,
-    PredictionFile,
-    TerminalProgress,
-    TrainSpeed,
-    ValidateAtEnd,
-)
+from .callbacks import PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
+from .checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_newest, read_checkpoint
 from .data import PairDataModule
-from .errors import CheckpointError
+from .errors import CheckpointError, LostProcessError, one_line
 from .exporting import export, score_pairs
 from .metrics import write_figures
 from .module import CrossEncoderModule
@@ -57,17 +52,35 @@ def native_precision(accelerator: str) -> str:
     return "bf16-mixed" if native else "32-true"
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` when training starts: a run that refuses to go on leaves the folder's own as it was."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class RunCLI(LightningCLI):
     """LightningCLI for one command; what a run adds are `--run`, `--output`, `--examples` and `--debug`."""
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
-        self.folder, self.goes_on = Path(), True
+        self.folder, self.goes_on, self.old_log = Path(), True, Path()
         try:
             self._run_command(args)
-        except BaseException:
+        except BaseException as error:
             if not self.goes_on:
                 discard_if_empty(self.folder)
+            log_file = self.folder / "metrics.csv"
+            if self.old_log.is_file() and not log_file.exists():
+                self.old_log.rename(log_file)  # the run did not go on
+            if isinstance(error, RuntimeError) and _is_lost_connection(error):
+                raise LostProcessError(
+                    f"another process of the run ended, and this one with it ({one_line(error)[:200]}); what that one "
+                    "said is why; go on with: --ckpt_path last"
+                ) from error
             raise
 
     def _run_command(self, args: list[str]) -> None:
@@ -75,7 +88,7 @@ class RunCLI(LightningCLI):
         super().__init__(
             CrossEncoderModule,
             PairDataModule,
-            save_config_callback=SaveConfigCallback if self.command == "fit" else None,
+            save_config_callback=SaveConfig if self.command == "fit" else None,
             save_config_kwargs={"overwrite": True},  # the folder is new, or the run that is gone on with
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
@@ -97,7 +110,18 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         # For all commands, since they take the config.yaml that fit wrote.
-        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_argument(
+            "--checkpoint_every_n_steps",
+            type=PositiveInt,
+            default=500,
+            help="Steps between two writings of last.ckpt; the first comes at step 50 at the latest.",
+        )
+        parser.add_argument(
+            "--checkpoint_every_n_minutes",
+            type=PositiveFloat,
+            default=10.0,
+            help="Minutes after which the next step writes last.ckpt anyway.",
+        )
         parser.add_argument(
             "--on_mismatch",
             type=Literal["refuse", "continue"],
@@ -113,17 +137,23 @@ class RunCLI(LightningCLI):
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
         config = self.config[self.command]
         asked_for = config.ckpt_path
-        config.ckpt_path = _find_checkpoint(self.command, config)
+        config.ckpt_path = self.checkpoint = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)
+        if self.command == "fit":
+            config.ckpt_path = None  # else LightningCLI puts the checkpoint's options in place of those that are given
         # A run that was killed before its first checkpoint begins again where it was.
         self.goes_on |= asked_for == "last" and self.folder.is_dir()
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.command]
+        config.ckpt_path = self.checkpoint
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
             native = "multiplies" if config.trainer.precision == "bf16-mixed" else "does not multiply"
             log.info("precision %s: this hardware %s bf16 itself", config.trainer.precision, native)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
+            local = int(os.environ["LOCAL_WORLD_SIZE"])
+            config.trainer.devices, config.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
         if config.trainer.enable_model_summary is None:
             config.trainer.enable_model_summary = False
         if not self.goes_on:
@@ -139,7 +169,7 @@ class RunCLI(LightningCLI):
         kwargs["callbacks"] = [*callbacks, *self._callbacks(given)]
         if self.command == "fit" and given.logger is not False:
             if self.goes_on:
-                _set_aside(self.folder / "metrics.csv")
+                self.old_log = _set_aside(self.folder / "metrics.csv")
             loggers = given.logger if isinstance(given.logger, list) else [given.logger]
             kwargs["logger"] = [
                 CSVLogger(self.folder, name="", version=""),
@@ -148,6 +178,9 @@ class RunCLI(LightningCLI):
             ]
         elif given.logger in (None, True):
             kwargs["logger"] = False  # an evaluation leaves metrics.json, and the fit's own logs as they are
+        if given.strategy == "fsdp":
+            # Lightning's strategy of this name takes no CPUs; this one leaves the sharding to `configure_model`.
+            kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] * (given.plugins is not None)
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -160,7 +193,10 @@ class RunCLI(LightningCLI):
             callbacks.append(TerminalProgress(refresh) if sys.stderr.isatty() else PlainProgress())
         # In evaluation too: Lightning asks for the callbacks that a checkpoint was made with.
         if given.enable_checkpointing is not False and not given.fast_dev_run:
-            callbacks.append(_checkpoints(self.folder))
+            callbacks.append(BestCheckpoint(self.folder))
+            if self.command == "fit":
+                config = self.config[self.command]
+                callbacks.append(LastCheckpoint(config.checkpoint_every_n_steps, config.checkpoint_every_n_minutes))
         if self.command == "predict":
             callbacks.append(PredictionFile(self.folder / "predictions.csv"))
         return callbacks
@@ -210,31 +246,26 @@ class RunCLI(LightningCLI):
         log.info("scores: %s", self.folder / "predictions.csv")
 
 
-def _checkpoints(folder: Path) -> ModelCheckpoint:
-    """`best.ckpt` by average precision on the dev pairs, after each validation."""
-    return ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor="val/average_precision",
-        mode="max",
-        save_on_train_epoch_end=False,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
-
-
 def _find_checkpoint(command: str, config: Any) -> str | None:
-    """The path behind `--ckpt_path`: `best` and `last` are those of the run that `--output` and `--run` name."""
+    """The path behind `--ckpt_path`: `best` and `last` are those of the run that `--output` and `--run` name.
+
+    `fit` goes on from the newest that can be read whole, and begins where there is none, so that the same command
+    starts a run and goes on with it.
+    """
     if config.ckpt_path is None:
         return None
-    path = Path(config.ckpt_path)
-    if config.ckpt_path in ("best", "last"):
-        path = Path(config.output) / (config.run or DEFAULT_RUN) / f"{config.ckpt_path}.ckpt"
-        if command == "fit" and config.ckpt_path == "last" and not path.is_file():
-            log.info("there is no %s yet: the run begins", path)  # so that the same command starts and goes on
+    path, home = Path(config.ckpt_path), Path(config.output) / (config.run or DEFAULT_RUN)
+    if command == "fit" and config.ckpt_path == "last":
+        newest = find_newest(home)
+        if newest is None:
+            log.info("there is no checkpoint in %s yet: the run begins", home)
             return None
+        return str(newest)
+    if config.ckpt_path in ("best", "last"):
+        path = home / f"{config.ckpt_path}.ckpt"
     if not path.is_file():
         raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
+    read_checkpoint(path, mmap=True)
     return str(path)
 
 
@@ -262,11 +293,17 @@ def _claim(folder: Path) -> Path:
             return free
 
 
-def _set_aside(file: Path) -> None:
+def _set_aside(file: Path) -> Path:
     """Rename the log of an earlier part of the run to the first free `metrics-1.csv`, ...: CSVLogger deletes it."""
+    aside = next(name for name in (file.with_stem(f"{file.stem}-{number}") for number in count(1)) if not name.exists())
     if file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
-        names = (file.with_stem(f"{file.stem}-{number}") for number in count(1))
-        file.rename(next(name for name in names if not name.exists()))
+        file.rename(aside)
+    return aside
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed as another process is gone: torch's own class, or gloo's plain RuntimeError."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _print_figures(figures: dict[str, float]) -> None:

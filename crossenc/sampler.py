@@ -82,15 +82,18 @@ def deal(rows: Rows, lengths: Rows, shares: int) -> list[Rows]:
 def plan_evaluation(lengths: Rows, tokens: int, rank: int, ranks: int) -> list[Rows]:
     """Batches of one device for evaluation, longest rows first; over all devices every row stands in exactly one.
 
-    Batches are of up to `tokens` tokens, padding included; a row that is longer makes a batch alone.
+    Batches are of up to `tokens` tokens, padding included; a row that is longer makes a batch alone. All devices have
+    as many, if there is a row for each: what is left at the end, less than one for each, goes into the last batch.
     """
-    mine = np.argsort(-lengths, kind="stable")[rank::ranks]
+    order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
-    while start < len(mine):
-        size = max(1, tokens // int(lengths[mine[start]]))
-        batches.append(mine[start : start + size])
+    while start < len(order):
+        size = ranks * max(1, tokens // int(lengths[order[start]]))
+        if len(order) - start - size < ranks:
+            size = len(order) - start
+        batches.append(order[start : start + size][rank::ranks])
         start += size
-    return batches
+    return [batch for batch in batches if len(batch)]
 
 
 class TrainingOrder(DistributedSampler[Any]):

@@ -73,6 +73,23 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small layers with random weights, for tests that need many steps and no quality."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from crossenc.backbone import load_tokenizer, quiet_transformers
+
+    folder = tmp_path_factory.mktemp("tiny") / "backbone"
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    with quiet_transformers():
+        BertForSequenceClassification(BertConfig(**shape, num_labels=1)).save_pretrained(folder)
+    load_tokenizer(BACKBONE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
     """The folder of one real, short run through the command line."""
     output = tmp_path_factory.mktemp("runs")

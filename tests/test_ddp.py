@@ -33,44 +33,60 @@ def without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("by", ["pairs", "tokens"])
-def test_any_number_of_processes_makes_the_same_updates(by: str, quora: Path, without_dropout: Path, tmp_path: Path):
-    """Losses of 30 steps on real pairs, in steps of unequal size."""
-    losses: dict[int, list[float]] = {}
-    for devices in (1, 2, 4):
+@pytest.mark.parametrize(
+    ("by", "settings"),
+    [
+        ("pairs", [(1, 8, 1, "auto"), (2, 4, 1, "ddp"), (4, 2, 1, "ddp")]),
+        ("tokens", [(1, 8, 1, "auto"), (2, 4, 1, "fsdp"), (2, 2, 2, "ddp")]),
+    ],
+)
+def test_any_number_of_processes_makes_the_same_updates(
+    by: str, settings: list[tuple[int, int, int, str]], quora: Path, without_dropout: Path, tmp_path: Path
+):
+    """Losses of 30 unequal steps on real pairs. Settings: devices, batch size, accumulated batches, strategy."""
+    steps: list[list[float]] = []
+    dev: list[float] = []
+    for number, (devices, batch_size, accumulated, strategy) in enumerate(settings):
         run(
             "fit",
             devices,
             f"--data.source={quora / 'train.tsv'}",
-            "--data.val_size=0",
+            "--data.val_size=40",
             "--data.test_size=0",
             "--data.limit=235",
-            f"--data.batch_size={8 // devices}",
+            f"--data.batch_size={batch_size}",
             f"--data.batch_by={by}",
             f"--model.backbone={without_dropout}",
             "--model.learning_rate=1e-4",
+            f"--trainer.strategy={strategy}",
+            f"--trainer.accumulate_grad_batches={accumulated}",
             "--trainer.log_every_n_steps=1",
             "--trainer.max_steps=30",
             f"--output={tmp_path}",
-            f"--run={devices}",
+            f"--run={number}",
         )
-        with (tmp_path / str(devices) / "metrics.csv").open() as file:
-            losses[devices] = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-        assert len(losses[devices]) == 30
-    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+        with (tmp_path / str(number) / "metrics.csv").open() as file:
+            losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        if accumulated == 1:  # else it is the last batch's and not the step's
+            steps.append(losses)
+        dev.append(json.loads((tmp_path / str(number) / "metrics.json").read_text())["val/loss"])
+    assert [len(losses) for losses in steps] == [30] * len(steps)
+    assert steps == [pytest.approx(steps[0], rel=1e-5)] * len(steps)
+    assert dev == [pytest.approx(dev[0], rel=1e-5)] * len(dev)
 
 
 def test_evaluation_and_prediction_are_the_same_on_any_number_of_processes(trained: Path, pairs_file: Path):
-    """6 test rows and 60 pairs to score, on 1 process and on 4: neither number can be shared evenly in batches."""
+    """7 test rows and 60 pairs to score, in small batches, on 1, 2 and 3 processes: once each, in the file's order."""
     found, scores = [], []
-    for devices in (1, 4):
-        where = ["--config", str(trained / "config.yaml"), "--ckpt_path", "best"]
-        run("test", devices, *where)
+    for devices in (1, 2, 3):
+        where = ["--config", str(trained / "config.yaml"), "--ckpt_path=best", "--data.eval_tokens=50"]
+        run("test", devices, *where, "--data.test_size=7")
         found.append(json.loads((trained / "metrics.json").read_text()))
         run("predict", devices, *where)
         with (trained / "predictions.csv").open() as file:
             scores.append([(int(row["row"]), float(row["score"])) for row in csv.DictReader(file)])
-    assert found[0] == {name: pytest.approx(value, abs=1e-6) for name, value in found[1].items()}
-    assert [row for row, _ in scores[1]] == list(range(60))
-    assert [score for _, score in scores[0]] == pytest.approx([score for _, score in scores[1]], abs=1e-6)
+    assert found[0]["test/rows"] == 7
+    for figures, rows in zip(found[1:], scores[1:], strict=True):
+        assert figures == {name: pytest.approx(value, abs=1e-6) for name, value in found[0].items()}
+        assert [row for row, _ in rows] == list(range(60))
+        assert [score for _, score in rows] == pytest.approx([score for _, score in scores[0]], abs=1e-6)

@@ -1,45 +1,64 @@
-"""Runs that are killed, stopped, or gone on with under other settings: real processes, bit for bit."""
+"""Runs that are killed, stopped, moved, or gone on with under other settings: real processes, bit for bit."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
-from crossenc.callbacks import AtomicCheckpointIO
+from crossenc.checkpoints import AtomicCheckpointIO, find_newest
 from crossenc.cli import main
 
-from .conftest import BACKBONE
+ROOT = Path(__file__).parents[1]
+EPOCHS, STEPS = 16, 96
 
-STEPS = 12
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What is computed here is too small for two, and the processes of a test want a core each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
-def arguments(pairs_file: Path, output: Path, *more: str) -> list[str]:
-    """Two epochs of 6 steps: dropout, two batches a step, a worker process, validation between checkpoints."""
-    named = {
+@pytest.fixture(scope="module")
+def options(pairs_file: Path, tiny_backbone: Path) -> dict[str, Any]:
+    """Sixteen epochs of 6 steps: dropout, two batches a step, a worker process, validation between checkpoints."""
+    return {
         "data.source": pairs_file,
         "data.batch_size": 4,
         "data.num_workers": 1,
-        "model.backbone": BACKBONE,
+        "model.backbone": tiny_backbone,
         "model.learning_rate": 1e-3,
-        "trainer.max_epochs": 2,
+        "trainer.max_epochs": EPOCHS,
         "trainer.accumulate_grad_batches": 2,
         "trainer.val_check_interval": 10,
         "trainer.precision": "32-true",
         "trainer.accelerator": "cpu",
-        "last.every_n_steps": 2,
-        "output": output,
+        "checkpoint_every_n_steps": 4,
     }
-    return ["fit", *(f"--{name}={value}" for name, value in named.items()), *more]
+
+
+def fit(options: dict[str, Any], output: Path, **more: Any) -> list[str]:
+    named = {**options, "output": output, **{name.replace("__", "."): value for name, value in more.items()}}
+    return ["fit", *(f"--{name}={value}" for name, value in named.items())]
 
 
 def weights(file: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -53,7 +72,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    """In a session of its own, so that a kill reaches its workers and other ranks too."""
+    """In a session of its own, so that a signal can be sent to its workers and other ranks too."""
     return subprocess.Popen(
         [sys.executable, "-m", "crossenc", *command],
         stdout=subprocess.DEVNULL,
@@ -66,70 +85,137 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while not file.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.02)
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"no {file}: {process.stderr.read()}")
 
 
 @pytest.fixture(scope="module")
-def whole(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
     output = tmp_path_factory.mktemp("whole")
-    assert main([*arguments(pairs_file, output), "--run=whole"]) == 0
-    assert weights(output / "whole" / "last.ckpt")[0] == STEPS
-    return output / "whole"
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert main(fit(options, output)) == 0
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert weights(output / "run" / "last.ckpt")[0] == STEPS
+    return output / "run"
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_a_killed_run_ends_with_the_same_bits(whole: Path, pairs_file: Path, tmp_path: Path, number: int):
-    seed = int(os.environ.get("CROSSENC_TEST_SEED", time.time_ns() % 10**6))
-    delay = random.Random(seed + number).uniform(0, 5)
-    print(f"CROSSENC_TEST_SEED={seed}: killed {delay:.2f} seconds after the first checkpoint")
-    command = [*arguments(pairs_file, tmp_path), "--run=killed"]
-    with start(command) as process:
-        wait_for(tmp_path / "killed" / "last.ckpt", process)
-        time.sleep(delay)
-        os.killpg(process.pid, signal.SIGKILL)
-    print(f"at step {weights(tmp_path / 'killed' / 'last.ckpt')[0]}")
-    assert main([*command, "--ckpt_path=last"]) == 0
-    assert same(tmp_path / "killed" / "last.ckpt", whole / "last.ckpt")
-    assert same(tmp_path / "killed" / "best.ckpt", whole / "best.ckpt")
+def copy(whole: Path, target: Path) -> Path:
+    return shutil.copytree(whole, target, ignore=shutil.ignore_patterns("model"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_and_tells_how_to_go_on(
-    whole: Path, pairs_file: Path, tmp_path: Path, number: int, code: int
+@pytest.mark.parametrize("how", [["--processes=1", "--kills=4"], ["--processes=2", "--kills=3"]])
+def test_killed_runs_end_with_the_same_bits(how: list[str]):
+    seed = os.environ.get("CROSSENC_TEST_SEED", str(time.time_ns() % 10**6))
+    print(f"CROSSENC_TEST_SEED={seed}")
+    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=1", f"--seed={seed}", *how]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 ended bit-identical" in done.stdout
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    whole: Path, options: dict[str, Any], tmp_path: Path
 ):
-    with start([*arguments(pairs_file, tmp_path), "--run=stopped"]) as process:
-        wait_for(tmp_path / "stopped" / "last.ckpt", process)
-        process.send_signal(number)
+    command = fit(options, tmp_path, ckpt_path="last")
+    last, unfinished = tmp_path / "run" / "last.ckpt", tmp_path / "run" / ".last.ckpt"
+    for _ in range(5):  # a kill may come a moment too late
+        with start(command) as process:
+            wait_for(last, process)
+            wait_for(unfinished, process)
+            os.killpg(process.pid, signal.SIGKILL)
+        if unfinished.exists():
+            break
+    assert unfinished.exists()
+    assert weights(last)[0] < STEPS
+    assert find_newest(tmp_path / "run") in (last, last.with_name("best.ckpt"))
+    assert main(command) == 0
+    assert same(last, whole / "last.ckpt")
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "processes", "to_all"),
+    [(signal.SIGTERM, 143, 1, True), (signal.SIGINT, 130, 2, True), (signal.SIGTERM, 143, 2, False)],
+)
+def test_a_signal_ends_the_step_and_tells_how_to_go_on(
+    whole: Path, options: dict[str, Any], tmp_path: Path, number: int, code: int, processes: int, to_all: bool
+):
+    """To all processes, loaders' workers too, as a terminal and most schedulers send it; or to the first alone."""
+    command = fit(options, tmp_path)
+    if processes > 1:
+        command = fit(options, tmp_path, trainer__devices=2, trainer__strategy="ddp", trainer__max_epochs=500)
+    with start(command) as process:
+        wait_for(tmp_path / "run" / "last.ckpt", process)
+        (os.killpg if to_all else os.kill)(process.pid, number)
         said = process.stderr.read()
     assert process.returncode == code, said
     assert "Traceback" not in said
+    assert "rror" not in said
     step, command = re.search(r"at step (\d+); go on with: python -m crossenc (.*)$", said, re.MULTILINE).groups()
-    assert weights(tmp_path / "stopped" / "last.ckpt")[0] == int(step) < STEPS
-    assert main(shlex.split(command)) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
-    assert same(tmp_path / "stopped" / "last.ckpt", whole / "last.ckpt")
+    assert weights(tmp_path / "run" / "last.ckpt")[0] == int(step)
+    if processes == 1:
+        assert main(shlex.split(command)) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        assert same(tmp_path / "run" / "last.ckpt", whole / "last.ckpt")
 
 
-def test_two_processes_resume_exactly(pairs_file: Path, tmp_path: Path):
-    two = arguments(pairs_file, tmp_path, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1")
-    with start([*two, "--run=whole"]) as process:
-        assert process.wait() == 0, process.stderr.read()
-    with start([*two, "--run=killed"]) as process:
-        wait_for(tmp_path / "killed" / "last.ckpt", process)
-        time.sleep(random.uniform(0, 4))
-        os.killpg(process.pid, signal.SIGKILL)
-    with start([*two, "--run=killed", "--ckpt_path=last"]) as process:
-        assert process.wait() == 0, process.stderr.read()
-    assert same(tmp_path / "killed" / "last.ckpt", tmp_path / "whole" / "last.ckpt")
+class SavedSteps(Callback):
+    """Notes the step of each checkpoint."""
+
+    steps: ClassVar[list[int]] = []
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.steps.append(checkpoint["global_step"])
 
 
-def test_last_begins_a_run_that_is_not_there_yet(pairs_file: Path, tmp_path: Path):
-    command = [*arguments(pairs_file, tmp_path), "--run=new", "--trainer.max_steps=1", "--ckpt_path=last"]
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [50, 55]),
+        ({"checkpoint_every_n_steps": 20}, [20, 40, 55]),
+        ({"checkpoint_every_n_minutes": 1e-9, "trainer.max_steps": 3}, [1, 2, 3]),
+    ],
+)
+def test_checkpoints_come_every_n_steps_and_minutes_and_early(
+    options: dict[str, Any], tmp_path: Path, settings: dict[str, Any], expected: list[int]
+):
+    SavedSteps.steps.clear()
+    plain = {**options, "data.num_workers": 0, "data.val_size": 0, "data.test_size": 0, "trainer.max_steps": 55}
+    del plain["checkpoint_every_n_steps"]
+    command = fit(plain | settings, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps")
+    assert main(command) == 0
+    assert SavedSteps.steps == expected
+
+
+def test_last_begins_a_run_that_is_not_there_yet(options: dict[str, Any], tmp_path: Path):
+    command = fit(options, tmp_path, trainer__max_steps=1, ckpt_path="last")
     assert main(command) == 0
     assert main(command) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    whole: Path, options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Cut short, and with one bit turned in the middle; then the best one is the newest."""
+    folder = copy(whole, tmp_path / "run")
+    content = (folder / "last.ckpt").read_bytes()
+    middle = len(content) // 2
+    for damaged in (content[:middle], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+        caplog.clear()
+        (folder / "last.ckpt").write_bytes(damaged)
+        assert find_newest(folder) == folder / "best.ckpt"
+        assert "last.ckpt" in caplog.text
+        assert "damaged" in caplog.text
+    with caplog.at_level(logging.INFO, logger="crossenc"):
+        assert main(fit(options, tmp_path, ckpt_path="last")) == 0
+    assert f"going on from {folder / 'best.ckpt'}, step {weights(whole / 'best.ckpt')[0]}" in caplog.text
+    assert same(folder / "last.ckpt", whole / "last.ckpt")
+    for name in ("last.ckpt", "best.ckpt"):
+        (folder / name).write_bytes(b"nothing")
+    assert find_newest(folder) is None
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path):
@@ -140,15 +226,68 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
     assert torch.load(file, weights_only=True) == {"step": 1}
 
 
-def test_a_run_goes_on_with_the_same_only(whole: Path, pairs_file: Path, capsys):
-    """Last in this file, since it goes on with the run that others compare with."""
-    command = [*arguments(pairs_file, whole.parent), "--run=whole", "--ckpt_path=last", "--trainer.max_epochs=3"]
-    assert main([*command, "--data.batch_size=6"]) == 2
+def test_a_run_goes_on_where_its_folder_was_moved_to(whole: Path, options: dict[str, Any], tmp_path: Path):
+    """What was best before stays so, unless it is beaten."""
+    folder = copy(whole, tmp_path / "moved")
+    command = fit(options, tmp_path, run="moved", ckpt_path="last", trainer__max_epochs=EPOCHS + 1)
+    assert main(command) == 0
+    (state,) = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"].values()
+    (before,) = torch.load(whole / "last.ckpt", weights_only=True)["callbacks"].values()
+    assert state["best_model_score"] >= before["best_model_score"]
+    assert state["best_model_path"] == str(folder / "best.ckpt")
+    assert list(state["best_k_models"]) == [str(folder / "best.ckpt")]
+
+
+def changed(options: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
+    """Options for another data set or another tokenizer."""
+    if what == "data":
+        (folder / "other.csv").write_text(options["data.source"].read_text().replace("?", "!"))
+        return {"data.source": folder / "other.csv"}
+    if what == "tokenizer":
+        other = shutil.copytree(options["model.backbone"], folder / "other")
+        settings = json.loads((other / "tokenizer_config.json").read_text())
+        (other / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
+        return {"model.backbone": other}
+    return {"data.batch_size": 6}
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("data", r"training tokens \w{12} of \S+pairs.csv \(now \w{12} of \S+other.csv\)"),
+        ("tokenizer", r"tokenizer \w{12} of \S+backbone \(now \w{12} of \S+other\)"),
+        ("batches", r"batch_size 4 \(now 6\)"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_only(
+    whole: Path, options: dict[str, Any], tmp_path: Path, capsys, what: str, said: str
+):
+    folder = copy(whole, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
+    other = options | changed(options, what, tmp_path)
+    assert main(fit(other, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "batch_size 4 (now 6)" in line
+    assert re.search(said, line), line
     assert "--on_mismatch continue" in line
-    assert weights(whole / "last.ckpt")[0] == STEPS
-    assert main([*command, "--data.batch_size=6", "--on_mismatch=continue"]) == 0
-    # One more epoch of 48 pairs, 12 to a step.
-    assert weights(whole / "last.ckpt")[0] == STEPS + 4
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
+
+
+def test_another_number_of_devices_is_refused_by_all_of_them(whole: Path, options: dict[str, Any], tmp_path: Path):
+    copy(whole, tmp_path / "run")
+    with start(fit(options, tmp_path, ckpt_path="last", trainer__devices=2, trainer__strategy="ddp")) as process:
+        said = process.stderr.read()
+    assert process.returncode == 2, said
+    assert "devices 1 (now 2)" in said
+    assert "Traceback" not in said
+
+
+def test_a_mismatch_goes_on_with_the_next_epoch_if_it_may(whole: Path, options: dict[str, Any], tmp_path: Path, capsys):
+    """From a checkpoint in the middle of an epoch, to the batches of the next: 48 pairs, 12 to a step."""
+    folder = copy(whole, tmp_path / "run")
+    (folder / "last.ckpt").unlink()
+    step = weights(folder / "best.ckpt")[0]
+    command = fit(options, tmp_path, ckpt_path="last", on_mismatch="continue", data__batch_size=6)
+    assert main(command) == 0
     assert "batch_size 4 (now 6): going on with the next epoch" in capsys.readouterr().err
+    left = EPOCHS - 1 - step // 6
+    assert weights(folder / "last.ckpt")[0] == step + 4 * left

@@ -1,0 +1,259 @@
+"""The checkpoints of a run: written whole or not at all, and gone on with exactly.
+
+last.ckpt   every so many steps and minutes, after each validation, at the end, and when a signal ends the run
+best.ckpt   after the validation with the best average precision so far
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+import shlex
+import signal
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from .errors import CheckpointError, StoppedError
+
+log = logging.getLogger(__name__)
+
+# The first checkpoint comes at this step at the latest: what fails soon after its start costs little.
+FIRST_STEP = 50
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target and renames it: what stood there stays whole until the new one is."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        unfinished = Path(path).with_name(f".{Path(path).name}")
+        super().save_checkpoint(checkpoint, unfinished, storage_options)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # else a crash of the machine can leave the new name with no content
+        unfinished.replace(path)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `best.ckpt`, by average precision on the dev pairs after each validation.
+
+    Lightning forgets what was best so far when the run's folder was moved; here the paths follow it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder,
+            filename="best",
+            monitor="val/average_precision",
+            mode="max",
+            save_on_train_epoch_end=False,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved: dict[str, Any] = {name: here(state_dict[name]) for name in paths}
+        moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **moved, "dirpath": self.dirpath})
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt` in the run's folder, from which a run goes on exactly: the random generators are in it too.
+
+    SIGTERM and SIGINT let the step end (and the validation that follows it), write the checkpoint, and end the run by a
+    `StoppedError`. On SLURM they are left to Lightning, which puts the job into the queue again.
+
+    A `Checkpoint`, so that Lightning calls it last: what the keeper of the best one knows of this step is in the file.
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints.
+        every_n_minutes: Minutes after which the next step writes one anyway.
+    """
+
+    def __init__(self, every_n_steps: int = 500, every_n_minutes: float = 10.0) -> None:
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.saved_step, self.saved_at, self.signal = 0, time.monotonic(), 0
+        self.random: list[dict[str, Any]] = []
+        self.handlers: dict[int, Any] = {}
+        self.group: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and len(set(gather(trainer, trainer.ckpt_path is None))) > 1:
+            raise CheckpointError(
+                f"only some of the processes found the checkpoint {trainer.ckpt_path or 'that others go on with'}; "
+                "--output must be a folder that all machines share"
+            )
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_signals(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_signals(trainer)
+        if self.random:
+            _set_random_states(self.random[trainer.global_rank % len(self.random)])
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        if torch.distributed.is_initialized():
+            # On CPUs' own network: asking all ranks after each step must not make a GPU wait.
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def _take_signals(self, trainer: Trainer) -> None:
+        if self.handlers or "SLURM_JOB_ID" in os.environ:
+            return
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if trainer.received_sigterm:  # by Lightning, a moment before
+            self.signal = signal.SIGTERM
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or self._validation_follows(trainer, batch_idx):
+            return
+        late, number = self._ask_all_ranks(time.monotonic() - self.saved_at >= 60 * self.every_n_minutes)
+        step = trainer.global_step
+        if late or step % self.every_n_steps == 0 or step == min(FIRST_STEP, self.every_n_steps):
+            self.save(trainer)
+        self._stop_if_signalled(trainer, number)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.save(trainer)
+            self._stop_if_signalled(trainer, self._ask_all_ranks(False)[1])
+
+    def _ask_all_ranks(self, late: bool) -> tuple[bool, int]:
+        """Whether any rank's time for a checkpoint has come, and the signal that any has got, or 0."""
+        asked = torch.tensor([late, self.signal])
+        if self.group is not None:
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.group)
+        return bool(asked[0]), int(asked[1])
+
+    def _stop_if_signalled(self, trainer: Trainer, number: int) -> None:
+        if not number:
+            return
+        self.save(trainer)
+        folder, environment = Path(trainer.default_root_dir), getattr(trainer.strategy, "cluster_environment", None)
+        external = environment is not None and not isinstance(environment, LightningEnvironment)
+        raise StoppedError(
+            f"{signal.Signals(number).name} at step {trainer.global_step}; go on with: "
+            f"{'torchrun ... -m' if external else 'python -m'} crossenc fit "
+            f"--config {shlex.quote(str(folder / 'config.yaml'))} "
+            f"--ckpt_path {shlex.quote(str(folder / 'last.ckpt'))}",
+            # Lightning's launcher kills the first process when one that it started ends with any other code than 0.
+            0 if trainer.local_rank and not external else 128 + number,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+        self._give_signals_back()  # not later: Lightning takes its own back before `teardown`
+
+    def save(self, trainer: Trainer) -> None:
+        """Write `last.ckpt`, unless it is of this step already."""
+        if trainer.fast_dev_run or self.saved_step == trainer.global_step:  # type: ignore[attr-defined]
+            return
+        trainer.save_checkpoint(trainer.strategy.broadcast(Path(trainer.default_root_dir)) / "last.ckpt")
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+
+    def _validation_follows(self, trainer: Trainer, batch_idx: int) -> bool:
+        """A checkpoint between a step and its validation would resume without the validation."""
+        if not trainer.enable_validation:
+            return False
+        number = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx
+        return trainer.should_stop or (number + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random_states"] = gather(trainer, _random_states())
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.random = checkpoint.get("random_states", [])
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """What a checkpoint file holds, on the CPU; with `mmap`, tensors are read from the file when they are needed.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or was not written by crossenc.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint that can be read: the file is damaged or of another kind"
+        ) from error
+    if not isinstance(loaded, dict) or "crossenc" not in loaded:
+        raise CheckpointError(f"{path} was not written by crossenc")
+    return loaded
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The checkpoint of most steps in a run's folder; a damaged one is passed over, and a line says so."""
+    found = []
+    for path in folder.glob("[!.]*.ckpt"):  # a name with a dot is one that was never finished
+        try:
+            found.append((read_checkpoint(path, mmap=True)["global_step"], path.name == "last.ckpt", path))
+        except CheckpointError as error:
+            log.warning("passed over: %s", error)
+    for step, _, path in sorted(found, reverse=True):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is None:
+            log.info("going on from %s, step %d", path, step)
+            return path
+        log.warning("passed over: %s is damaged", path)
+    return None
+
+
+def gather(trainer: Trainer, item: Any) -> list[Any]:
+    """What each rank gives, in the order of the ranks; all ranks must call it."""
+    items = [item] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def _random_states() -> dict[str, Any]:
+    """The states of this process's random generators, in types that `weights_only` loads."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, numbers, rest = states["python"]
+    random.setstate((version, tuple(numbers), rest))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

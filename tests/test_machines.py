@@ -1,0 +1,187 @@
+"""The README's commands for many devices, as far as one machine allows, and what they do when a process is lost.
+
+Two machines are two network namespaces, each with an address of its own; SLURM is what it tells its tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+NAMES, ADDRESSES = (f"cx-{os.getpid()}-a", f"cx-{os.getpid()}-b"), ("10.213.7.1", "10.213.7.2")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[list[list[str]]]:
+    """For each of two machines, the words that run a command there and nowhere else."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip, from iproute2")
+    try:
+        for name in NAMES:
+            ip("netns", "add", name)
+        ip("link", "add", NAMES[0], "type", "veth", "peer", "name", NAMES[1])
+        for name, address in zip(NAMES, ADDRESSES, strict=True):
+            ip("link", "set", name, "netns", name)
+            ip("-n", name, "address", "add", f"{address}/24", "dev", name)
+            for device in (name, "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        yield [["ip", "netns", "exec", name] for name in NAMES]
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+    finally:
+        for name in NAMES:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+def readme(first: str) -> list[str]:
+    """The words of the README's command for many devices that begins so."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(first) and "configs/ddp.yaml" in line)
+    return shlex.split(line)
+
+
+def options(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
+    """Sixteen epochs of 6 steps for two processes, to stand behind the README's words."""
+    named = {
+        "data.source": pairs_file,
+        "data.batch_size": 4,
+        "model.backbone": backbone,
+        "model.learning_rate": 1e-3,
+        "trainer.max_epochs": 16,
+        "trainer.val_check_interval": 10,
+        "trainer.precision": "32-true",
+        "trainer.accelerator": "cpu",
+        "checkpoint_every_n_steps": 4,
+        "output": output,
+    }
+    return [f"--{name}={value}" for name, value in named.items()]
+
+
+def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    words = [{"python": sys.executable}.get(word, word) for word in words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in found if "crossenc" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not file.exists():
+        time.sleep(0.01)
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"no {file}: {process.stderr.read()}")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "run" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def alone(pairs_file: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of two processes on one machine, that Lightning starts itself."""
+    output = tmp_path_factory.mktemp("alone")
+    command = [*readme("python -m crossenc"), *options(pairs_file, tiny_backbone, output), "--trainer.devices=2"]
+    with start(command) as process:
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    return output
+
+
+def test_torchrun_over_two_machines_goes_on_after_a_death_and_trains_the_same(
+    machines: list[list[str]], alone: Path, pairs_file: Path, tiny_backbone: Path, tmp_path: Path
+):
+    words = " ".join(readme("torchrun")).replace("HOST", ADDRESSES[0]).replace("per-node=8", "per-node=1").split()
+    started = []
+    try:
+        for there, name, address in zip(machines, NAMES, ADDRESSES, strict=True):
+            # What else tells a machine its address and its part is its name.
+            own = [f"--local-addr={address}", f"--rdzv-conf=is_host={name == NAMES[0]}"]
+            command = [*there, *TORCHRUN, *own, *words[1:], *options(pairs_file, tiny_backbone, tmp_path)]
+            started.append(start(command, GLOO_SOCKET_IFNAME=name))
+        wait_for(tmp_path / "run" / "last.ckpt", started[0])
+        (worker,) = children(started[1])
+        os.kill(worker, signal.SIGKILL)
+        said = [process.communicate(timeout=240)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "going on from" in said[0]
+    assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(tmp_path).items())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_the_others_stop_when_a_process_dies(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, launcher: str):
+    """Within a minute, with a line that says so, and no traceback of ours."""
+    words = [*readme("python -m crossenc"), *options(pairs_file, tiny_backbone, tmp_path)]
+    if launcher == "lightning":
+        words += ["--trainer.devices=2"]
+    else:
+        words = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *words[1:]]
+    process = start(words)
+    try:
+        wait_for(tmp_path / "run" / "last.ckpt", process)
+        os.kill(children(process)[-1], signal.SIGKILL)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode not in (0, None)
+    assert "error: another process of the run ended, and this one with it" in said
+    assert launcher == "torchrun" or "Traceback" not in said
+
+
+def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    """Two tasks with what srun tells them, and a scontrol that takes a note."""
+    scontrol, queue = tmp_path / "bin" / "scontrol", tmp_path / "queue"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {queue}\n')
+    scontrol.chmod(0o755)
+    job = {"JOB_ID": str(os.getpid()), "JOB_NAME": "crossenc", "NTASKS": "2", "NNODES": "2", "NODELIST": "127.0.0.1"}
+    job["NTASKS_PER_NODE"] = "1"
+    environment = {f"SLURM_{name}": value for name, value in job.items()}
+    environment["PATH"] = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
+    words = [*readme("srun")[1:], *options(pairs_file, tiny_backbone, tmp_path), "--trainer.devices=1"]
+
+    def tasks() -> list[subprocess.Popen[str]]:
+        places = ({"SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": "0"} for rank in "01")
+        return [start(words, **environment, **place) for place in places]
+
+    first = tasks()
+    try:
+        wait_for(tmp_path / "run" / "last.ckpt", first[0])
+        for process in first:
+            process.send_signal(signal.SIGUSR1)
+        wait_for(queue, first[0])
+    finally:
+        for process in first:
+            process.kill()
+            process.communicate()
+    assert queue.read_text().split() == ["requeue", environment["SLURM_JOB_ID"]]
+    assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
+    again = tasks()
+    said = [process.communicate(timeout=240)[1] for process in again]
+    assert [process.returncode for process in again] == [0, 0], said
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 16 * 6

@@ -1,0 +1,63 @@
+"""Weights in shards on two real processes (gloo): the same folder at the end as on one device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    """The folder of a fit, with whole weights and optimizer states under the same names and shapes."""
+    found = {}
+    for devices, strategy in ((1, "auto"), (2, "fsdp")):
+        named = {
+            "data.source": pairs_file,
+            "data.batch_size": 8 // devices,
+            "model.backbone": tiny_backbone,
+            "model.weight_decay": 0.01,
+            "trainer.accelerator": "cpu",
+            "trainer.precision": "bf16-mixed",
+            "trainer.devices": devices,
+            "trainer.strategy": strategy,
+            "output": tmp_path,
+            "run": strategy,
+        }
+        words = [sys.executable, "-m", "crossenc", "fit", *(f"--{name}={value}" for name, value in named.items())]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert "arning" not in done.stderr
+        folder = tmp_path / strategy
+        checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+        (optimizer,) = checkpoint["optimizer_states"]
+        found[strategy] = {
+            "files": {path.relative_to(folder) for path in folder.rglob("*") if "tfevents" not in path.name},
+            "weights": {name: value.shape for name, value in checkpoint["state_dict"].items()},
+            # Numbers of parameters count in another order, which loading goes through as well.
+            "moments": [
+                [(group["weight_decay"], optimizer["state"][number]["exp_avg"].shape) for number in group["params"]]
+                for group in optimizer["param_groups"]
+            ],
+            "export": {name: value.shape for name, value in load_file(folder / "model" / "model.safetensors").items()},
+        }
+        best = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
+        exported = load_file(folder / "model" / "model.safetensors")
+        assert all(torch.equal(best[f"model.{name}"], value) for name, value in exported.items())
+    assert found["fsdp"] == found["auto"]
+
+
+def test_a_killed_sharded_run_ends_with_the_same_bits():
+    seed = os.environ.get("CROSSENC_TEST_SEED", "0")
+    script = str(ROOT / "benchmarks" / "kill_resume.py")
+    words = [sys.executable, script, "--trials=1", "--processes=2", "--strategy=fsdp", f"--seed={seed}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
