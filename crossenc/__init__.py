@@ -6,10 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CrossEncoderModule", "PairDataModule", "__version__", "export", "mine", "rerank", "score"]
+__all__ = ["CrossEncoderModule", "PairDataModule", "__version__", "evaluate", "export", "mine", "rerank", "score"]
 
 if TYPE_CHECKING:
     from .data import PairDataModule
+    from .evaluating import evaluate
     from .exporting import export
     from .mining import mine
     from .module import CrossEncoderModule
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CrossEncoderModule": "module",
     "PairDataModule": "data",
+    "evaluate": "evaluating",
     "export": "exporting",
     "mine": "mining",
     "rerank": "reranking",

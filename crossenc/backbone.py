@@ -157,21 +157,6 @@ def load_model(
     return model  # type: ignore[no-any-return]
 
 
-def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
-    """Keep the embeddings and the first `count` layers as they are; 0 freezes nothing. Raises `BackboneError`."""
-    from torch.nn import ModuleList
-
-    if not count:
-        return
-    total = model.config.num_hidden_layers
-    stacks = [part for part in model.base_model.modules() if isinstance(part, ModuleList) and len(part) == total]
-    if not stacks or not 0 < count <= total:
-        raise BackboneError(f"cannot freeze {count} layers of a backbone with {total}; set --model.freeze_layers")
-    for part in [model.get_input_embeddings(), getattr(model.base_model, "embeddings", None), *stacks[0][:count]]:
-        if part is not None:
-            part.requires_grad_(False)
-
-
 def _check_digest(backbone: str, sha256: str) -> None:
     weights = Path(locate(backbone)) / "model.safetensors"
     if not weights.is_file():

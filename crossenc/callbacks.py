@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import logging
+import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 from .checkpoints import gather
+from .figures import draw
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,64 @@ class ValidateAtEnd(Callback):
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1
         if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
+
+
+class Pictures(Callback):
+    """Gives the pictures of each validation to every logger whose experiment takes figures, such as TensorBoard's."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
+            return
+        experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        takers = [experiment for experiment in experiments if hasattr(experiment, "add_figure")]
+        module: Any = pl_module
+        if takers:
+            for name, figure in draw({"val": module.scored["val"]}, module.threshold).items():
+                for experiment in takers:
+                    experiment.add_figure(f"val/{name}", figure, trainer.global_step)
+
+
+class Cost(Callback):
+    """Counts the seconds of training, over all parts of a run, and the energy where codecarbon is installed."""
+
+    def __init__(self) -> None:
+        self.seconds, self.energy_kwh, self.since = 0.0, 0.0, 0.0
+        self.tracker: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.since = time.perf_counter()
+        if find_spec("codecarbon") and trainer.is_global_zero:
+            threading.Thread(target=self._track, daemon=True).start()  # it looks at the hardware for seconds
+
+    def _track(self) -> None:
+        from codecarbon import OfflineEmissionsTracker
+
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+        # The country decides emissions, of which nothing is told here. Offline: nothing is looked up or sent.
+        tracker = OfflineEmissionsTracker(
+            country_iso_code="USA", output_methods=[], log_level="critical", allow_multiple_runs=True
+        )
+        tracker.start_task()
+        self.tracker = tracker
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._count()
+        self.tracker, self.since = None, 0.0
+
+    def _count(self) -> None:
+        if self.since:
+            now = time.perf_counter()
+            self.seconds, self.since = self.seconds + now - self.since, now
+        if self.tracker:
+            self.energy_kwh += self.tracker.stop_task().energy_consumed
+            self.tracker.start_task()
+
+    def state_dict(self) -> dict[str, float]:
+        self._count()
+        return {"seconds": self.seconds, "energy_kwh": self.energy_kwh}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds, self.energy_kwh = state["seconds"], state["energy_kwh"]
 
 
 class TerminalProgress(RichProgressBar):

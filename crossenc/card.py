@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = """\
+from .errors import one_line
+
+REPORT = """\
+## Metrics
+
+{% if splits -%}
+| |{% for split in splits %} {{ split }} |{% endfor %}
+|---|{{ "---|" * splits | length }}
+{% for row in metric_rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+Accuracy, F1, precision and recall are taken at the threshold
+{%- if threshold is not none %} {{ "%.4f" | format(threshold) }}{% endif %}, which
+{%- if chosen %} the dev pairs chose{% else %} was not chosen on dev pairs{% endif %}; "own best" is the figure at the
+threshold that suits the very pairs it is measured on, as sentence-transformers reports it. In brackets stands the 95 %
+interval (bootstrap over pairs). "Unseen questions" are the pairs that share no question with the training pairs. The
+calibration error is the mean distance of score and share of duplicates in ten bins; on dev pairs it is cross-fitted, so
+that no pair judges its own fit. Swapped are the two texts of a pair.
+{%- else -%}
+None were measured.
+{%- endif %}
+{% for name, text in pictures %}
+![{{ text }}](figures/{{ name }}.png)
+{% endfor %}
+{%- if errors %}
+### Most confident errors on dev pairs
+
+| score | label | one text | the other |
+|---|---|---|---|
+{% for row in errors -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{%- endif -%}
+"""
+
+TEMPLATE = (
+    """\
 ---
 {{ card_data }}
 ---
@@ -15,7 +53,9 @@ TEMPLATE = """\
 
 A cross-encoder: it reads two questions at once and gives one score from 0 to 1 for whether they ask the same thing.
 It was made from `{{ backbone }}` with [crossenc](https://pypi.org/project/crossenc/) {{ version }}.
-
+{% if summary %}
+{{ summary }}
+{% endif %}
 ## Use
 
 ```python
@@ -32,24 +72,19 @@ scorer = pipeline("text-classification", model="{{ name }}")
 scorer({"text": "How do I learn to swim?", "text_pair": "What is the best way to learn swimming?"})
 ```
 
-Both give the score after the sigmoid. {% if threshold is not none -%}
+Both give the score after the sigmoid. A file of pairs of any size is scored by
+`python -m crossenc score {{ name }} pairs.csv scores.csv`, and text-embeddings-inference serves the folder as it is.
+{% if threshold is not none -%}
 A score of {{ "%.4f" | format(threshold) }} or more means a duplicate: the threshold with the best F1 on the dev pairs.
+{%- endif %}
+{% if calibrated -%}
+Scores are calibrated on the dev pairs, in the weights: of pairs with a score of 0.8 about 80 % are duplicates.
 {%- endif %}
 Pairs of more than {{ max_length }} tokens are cut.
 
-## Metrics
-
-{% if metrics -%}
-| metric | {{ metrics | join(" | ") }} |
-|---|{{ "---|" * metrics | length }}
-{% for row in metric_rows -%}
-| {{ row | join(" | ") }} |
-{% endfor %}
-Accuracy, F1, precision and recall are taken at the threshold above, which the dev pairs chose; "own best" is the
-figure at the threshold that suits the very pairs it is measured on, as sentence-transformers reports it.
-{%- else -%}
-None were measured.
-{%- endif %}
+"""
+    + REPORT
+    + """
 
 ## Training data
 
@@ -62,11 +97,53 @@ None were measured.
 {% for name, value in settings.items() -%}
 | {{ name }} | {{ value }} |
 {% endfor %}"""
+)
 
-SHOWN = ("average_precision", "roc_auc", "accuracy", "f1", "precision", "recall", "loss", "rows")
+TITLES = {
+    "val": "dev",
+    "val_unseen": "dev, unseen questions",
+    "test": "test",
+    "test_unseen": "test, unseen questions",
+}
+# The rows of the metric table, and how their figures are written.
+SHOWN = {
+    "rows": ("pairs", "{:,.0f}"),
+    "duplicates": ("share of duplicates", "{:.3f}"),
+    "average_precision": ("average precision", "{:.4f}"),
+    "roc_auc": ("ROC AUC", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "f1": ("F1", "{:.4f}"),
+    "precision": ("precision", "{:.4f}"),
+    "recall": ("recall", "{:.4f}"),
+    "accuracy_best": ("accuracy, own best", "{:.4f}"),
+    "f1_best": ("F1, own best", "{:.4f}"),
+    "calibration_error": ("calibration error", "{:.4f}"),
+    "calibration_error_raw": ("calibration error before calibration", "{:.4f}"),
+    "brier": ("Brier score", "{:.4f}"),
+    "brier_raw": ("Brier score before calibration", "{:.4f}"),
+    "swap_gap_mean": ("difference of scores when swapped, mean", "{:.4f}"),
+    "swap_gap_p99": ("difference of scores when swapped, 99th percentile", "{:.4f}"),
+    "swap_flips": ("decisions that flip when swapped", "{:,.0f}"),
+    "loss": ("cross-entropy before calibration", "{:.4f}"),
+}
+_ON_HUB = ("average_precision", "roc_auc", "accuracy", "f1", "precision", "recall")
+_PICTURES = {
+    "precision_recall": "Precision over recall, with the threshold",
+    "reliability": "Share of duplicates over score, before and after calibration",
+    "scores": "Scores of duplicates and of others",
+    "learning": "Loss and average precision over the steps",
+}
 
 
-def write_card(folder: Path, name: str, checkpoint: dict[str, Any], figures: dict[str, float], max_length: int) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    checkpoint: dict[str, Any],
+    figures: dict[str, float],
+    max_length: int,
+    pictures: Collection[str] = (),
+    errors: Sequence[Sequence[str]] = (),
+) -> None:
     """Write `README.md` into an export.
 
     Args:
@@ -75,13 +152,14 @@ def write_card(folder: Path, name: str, checkpoint: dict[str, Any], figures: dic
         checkpoint: the Lightning checkpoint that was exported; its hyper-parameters and data facts are told.
         figures: metrics such as `val/f1` and `test/f1_best`, of that very checkpoint.
         max_length: in tokens.
+        pictures: names of those in `figures/`.
+        errors: as `worst_errors` gives them.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     from . import __version__
 
     settings, data = checkpoint["hyper_parameters"], checkpoint.get("PairDataModule") or {}
-    splits = [split for split in ("val", "test") if f"{split}/rows" in figures]
     source, on_hub = str(data.get("source", "unknown data")), is_hub_id(str(data.get("source", "")))
     card = ModelCard.from_template(
         ModelCardData(
@@ -91,23 +169,108 @@ def write_card(folder: Path, name: str, checkpoint: dict[str, Any], figures: dic
             base_model=settings["backbone"] if is_hub_id(settings["backbone"]) else None,
             datasets=[source.partition(":")[0]] if on_hub else None,
             model_name=name,
-            eval_results=_eval_results(splits, figures, source if on_hub else Path(source).name) or None,
+            eval_results=_eval_results(figures, source if on_hub else Path(source).name) or None,
         ),
         template_str=TEMPLATE,
         name=name,
         backbone=_shown_path(settings["backbone"]),
         version=__version__,
-        threshold=checkpoint["crossenc"]["threshold"],
+        summary=_summary(figures),
+        calibrated=list(checkpoint["crossenc"].get("calibration", (1.0, 0.0))) != [1.0, 0.0],
         max_length=max_length,
-        metrics=[title for split in splits for title in (split, f"{split}, own best")],
-        metric_rows=[
-            [metric, *(_cell(figures, f"{split}/{metric}{best}") for split in splits for best in ("", "_best"))]
-            for metric in SHOWN
-        ],
         data_text=_data_text(data, source if on_hub else Path(source).name),
         settings=_settings(settings, data, checkpoint),
+        **_report(figures, checkpoint["crossenc"]["threshold"], pictures, errors),
     )
     card.save(folder / "README.md")
+
+
+def write_report(
+    folder: Path,
+    name: str,
+    figures: dict[str, float],
+    threshold: float | None,
+    pictures: Collection[str],
+    errors: Sequence[Sequence[str]],
+) -> None:
+    """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
+    from jinja2 import Template
+
+    text = Template(REPORT).render(**_report(figures, threshold, pictures, errors))
+    title = f"# Evaluation of {_shown_path(name)}\n\n"
+    (folder / "README.md").write_text(f"{title}{_summary(figures)}\n\n{text}\n", encoding="utf-8")
+
+
+def _report(
+    figures: dict[str, float], threshold: float | None, pictures: Collection[str], errors: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """What `REPORT` asks for."""
+    splits, rows = metric_table(figures)
+    return {
+        "splits": splits,
+        "metric_rows": rows,
+        "threshold": threshold,
+        "chosen": "val/threshold" in figures,
+        "pictures": [(picture, text) for picture, text in _PICTURES.items() if picture in pictures],
+        "errors": errors,
+    }
+
+
+def metric_table(figures: dict[str, float]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of metrics, with intervals."""
+    splits = [split for split in TITLES if f"{split}/rows" in figures]
+    rows = [
+        [title, *(_cell(figures, f"{split}/{metric}", form) for split in splits)]
+        for metric, (title, form) in SHOWN.items()
+        if any(f"{split}/{metric}" in figures for split in splits)
+    ]
+    return [TITLES[split] for split in splits], rows
+
+
+def _summary(figures: dict[str, float]) -> str:
+    """What can be expected of the model, in a few sentences; empty without figures."""
+    split = next((split for split in ("test", "val") if f"{split}/rows" in figures), None)
+    if split is None:
+        return ""
+
+    def share(metric: str) -> str:
+        value, low, high = (figures.get(f"{split}/{metric}{end}") for end in ("", "_low", "_high"))
+        text = f"{100 * (value or 0):.1f} %"
+        return text if low is None or high is None else f"{text} ({100 * low:.1f} to {100 * high:.1f})"
+
+    duplicates = 100 * figures[f"{split}/duplicates"]
+    text = (
+        f"Of {figures[f'{split}/rows']:,.0f} {TITLES[split]} pairs, {duplicates:.1f} % of them duplicates, it decides "
+        f"{share('accuracy')} rightly; it finds {share('recall')} of the duplicates, and "
+        f"{share('precision')} of those that it calls so are. Its average precision is {share('average_precision')}."
+    )
+    if (flips := figures.get(f"{split}/swap_flips")) is not None:
+        text += f" Swapping the two texts changes {flips:,.0f} of the decisions."
+    return text
+
+
+def worst_errors(columns: Mapping[str, Any], threshold: float, count: int = 10) -> list[list[str]]:
+    """The wrong decisions that the model was surest of: score, label and both texts, for a Markdown table.
+
+    `columns` are `label`, `score`, `text_a` and `text_b` of an evaluated split.
+    """
+    wrong = [i for i, score in enumerate(columns["score"]) if (score >= threshold) != (columns["label"][i] >= 0.5)]
+    wrong.sort(key=lambda i: -abs(columns["score"][i] - columns["label"][i]))
+    return [
+        [
+            f"{columns['score'][i]:.3f}",
+            f"{columns['label'][i]:g}",
+            *(_quote(columns[n][i]) for n in ("text_a", "text_b")),
+        ]
+        for i in wrong[:count]
+    ]
+
+
+def _quote(text: str) -> str:
+    """A text in a Markdown table, as it stands, on one line and of at most 200 characters."""
+    text = one_line(text)
+    text = text if len(text) <= 200 else text[:199] + "…"
+    return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
 
 
 def add_onnx(folder: Path, figures: dict[str, float]) -> None:
@@ -151,12 +314,15 @@ def _shown_path(name: str) -> str:
     return name if is_hub_id(name) or name.startswith("package:") else Path(name).name
 
 
-def _cell(figures: dict[str, float], key: str) -> str:
-    value = figures.get(key)
-    return "" if value is None else f"{value:,.0f}" if key.endswith("rows") else f"{value:.4f}"
+def _cell(figures: dict[str, float], key: str, form: str) -> str:
+    value, low, high = (figures.get(f"{key}{end}") for end in ("", "_low", "_high"))
+    if value is None or math.isnan(value):
+        return ""
+    text = form.format(value)
+    return text if low is None or high is None else f"{text} ({form.format(low)} to {form.format(high)})"
 
 
-def _eval_results(splits: list[str], figures: dict[str, float], data: str) -> list[Any]:
+def _eval_results(figures: dict[str, float], data: str) -> list[Any]:
     from huggingface_hub import EvalResult
 
     return [
@@ -164,15 +330,15 @@ def _eval_results(splits: list[str], figures: dict[str, float], data: str) -> li
             task_type="cross-encoder-classification",
             task_name="Cross Encoder Classification",
             dataset_type=data,
-            dataset_name=f"{data} ({split})",
+            dataset_name=f"{data} ({TITLES[split]})",
             dataset_split=split,
             metric_type=metric,
-            metric_name=metric.replace("_", " ").capitalize(),
+            metric_name=SHOWN[metric][0],
             metric_value=figures[f"{split}/{metric}"],
         )
-        for split in splits
-        for metric in SHOWN[:6]
-        if figures[f"{split}/{metric}"] == figures[f"{split}/{metric}"]  # NaN stands where a set has one label only
+        for split in TITLES
+        for metric in _ON_HUB
+        if not math.isnan(figures.get(f"{split}/{metric}", math.nan))  # NaN stands where a set has one label only
     ]
 
 
@@ -195,6 +361,17 @@ def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[s
         **ours,
         **{name: data["plan"][name] for name in ("batch_size", "batch_by", "window", "seed") if "plan" in data},
         **checkpoint["crossenc"]["training"],
+        **_cost(checkpoint.get("callbacks", {}).get("Cost", {})),
         "steps": checkpoint["global_step"],
         "epochs": checkpoint["epoch"] + 1,
     }
+
+
+def _cost(cost: dict[str, float]) -> dict[str, str]:
+    """What the training took, as the callback `Cost` counted it."""
+    texts = {}
+    if cost.get("seconds"):
+        texts["duration"] = f"{cost['seconds'] / 60:.1f} minutes"
+    if cost.get("energy_kwh"):
+        texts["energy"] = f"{cost['energy_kwh']:.4f} kWh (estimated by codecarbon)"
+    return texts

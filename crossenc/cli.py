@@ -61,6 +61,27 @@ def _rerank(command: str, args: list[str]) -> None:
     _call(rerank, command, args, sources, {"output": "-"}, model=_MODEL)
 
 
+def _evaluate(command: str, args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from .data import PairDataModule
+    from .evaluating import evaluate, print_figures
+
+    parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
+    parser.add_argument("model", type=str, help=_MODEL)
+    parser.add_class_arguments(PairDataModule, "data", skip=_OF_THE_MODEL)
+    parser.set_defaults({"data.source": ""})
+    parser.add_argument("--output", type=str, default="evaluation", help="The folder to write the report into.")
+    parser.add_function_arguments(evaluate, skip={"model", "arguments", "output"})
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    given = parser.parse_args(args).as_dict()
+    given.pop("debug")
+    print_figures(evaluate(arguments=given.pop("data"), **given))
+    print(f"\nreport: {given['output']}")
+
+
+# Arguments of the data module that an evaluation does not ask for.
+_OF_THE_MODEL = {"backbone", "max_length", "trust_remote_code", "revision", "symmetric", "twice", "transitive"}
 _MODEL = "An export's folder, a Hub id, or a .ckpt file."
 
 
@@ -116,6 +137,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "validate": ("evaluate a checkpoint on the dev pairs and choose the threshold", _run),
     "test": ("evaluate a checkpoint on the test pairs at its stored threshold", _run),
     "predict": ("score every pair of a source into predictions.csv", _run),
+    "evaluate": ("report on any model: evaluate MODEL --data.val_source DEV --data.test_source TEST", _evaluate),
     "score": ("add a score to every pair of a file of any size: score MODEL INPUT OUTPUT", _score),
     "rerank": ("order the candidates of each query: rerank MODEL --queries Q --corpus C", _rerank),
     "mine": ("find the duplicates in a large set of questions: mine MODEL QUESTIONS OUTPUT", _mine),
@@ -157,7 +179,7 @@ def main(args: list[str] | None = None) -> int:
             raise UsageError(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}")
         if not {"-h", "--help"} & set(rest):
             _set_up_terminal()
-            if COMMANDS[name][1] in (_run, _export):
+            if COMMANDS[name][1] in (_run, _export, _evaluate):
                 _quiet_lightning()
         COMMANDS[name][1](name, rest)
     except Exception as error:
@@ -198,7 +220,7 @@ def _set_up_terminal() -> None:
     ours.handlers[:] = [handler]
     ours.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
     # Errors of these libraries reach the user as exceptions.
-    for library in ("huggingface_hub", "datasets"):
+    for library in ("huggingface_hub", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
     # Tokens are cached and padding is cheap, so that no worker process is the right number of them.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -206,6 +228,11 @@ def _set_up_terminal() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     # peft's, which transformers 5 tells of a new name.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
+    # Weights that were averaged in training are all that a checkpoint is evaluated by.
+    warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the 'fit' stage")
+    warnings.filterwarnings("ignore", message=".*add the following callbacks: .*WeightAveraging")
+    # The module's configure_model shards where it is asked to, and makes no layers that an average would miss.
+    warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides")
     # A run shorter than the logging interval is a short run and no mistake.
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
     # A run that goes on writes into its own folder; its metrics.csv was set aside before.

@@ -51,7 +51,8 @@ class PairDataModule(LightningDataModule):
 
     Args:
         source: A csv, tsv, jsonl or parquet file; a folder with `train.*` and maybe `dev.*` and `test.*`; a Hub data
-            set `ID` or `ID:SPLIT`; or `sample`, the embedded pairs, which come with their own splits.
+            set `ID` or `ID:SPLIT`; or `sample`, the embedded pairs, which come with their own splits. Empty if there
+            are only pairs to evaluate.
         subset: The Hub data set's configuration.
         val_source: Where the dev pairs come from, named like `source`; null cuts them off `source`.
         test_source: Where the test pairs come from, named like `source`; null cuts them off `source`.
@@ -70,9 +71,12 @@ class PairDataModule(LightningDataModule):
         eval_tokens: Tokens in a batch of evaluation, padding included. Null: 4,096 on a CPU, 65,536 elsewhere.
         num_workers: Processes that pad batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
+        transitive: Add the training pairs that follow from others: if a and b are duplicates, a is to c as b is to c.
         limit: Keep only the first rows of each split, for a quick try.
         on_mismatch: When a checkpoint comes from other data, tokenizer, devices or batches: `refuse` to go on with it,
             or keep weights and optimizer and `continue` with the next epoch.
+        symmetric: The model's.
+        twice: Every pair comes twice in a training batch, which the model's `consistency` needs.
         backbone: The model's; its tokenizer is used.
         max_length: The model's.
         trust_remote_code: The model's.
@@ -99,8 +103,11 @@ class PairDataModule(LightningDataModule):
         eval_tokens: int | None = None,
         num_workers: int = 0,
         num_proc: int | None = None,
+        transitive: bool = False,
         limit: int | None = None,
         on_mismatch: Literal["refuse", "continue"] = "refuse",
+        symmetric: bool = False,
+        twice: bool = False,
         backbone: str = DEFAULT_BACKBONE,
         max_length: int | None = None,
         trust_remote_code: bool = False,
@@ -121,13 +128,16 @@ class PairDataModule(LightningDataModule):
         self.batch_size, self.batch_by, self.window = batch_size, batch_by, window
         self.eval_tokens, self.num_workers, self.num_proc, self.limit = eval_tokens, num_workers, num_proc, limit
         self.on_mismatch = on_mismatch
+        self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
         self.backbone = backbone
         self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
         self.model_type = load_config(backbone, trust_remote_code, revision).model_type
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
+        self.tables: dict[str, Dataset] = {}
         self.encoded: dict[str, Dataset] = {}
+        self.swapped: dict[str, Dataset] = {}  # the same with the texts in the other order, where it is needed
         self.facts: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -139,6 +149,8 @@ class PairDataModule(LightningDataModule):
         loaded = self._load()
         self.encoded |= loaded
         if stage == "fit":
+            if "train" not in loaded:
+                raise DataError("there are no training pairs; set --data.source")
             self.facts = {
                 "source": self.source,
                 "backbone": self.backbone,
@@ -155,6 +167,8 @@ class PairDataModule(LightningDataModule):
                     "batch_size": self.batch_size,
                     "batch_by": self.batch_by,
                     "window": self.window,
+                    "symmetric": self.symmetric,
+                    "twice": self.twice,
                     "seed": _seed(),
                 },
             }
@@ -177,6 +191,12 @@ class PairDataModule(LightningDataModule):
             parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING])
         if self.limit:
             parts = {name: part.take(min(self.limit, len(part))) for name, part in parts.items()}
+        if self.transitive and "train" in parts:
+            parts["train"] = pairs.add_transitive(parts["train"])
+        self.tables |= parts
+        for name, part in parts.items():
+            if self._in_both_orders(name):
+                self.swapped[name] = encode(part, self.tokenizer, self.max_length, self.num_proc, swap=True)
         return {name: encode(part, self.tokenizer, self.max_length, self.num_proc) for name, part in parts.items()}
 
     def _read(self, source: str, labelled: bool = True) -> Dataset:
@@ -191,7 +211,9 @@ class PairDataModule(LightningDataModule):
 
     def _sources(self) -> dict[str, str]:
         """Where each split is read; those that are not named are cut off `train`."""
-        if self.source == pairs.SAMPLE:
+        if not self.source:
+            named = {}
+        elif self.source == pairs.SAMPLE:
             named = {split: f"{pairs.SAMPLE}:{split}" for split in pairs.SPLITS}
         elif Path(self.source).is_dir():
             named = pairs.files_of(Path(self.source))
@@ -204,7 +226,7 @@ class PairDataModule(LightningDataModule):
         sources = self._sources()
         parts = {split: self._read(sources[split]) for split in needed if split in sources and split != "train"}
         rest = [split for split in needed if split not in parts]
-        if rest:
+        if rest and "train" in sources:
             table = self._read(sources["train"])
             rows = self._cut(table, sources)
             parts |= {split: table.select(rows[split]) for split in rest if len(rows[split])}
@@ -220,6 +242,25 @@ class PairDataModule(LightningDataModule):
             return pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
         return pairs.split_by_position(len(table), val, test)
 
+    def splits(self) -> set[str]:
+        """The splits that the source holds or leaves."""
+        return set(self._read_splits(pairs.SPLITS))
+
+    def texts(self, split: str) -> dict[str, NDArray[Any]]:
+        """`text_a` and `text_b` of each pair of a split that was loaded, in the order of its rows."""
+        return {name: np.array(self.tables[split][name][:], dtype=object) for name in ("text_a", "text_b")}
+
+    def unseen(self, split: str) -> NDArray[np.bool_]:
+        """Of each pair of a split whether neither of its questions stands in the training pairs, shape (pairs,).
+
+        All True where the source leaves no training pairs.
+        """
+        train = self.tables.get("train")
+        if train is None:
+            train = self._read_splits(("train",)).get("train")
+        table = self.tables[split]
+        return pairs.unseen(table, train) if train is not None else np.ones(len(table), dtype=bool)
+
     def train_dataloader(self) -> DataLoader[PairBatch]:
         rank, ranks = self._share()
         order = TrainingOrder(
@@ -231,6 +272,8 @@ class PairDataModule(LightningDataModule):
             rank=rank,
             ranks=ranks,
             seed=_seed(),
+            symmetric=self.symmetric,
+            twice=self.twice,
         )
         self.train_loader = PairLoader(order, **self._loading("train", order.mean_pairs()))
         # Lightning would load it itself, but asks for the loader (to count steps) before it has read the checkpoint.
@@ -252,8 +295,19 @@ class PairDataModule(LightningDataModule):
         lengths = self._lengths(split)
         if len(lengths) < ranks:  # some would have no batch, and those that share weights would wait for them
             raise DataError(f"{len(lengths)} {split} pairs are too few for {ranks} devices; give fewer devices")
+        if self._in_both_orders(split):
+            lengths = np.tile(lengths, 2)
         order = EvaluationOrder(lengths, tokens, rank=rank, ranks=ranks)
         return DataLoader(sampler=order, **self._loading(split))
+
+    def _in_both_orders(self, split: str) -> bool:
+        """Whether the pairs of a split stand in the table once more, behind all others and swapped.
+
+        Those of whole evaluations do; an evaluation between training steps takes half the time.
+        """
+        if split == "train":
+            return self.symmetric
+        return self.trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
 
     def _share(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -276,7 +330,11 @@ class PairDataModule(LightningDataModule):
 
     def _loading(self, split: str, mean_pairs: float | None = None) -> dict[str, Any]:
         """The arguments of a split's DataLoader."""
+        from datasets import concatenate_datasets
+
         part = self.encoded[split]
+        if self._in_both_orders(split):
+            part = concatenate_datasets([part, self.swapped[split]])
         return {
             "dataset": part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
             "batch_size": None,  # the order yields whole batches

@@ -46,12 +46,18 @@ class PairBatch(TypedDict, total=False):
     mean_pairs: float
 
 
-def encode(pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int, num_proc: int | None = None) -> Dataset:
+def encode(
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    num_proc: int | None = None,
+    swap: bool = False,
+) -> Dataset:
     """Add `input_ids`, `token_type_ids` where the backbone takes them, `length` and `cut`, and drop the texts.
 
     A pair of more than `max_length` tokens loses the end of its longer text, token by token, and is marked in `cut`.
     The result is cached under the pairs, the tokenizer and `max_length`. `num_proc` processes share the work; None
-    leaves it to the tokenizer's own threads.
+    leaves it to the tokenizer's own threads. With `swap` the second text comes first, and `row` n becomes ~n.
     """
     import datasets
 
@@ -70,6 +76,7 @@ def encode(pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int, 
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
             "max_length": max_length,
             "with_types": with_types,
+            "swap": swap,
             "version": __version__,
         },
         num_proc=num_proc,
@@ -78,15 +85,18 @@ def encode(pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int, 
 
 
 def _encode_batch(
-    batch: dict[str, list[str]], tokenizer: str, max_length: int, with_types: bool, version: str
+    batch: dict[str, list[Any]], tokenizer: str, max_length: int, with_types: bool, swap: bool, version: str
 ) -> dict[str, list[Any]]:
-    pairs = list(zip(batch["text_a"], batch["text_b"], strict=True))
+    sides = (batch["text_b"], batch["text_a"]) if swap else (batch["text_a"], batch["text_b"])
+    pairs = list(zip(*sides, strict=True))
     encodings = _truncating(tokenizer, max_length).encode_batch(pairs)
     columns: dict[str, list[Any]] = {
         "input_ids": [e.ids for e in encodings],
         "length": [len(e.ids) for e in encodings],
         "cut": [bool(e.overflowing) for e in encodings],
     }
+    if swap:
+        columns["row"] = [~row for row in batch["row"]]
     return columns | ({"token_type_ids": [e.type_ids for e in encodings]} if with_types else {})
 
 
@@ -96,7 +106,7 @@ def encode_texts(
     """The columns that `encode` makes, for pairs of texts in memory."""
     rules, with_types = tokenizer.backend_tokenizer.to_str(), "token_type_ids" in tokenizer.model_input_names
     texts = {"text_a": [a for a, _ in pairs], "text_b": [b for _, b in pairs]}
-    return _encode_batch(texts, rules, max_length, with_types, __version__)
+    return _encode_batch(texts, rules, max_length, with_types, swap=False, version=__version__)
 
 
 @cache

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExportError, UsageError
+from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def export(
     onnx: bool = False,
     int8: bool = False,
     dev: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> Path:
     """Write the export of a checkpoint: weights, tokenizer, the readers' files and a model card.
 
@@ -57,6 +60,9 @@ def export(
         int8: Add `onnx/model_qint8.onnx` too, with 8-bit weights; what it loses on the dev pairs is told in the card.
         dev: The labelled pairs for that: a file, or a name like those of fit; by default the dev pairs of the run that
             the checkpoint lies in.
+        push_to_hub: Upload the export to this repository of the Hub, which is made if need be. The token is that of
+            `hf auth login` or HF_TOKEN.
+        private: Make the repository a private one.
 
     Returns:
         The folder.
@@ -65,6 +71,7 @@ def export(
         CheckpointError: The file is missing or was not written by crossenc.
         DataError, HubError: The dev pairs cannot be read.
         ExportError: The folder is there already, or the export does not score as the checkpoint does.
+        HubError: The upload was refused; the folder stays.
         UsageError: `int8`, and there are no dev pairs.
     """
     target = Path(output)
@@ -79,7 +86,9 @@ def export(
         unfinished = Path(space) / "new"
         expected = _module_scores(module, tokenizer, _PROBES)
         _write(unfinished, module, tokenizer)
-        _write_card(unfinished, target, loaded, Path(checkpoint), module.max_length)
+        # An export named `model` is a run's own; the run's name tells more.
+        name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
+        _write_card(unfinished, name, loaded, Path(checkpoint), module.max_length)
         found = score_pairs(unfinished, _PROBES)
         worst = max(abs(a - b) for a, b in zip(expected, found, strict=True))
         if not worst <= TOLERANCE:
@@ -91,7 +100,27 @@ def export(
         if target.exists():
             target.rename(Path(space) / "old")
         unfinished.rename(target)
+    if push_to_hub:
+        log.info("uploaded: %s", upload(target, push_to_hub, private))
     return target
+
+
+def upload(folder: Path, repository: str, private: bool = False) -> str:
+    """Upload an export to the Hub; returns the repository's address. Raises `HubError`, which says how to repeat it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private or None, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by crossenc")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        command = ["hf", "upload", repository, str(folder), *["--private"] * private]
+        raise HubError(
+            f"{folder} is written, but its upload to {repository} was refused ({one_line(error)}); log in with "
+            f"`hf auth login` or set HF_TOKEN, and repeat it with: {shlex.join(command)}"
+        ) from error
+    return str(address)
 
 
 def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> None:
@@ -188,8 +217,10 @@ def _module_scores(
 
 def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast) -> None:
     from .backbone import quiet_transformers
+    from .calibration import fold
 
     model = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
+    fold(model, module.calibration)
     versions = {
         "sentence_transformers": _version("sentence-transformers") or _ST_VERSION,
         "transformers": _version("transformers"),
@@ -240,11 +271,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write_card(folder: Path, target: Path, loaded: dict[str, Any], checkpoint: Path, max_length: int) -> None:
-    from .card import write_card
-    from .metrics import read_figures
+def _write_card(folder: Path, name: str, loaded: dict[str, Any], checkpoint: Path, max_length: int) -> None:
+    from .card import worst_errors, write_card
+    from .figures import draw, draw_learning, save
+    from .records import read_figures, read_scores
 
     figures = loaded["crossenc"]["figures"] | read_figures(checkpoint)
-    # An export named `model` is a run's own; the run's name tells more.
-    name = target.resolve().parent.name if target.name == "model" else target.name
-    write_card(folder, name, loaded, figures, max_length)
+    threshold, evaluated = loaded["crossenc"]["threshold"], read_scores(checkpoint)
+    pictures = draw(evaluated, threshold)
+    if learning := draw_learning(checkpoint.parent):
+        pictures["learning"] = learning
+    if pictures:
+        save(pictures, folder / "figures")
+    errors = worst_errors(evaluated["val"], threshold) if "val" in evaluated and threshold is not None else []
+    write_card(folder, name, loaded, figures, max_length, pictures, errors)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backbone import load_model, load_tokenizer, locate, resolve_max_length
+from .calibration import fold
 from .errors import BackboneError, CheckpointError, HubError, one_line
 from .tables import file_digest
 
@@ -51,6 +52,7 @@ def load(model: str) -> LoadedModel:
     if path.is_file():
         _, module, tokenizer = load_checkpoint(path)
         plain = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
+        fold(plain, module.calibration)
         return LoadedModel(plain.eval(), tokenizer, module.max_length, module.threshold)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):

@@ -6,43 +6,177 @@ if its score is at or above the threshold, equal scores are one group, and thres
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_stat_scores
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_calibration_error,
+    binary_stat_scores,
+)
 from torchmetrics.utilities import dim_zero_cat
+
+from .calibration import Calibration
+
+
+class Scored(NamedTuple):
+    """What an evaluation knows of each pair of a data set, in the order of their rows; each of shape (pairs,).
+
+    Logits are as the model gives them, in double precision, in which the sigmoid keeps their order. `swapped` are those
+    of the same pairs with their texts in the other order, or None.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    logits: Tensor
+    swapped: Tensor | None
 
 
 class PairMetrics(Metric):
-    """Collects scores, labels and losses of one data set and computes all figures exactly at its end.
+    """Collects what `Scored` and the loss are made of, over the batches and the ranks of an evaluation.
 
-    Scores are probabilities in fp32, labels 0 to 1 (from 0.5 on a duplicate), losses one for each pair; each of shape
-    (pairs,). Under DDP the shares of all ranks are gathered once, by torchmetrics.
+    Rows, logits, labels and losses are of shape (pairs,); row ~n is the pair of row n in the other order. Under DDP the
+    shares of all ranks are gathered once, by torchmetrics.
     """
 
     full_state_update = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.threshold: float | None = None
-        for name in ("scores", "labels", "losses"):
+        for name in ("rows", "logits", "labels", "losses"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, scores: Tensor, labels: Tensor, losses: Tensor) -> None:
-        self.scores.append(scores.float())  # type: ignore[operator,union-attr]
-        self.labels.append(labels.float())  # type: ignore[operator,union-attr]
-        self.losses.append(losses.float())  # type: ignore[operator,union-attr]
+    def update(self, rows: Tensor, logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+        for name, values in {"rows": rows, "logits": logits, "labels": labels, "losses": losses}.items():
+            getattr(self, name).append(values)
 
-    def compute(self) -> dict[str, float]:
-        """All figures, at `self.threshold`, or when that is None at the threshold with the best F1 of this set."""
-        figures = pair_figures(dim_zero_cat(self.scores), dim_zero_cat(self.labels), self.threshold)  # type: ignore[arg-type]
-        figures["loss"] = dim_zero_cat(self.losses).mean().item()  # type: ignore[arg-type]
-        return figures
+    def compute(self) -> tuple[Scored, float]:
+        """All pairs, and their mean loss."""
+        rows, logits, labels, losses = (
+            dim_zero_cat(getattr(self, name)).cpu() for name in ("rows", "logits", "labels", "losses")
+        )
+        order = rows.argsort()
+        backward = order[rows[order] < 0].flip(0)  # ~0 is the last of them
+        forward = order[rows[order] >= 0]
+        scored = Scored(
+            rows[forward],
+            labels[forward].float(),
+            logits[forward].double(),
+            logits[backward].double() if len(backward) else None,
+        )
+        return scored, losses[forward].mean().item()
+
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+def score_columns(
+    scored: Scored, applied: Calibration, fitted: Calibration | None = None, crossed: Tensor | None = None
+) -> dict[str, NDArray[Any]]:
+    """Columns of shape (pairs,): `row`, `label`, `score`, `score_raw` before calibration, `score_crossed`, calibrated
+    without knowing the pair's own label, and `score_swapped` of the texts in the other order, where that was scored.
+
+    Args:
+        applied: the calibration of `score`.
+        fitted: what was fitted on dev pairs, if it is another.
+        crossed: logits by cross-fitting, where it was fitted on these very pairs.
+    """
+    logits = {"score": applied(scored.logits), "score_raw": scored.logits}
+    logits["score_crossed"] = (fitted or applied)(scored.logits) if crossed is None else crossed
+    if scored.swapped is not None:
+        logits["score_swapped"] = applied(scored.swapped)
+    columns = {"row": scored.rows.numpy(), "label": scored.labels.numpy()}
+    return columns | {name: values.sigmoid().numpy() for name, values in logits.items()}
+
+
+def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict[str, float]:
+    """Figures of the columns of `score_columns`: those of `pair_figures`, and what calibration and order of texts do.
+
+    `brier` (mean squared distance of score and label) and `calibration_error` of `score_crossed`, both with `_raw` of
+    `score_raw`; and of the distance of a pair's scores in both orders its mean `swap_gap_mean`, its 99th percentile
+    `swap_gap_p99`, and `swap_flips`, the number of pairs whose decision at the threshold the order changes.
+
+    `threshold` comes from other data; None takes the one with the best F1 here.
+    """
+    scores, labels = torch.from_numpy(columns["score"]), torch.from_numpy(columns["label"])
+    figures = pair_figures(scores, labels, threshold)
+    for name, column in (("", "score_crossed"), ("_raw", "score_raw")):
+        figures[f"brier{name}"] = float(((columns[column] - columns["label"]) ** 2).mean())
+        figures[f"calibration_error{name}"] = calibration_error(torch.from_numpy(columns[column]), labels)
+    if "score_swapped" in columns:
+        gaps, at = np.abs(columns["score"] - columns["score_swapped"]), figures["threshold"]
+        figures["swap_gap_mean"] = float(gaps.mean())
+        figures["swap_gap_p99"] = float(np.quantile(gaps, 0.99))
+        figures["swap_flips"] = float(((columns["score"] >= at) != (columns["score_swapped"] >= at)).sum())
+    return figures
+
+
+BINS = 10
+
+
+def calibration_error(scores: Tensor, labels: Tensor) -> float:
+    """Expected calibration error: how far the mean score of a bin lies from its share of duplicates, over all pairs.
+
+    In ten bins of equal width, as Naeini et al. (2015) have it. With n pairs, even scores that are true probabilities
+    show about sqrt(bins / n) / 4 by chance.
+    """
+    return binary_calibration_error(scores, (labels >= 0.5).long(), n_bins=BINS, norm="l1").item()
+
+
+RESAMPLES = 1_000
+
+
+def intervals(columns: Columns, threshold: float) -> dict[str, float]:
+    """95 % bootstrap intervals of average precision, and of F1 and accuracy at a fixed threshold: `f1_low`, `f1_high`.
+
+    Pairs are drawn with replacement, as many as there are (Efron's plain percentile method; seeded). Empty where all
+    labels are the same.
+    """
+    truth = columns["label"] >= 0.5
+    if truth.all() or not truth.any():
+        return {}
+    draw, size = np.random.default_rng(0), 50  # so many at once, for memory's sake
+    found = [
+        resampled_figures(
+            columns["score"],
+            truth,
+            threshold,
+            draw.multinomial(len(truth), np.full(len(truth), 1 / len(truth)), size=size).astype(np.float64),
+        )
+        for _ in range(RESAMPLES // size)
+    ]
+    ends = np.quantile(np.concatenate(found, axis=1), [0.025, 0.975], axis=1)
+    names = ("average_precision", "f1", "accuracy")
+    return {
+        f"{name}_{end}": float(value)
+        for end, values in zip(("low", "high"), ends, strict=True)
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def resampled_figures(
+    scores: NDArray[np.float64], truth: NDArray[np.bool_], threshold: float, times: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Average precision, F1 and accuracy, shape (3, resamples), where a pair stands `times` in a resample.
+
+    `scores` and `truth` are of shape (pairs,), `times` (resamples, pairs).
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, truth, times = scores[order], truth[order], times[:, order]
+    ends = np.flatnonzero(np.diff(scores, append=-np.inf))  # equal scores are one group
+    hits, drawn = (np.cumsum(some, axis=1)[:, ends] for some in (times * truth, times))
+    positives = np.maximum(hits[:, -1], 1)
+    average_precision = (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(drawn, 1)).sum(1) / positives
+    called = scores >= threshold
+    f1 = 2 * (times @ (called & truth)) / np.maximum(times @ called + positives, 1)
+    return np.stack([average_precision, f1, times @ (called == truth) / times.sum(1)])
 
 
 def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None) -> dict[str, float]:
@@ -53,7 +187,7 @@ def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None)
     precision and recall share; `rows`, `duplicates` (their share).
 
     Args:
-        scores: shape (pairs,), probabilities in fp32.
+        scores: shape (pairs,), probabilities in fp32 or fp64.
         labels: shape (pairs,), 0 to 1; from 0.5 on a duplicate.
         threshold: from other data; None takes the one with the best F1 here.
     """
@@ -100,7 +234,7 @@ def best_accuracy_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, f
     best = int(correct.argmax())
     accuracy = correct[best].item() / len(truth)
     if best == 0:
-        return accuracy, torch.nextafter(scores.max(), torch.tensor(math.inf)).item()
+        return accuracy, torch.nextafter(scores.max(), torch.full_like(scores.max(), math.inf)).item()
     return accuracy, _midpoint(values, best - 1)
 
 
@@ -124,29 +258,3 @@ def _groups(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _midpoint(values: Tensor, group: int) -> float:
     """The threshold below a group: midway to the next lower one, or the lowest score itself."""
     return values[group : group + 2].mean().item()
-
-
-FIGURES_FILE = "metrics.json"
-
-
-def write_figures(folder: Path, checkpoint: str | None, figures: dict[str, float]) -> None:
-    """Write `metrics.json`: flat, `val/f1` and the like, and the name of the checkpoint that they belong to.
-
-    Figures of the same checkpoint that stand there already are kept, those of another are dropped; NaN becomes null.
-    """
-    known = read_figures(folder / checkpoint) if checkpoint else {}
-    content: dict[str, Any] = {"checkpoint": checkpoint}
-    for name, value in sorted((known | figures).items()):
-        content[name] = None if math.isnan(value) else int(value) if name.endswith("/rows") else value
-    unfinished = folder / f".{FIGURES_FILE}"
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / FIGURES_FILE)
-
-
-def read_figures(checkpoint: Path) -> dict[str, float]:
-    """The figures in the `metrics.json` beside a checkpoint; none if they belong to another or there is no file."""
-    file = checkpoint.parent / FIGURES_FILE
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if content.pop("checkpoint", None) != checkpoint.name:
-        return {}
-    return {name: math.nan if value is None else float(value) for name, value in content.items()}

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
-from .backbone import DEFAULT_BACKBONE, freeze_first_layers, load_model, resolve_max_length
+from .backbone import DEFAULT_BACKBONE, load_model, resolve_max_length
+from .calibration import Calibration, calibrate, last_layer
 from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
 from .forward import pair_logits
-from .metrics import PairMetrics
-from .optim import make_optimizer, make_schedule, parameter_groups
+from .metrics import PairMetrics, evaluation_figures, score_columns
+from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter_groups
 from .sharding import shard
 
 CHECKPOINT_VERSION = 1
@@ -33,8 +39,17 @@ class CrossEncoderModule(LightningModule):
         warmup: Share of all steps over which the learning rate rises; from 1 on a number of steps.
         schedule: What the learning rate does then: a name that `transformers.get_scheduler` knows.
         optimizer: Name of an optimizer in `torch.optim`.
+        layer_decay: Each layer's learning rate is this share of the one above it, the head's is `learning_rate`;
+            1 is the same rate for all.
         pos_weight: Weight of a duplicate's loss; a non-duplicate's is 1.
         label_smoothing: Labels are drawn this far towards 1/2, in training only: 0.1 makes 0.05 and 0.95 of 0 and 1.
+        symmetric: Train on both orders of a pair's texts: at random on one of them, or with `consistency` on both.
+        consistency: Weight of R-Drop's term (arXiv 2106.14448): every pair of a batch is computed twice, under other
+            dropout, and in both orders if `symmetric`; what differs between the two is a loss. 0 computes it once, in
+            half the time.
+        dropout: The backbone's own share, in its layers and in its attention, is replaced by this; null keeps it. At 0
+            all that `consistency` sees is the order of the texts.
+        calibrate: Fit a scale and a shift of the logits on the dev pairs, and fold them into what is exported.
         freeze_layers: The embeddings and this many first layers are not trained; 0 trains all.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, about a third slower.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`; null lets transformers choose.
@@ -59,8 +74,13 @@ class CrossEncoderModule(LightningModule):
         warmup: float = 0.1,
         schedule: str = "linear",
         optimizer: str = "AdamW",
+        layer_decay: float = 1.0,
         pos_weight: float | None = None,
         label_smoothing: float = 0.0,
+        symmetric: bool = False,
+        consistency: float = 0.0,
+        dropout: float | None = None,
+        calibrate: bool = True,
         freeze_layers: int = 0,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
@@ -72,13 +92,21 @@ class CrossEncoderModule(LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"model.label_smoothing {label_smoothing} is not in [0, 1)")
+        if not 0 < layer_decay <= 1 or consistency < 0:
+            raise UsageError("model.layer_decay must be in (0, 1] and model.consistency at least 0")
         if pos_weight is not None and pos_weight <= 0:
             raise UsageError(f"model.pos_weight {pos_weight} is not above 0")
+        if dropout is not None and not 0 <= dropout < 1:
+            raise UsageError(f"model.dropout {dropout} is not in [0, 1)")
         if warmup < 0 or learning_rate <= 0:
             raise UsageError("model.warmup must be at least 0 and model.learning_rate above 0")
         self.save_hyperparameters()
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.model: Any = load_model(backbone, attn_implementation, trust_remote_code, revision, backbone_sha256)
+        if dropout is not None:
+            for part in self.model.modules():
+                if isinstance(part, nn.Dropout):
+                    part.p = dropout
         freeze_first_layers(self.model, freeze_layers)
         if lora is not None:
             self.model = _add_lora(self.model, lora)
@@ -86,7 +114,16 @@ class CrossEncoderModule(LightningModule):
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
         self.threshold: float | None = None
+        # What was fitted on the dev pairs, and what scores are reported with: the same, but for a model that cannot be
+        # changed, where `folds` is False and the report says what a calibration would bring.
+        self.folds, self.fitted = True, Calibration()
         self.figures: dict[str, float] = {}
+        self.scored: dict[str, dict[str, NDArray[Any]]] = {}  # the last evaluation of each split, pair by pair
+
+    @property
+    def calibration(self) -> Calibration:
+        """What the logits are calibrated by wherever scores leave the module."""
+        return self.fitted if self.folds else Calibration()
 
     def configure_model(self) -> None:
         """Shard the weights where the strategy is made for it; Lightning asks for it once for each stage."""
@@ -106,7 +143,13 @@ class CrossEncoderModule(LightningModule):
         return binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        losses = self.loss(self(batch), batch["label"])
+        logits = self(batch)
+        losses = self.loss(logits, batch["label"])
+        if self.hparams["consistency"]:
+            # Together the two rows of each pair, whose numbers are n and n, or n and ~n in the other order.
+            order = torch.maximum(batch["row"], ~batch["row"]).argsort()
+            losses = losses[order].view(-1, 2).mean(1)
+            losses = losses + self.hparams["consistency"] * disagreement(*logits[order].view(-1, 2).unbind(1))
         # Not the batch's own mean: batches are of unequal size, and every pair of the epoch weighs the same.
         loss = losses.sum() / batch.get("mean_pairs", len(losses))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=True)
@@ -120,40 +163,54 @@ class CrossEncoderModule(LightningModule):
 
     def _evaluate(self, batch: PairBatch, metrics: PairMetrics) -> None:
         logits = self(batch)
-        metrics.update(logits.sigmoid(), batch["label"], self.loss(logits, batch["label"]))
+        metrics.update(batch["row"], logits, batch["label"], self.loss(logits, batch["label"]))
 
     def on_validation_epoch_end(self) -> None:
-        """Choose the threshold on the dev pairs and keep it with the weights."""
-        figures = self.val_metrics.compute()
+        """Fit the calibration and choose the threshold on the dev pairs, and keep both with the weights."""
+        if self.trainer.sanity_checking:  # a look at two batches is no evaluation
+            self.val_metrics.reset()
+            return
+        scored, loss = self.val_metrics.compute()
+        crossed, self.fitted = None, Calibration()
+        layer = last_layer(self.model)
+        if self.hparams["calibrate"] and layer is not None:
+            self.fitted, crossed = calibrate(scored.logits, scored.labels, shifted=layer.bias is not None)
+        self._report("val", score_columns(scored, self.calibration, self.fitted, crossed), None, loss)
+        self.threshold = self.figures["val/threshold"]
         self.val_metrics.reset()
-        if not self.trainer.sanity_checking:  # a look at two batches is no evaluation
-            self.threshold = figures["threshold"]
-            self._report("val", figures)
-
-    def on_test_epoch_start(self) -> None:
-        # Never the test pairs' own best; one half where no dev pairs have chosen a threshold.
-        self.test_metrics.threshold = 0.5 if self.threshold is None else self.threshold
 
     def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_metrics.compute())
+        scored, loss = self.test_metrics.compute()
+        # Never the test pairs' own best; one half where no dev pairs have chosen a threshold.
+        threshold = 0.5 if self.threshold is None else self.threshold
+        self._report("test", score_columns(scored, self.calibration, self.fitted), threshold, loss)
         self.test_metrics.reset()
 
-    def _report(self, split: str, figures: dict[str, float]) -> None:
+    def _report(self, split: str, columns: dict[str, NDArray[Any]], threshold: float | None, loss: float) -> None:
+        figures = evaluation_figures(columns, threshold) | {"loss": loss}
         named = {f"{split}/{name}": value for name, value in figures.items()}
+        self.scored[split] = columns
         self.figures |= named
         # sync_dist averages what is equal on all ranks already, and spares users Lightning's advice to set it.
-        self.log_dict(named, sync_dist=True)
+        # The last look at the best weights, after training, is no point of the learning curves.
+        told = split == "test" or self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(named, sync_dist=True, logger=None if told else False)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Rows, logits and scores (after the sigmoid) of a batch, each of shape (pairs,)."""
-        logits = self(batch)
+        """Rows, calibrated logits and scores (after the sigmoid) of a batch, each of shape (pairs,)."""
+        logits = self.calibration(self(batch))
         return {"row": batch["row"], "logit": logits, "score": logits.sigmoid()}
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and decay, unless the arguments say otherwise."""
         optimizer = make_optimizer(
             self.hparams["optimizer"],
-            parameter_groups(self.model, self.hparams["weight_decay"]),
+            parameter_groups(
+                self.model,
+                self.hparams["weight_decay"],
+                self.hparams["learning_rate"],
+                self.hparams["layer_decay"],
+            ),
             self.hparams["learning_rate"],
             fused=self.trainer.precision != "16-mixed",  # whose gradient scaler does not go with Lightning's clipping
         )
@@ -179,9 +236,11 @@ class CrossEncoderModule(LightningModule):
         checkpoint["crossenc"] = {
             "version": CHECKPOINT_VERSION,
             "threshold": self.threshold,
+            "calibration": list(self.fitted),
             "figures": dict(self.figures),
             "training": {
                 "precision": str(self.trainer.precision),
+                "hardware": _hardware(self.device),
                 "devices": self.trainer.world_size,
                 "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
                 "gradient_clip_val": self.trainer.gradient_clip_val,
@@ -197,7 +256,21 @@ class CrossEncoderModule(LightningModule):
                 "export it with the version that wrote it"
             )
         self.threshold = kept["threshold"]
+        self.fitted = Calibration(*kept.get("calibration", ()))
         self.figures = dict(kept["figures"])
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", about.read_text() if about.is_file() else "", re.MULTILINE)
+    return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads"
+
+
+def disagreement(one: Tensor, other: Tensor) -> Tensor:
+    """R-Drop's distance of two predictions, from their logits: the mean of both Kullback-Leibler divergences."""
+    return (one.sigmoid() - other.sigmoid()) * (one - other) / 2
 
 
 def _add_lora(model: Any, arguments: dict[str, Any]) -> Any:

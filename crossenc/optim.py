@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning-rate schedule."""
+"""What is trained, in which groups and at which rate: frozen layers, parameter groups, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -6,28 +6,76 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedModel
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: matrices, which decay, and vectors (biases, layer norms), which do not.
+def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
+    """Keep the embeddings and the first `count` layers as they are; 0 freezes nothing. Raises `BackboneError`."""
+    if not count:
+        return
+    stack = layers(model)
+    if not 0 < count <= len(stack):
+        raise BackboneError(f"cannot freeze {count} layers of a backbone with {len(stack)}; set --model.freeze_layers")
+    for part in [*embeddings(model), *stack[:count]]:
+        part.requires_grad_(False)
 
-    So does the Hugging Face Trainer, which the reference recipe runs on.
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The backbone's layers, from the embeddings on; none if they cannot be found."""
+    from torch.nn import ModuleList
+
+    total = model.config.num_hidden_layers
+    parts = (part for part in model.base_model.modules() if isinstance(part, ModuleList) and len(part) == total)
+    return list(next(parts, []))
+
+
+def embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """What comes before the layers."""
+    parts = [model.get_input_embeddings(), getattr(model.base_model, "embeddings", None)]
+    return [part for part in parts if part is not None]
+
+
+def parameter_groups(
+    model: PreTrainedModel, weight_decay: float, learning_rate: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters of each depth in two groups, the head's first: matrices, which decay, and vectors (biases,
+    layer norms), which do not. So does the Hugging Face Trainer, which the reference recipe runs on.
+
+    With `layer_decay` under 1 the head learns at `learning_rate`, and every layer below at that share of the rate of
+    the one above (layer-wise learning-rate decay, as in BEiT, arXiv 2106.08254): what is general changes least.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    depths = _depths(model) if layer_decay != 1 else {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        depth, vector = depths.get(parameter, 0), parameter.ndim < 2
+        start = {
+            "params": [],
+            "weight_decay": 0.0 if vector else weight_decay,
+            "lr": learning_rate * layer_decay**depth,
+        }
+        groups.setdefault((depth, vector), start)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
-def make_optimizer(name: str, groups: list[dict[str, object]], learning_rate: float, fused: bool = True) -> Optimizer:
+def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
+    """How far below the head a parameter lies: its layer counted from the last one, 1, and embeddings under the first.
+
+    What the backbone holds behind its embeddings and outside its layers (a pooler, a last norm) belongs to the head.
+    """
+    stack = layers(model)
+    depths = {p: len(stack) + 1 for part in embeddings(model) for p in part.parameters()}
+    for number, layer in enumerate(reversed(stack), start=1):
+        depths |= dict.fromkeys(layer.parameters(), number)
+    return depths
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float, fused: bool = True) -> Optimizer:
     """An optimizer of `torch.optim` by its name, such as `AdamW`, `Adafactor` or `SGD`; raises `UsageError`.
 
     Fused, where it can be: one pass over the weights in place of a dozen.

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -23,7 +23,9 @@ from . import __version__
 from .errors import DataError, HubError, offline_remedy, one_line
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
+    from numpy.typing import NDArray
 
 SAMPLE = "sample"
 SPLITS = ("train", "val", "test")
@@ -327,9 +329,7 @@ def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, 
     from scipy.sparse.csgraph import connected_components
 
     numbers: dict[str, int] = {}
-    ends = [
-        [numbers.setdefault(" ".join(t.casefold().split()), len(numbers)) for t in side] for side in (texts_a, texts_b)
-    ]
+    ends = [[numbers.setdefault(_normalized(text), len(numbers)) for text in side] for side in (texts_a, texts_b)]
     graph = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(len(numbers), len(numbers)))
     component = connected_components(graph, directed=False)[1][ends[0]]
     members: dict[int, list[int]] = {}
@@ -344,6 +344,67 @@ def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, 
         target = next((name for name in room if len(rows) <= room[name] - len(split[name])), "train")
         split[target] += rows
     return {name: sorted(rows) for name, rows in split.items()}
+
+
+def unseen(pairs: Dataset, others: Dataset) -> NDArray[np.bool_]:
+    """Of each pair whether neither of its questions stands in the others (case and white space apart); (pairs,)."""
+    import numpy as np
+
+    known = {_normalized(text) for side in ("text_a", "text_b") for text in others[side][:]}
+    sides = (pairs["text_a"][:], pairs["text_b"][:])
+    return np.array([not {_normalized(a), _normalized(b)} & known for a, b in zip(*sides, strict=True)], dtype=bool)
+
+
+def add_transitive(pairs: Dataset) -> Dataset:
+    """Add the pairs that follow from others: a~b and b~c make a~c; a~b and b≁c make a≁c (~: a label from 0.5 on).
+
+    Questions that duplicates connect are a group (case and white space apart). All pairs within a group are duplicates,
+    and all pairs between two groups are none where one of them is labelled so. A group that holds a pair which is
+    labelled as none contradicts itself and adds nothing. Added pairs come last, their rows counted on.
+    """
+    import datasets
+
+    texts: dict[str, str] = {}
+    parent: dict[str, str] = {}
+
+    def group(key: str) -> str:
+        while parent[key] != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    columns = pairs[:]
+    known: dict[tuple[str, str], bool] = {}
+    for a, b, label in zip(columns["text_a"], columns["text_b"], columns["label"], strict=True):
+        one, two = (_normalized(text) for text in (a, b))
+        for key, text in ((one, a), (two, b)):
+            texts.setdefault(key, text)
+            parent.setdefault(key, key)
+        known[min(one, two), max(one, two)] = label >= 0.5
+        if label >= 0.5:
+            parent[group(one)] = group(two)
+    members: dict[str, list[str]] = {}
+    for key in texts:
+        members.setdefault(group(key), []).append(key)
+    apart = {(group(a), group(b)) for (a, b), same in known.items() if not same}
+    torn = {one for one, two in apart if one == two}
+    apart = {(one, two) for one, two in apart if not {one, two} & torn}
+    follow = [(pair, 1.0) for one in members.keys() - torn for pair in combinations(members[one], 2)]
+    follow += [(pair, 0.0) for one, two in apart for pair in product(members[one], members[two])]
+    added = {(min(pair), max(pair)): label for pair, label in follow}
+    rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known]
+    first = max(columns["row"]) + 1
+    table = {
+        "row": list(range(first, first + len(rows))),
+        "text_a": [texts[a] for (a, _), _ in rows],
+        "text_b": [texts[b] for (_, b), _ in rows],
+        "label": [label for _, label in rows],
+    }
+    return datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict(table, features=pairs.features)])
+
+
+def _normalized(text: str) -> str:
+    """What makes two texts the same question: case and white space do not tell them apart."""
+    return " ".join(text.casefold().split())
 
 
 @cache

@@ -15,17 +15,18 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from .callbacks import PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
+from .callbacks import Cost, Pictures, PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
 from .checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_newest, read_checkpoint
 from .data import PairDataModule
 from .errors import CheckpointError, LostProcessError, one_line
+from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
-from .metrics import write_figures
 from .module import CrossEncoderModule
 
 log = logging.getLogger(__name__)
@@ -130,8 +131,9 @@ class RunCLI(LightningCLI):
             "optimizer and continue with the next epoch.",
         )
         parser.link_arguments("on_mismatch", "data.on_mismatch")
-        for name in ("backbone", "max_length", "trust_remote_code", "revision"):
+        for name in ("backbone", "max_length", "trust_remote_code", "revision", "symmetric"):
             parser.link_arguments(f"model.{name}", f"data.{name}")
+        parser.link_arguments("model.consistency", "data.twice", bool)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
@@ -186,12 +188,13 @@ class RunCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, given: Any) -> list[Any]:
-        callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd()] if self.command == "fit" else []
+        callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd(), Pictures()] if self.command == "fit" else []
         if given.enable_progress_bar is not False:
             # Every look at the loss makes a GPU wait.
             refresh = 10 if torch.cuda.is_available() else 1
             callbacks.append(TerminalProgress(refresh) if sys.stderr.isatty() else PlainProgress())
         # In evaluation too: Lightning asks for the callbacks that a checkpoint was made with.
+        callbacks.append(Cost())
         if given.enable_checkpointing is not False and not given.fast_dev_run:
             callbacks.append(BestCheckpoint(self.folder))
             if self.command == "fit":
@@ -218,12 +221,19 @@ class RunCLI(LightningCLI):
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not best:  # without validation no checkpoint was chosen
             best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
+        # Lightning's weight averaging would put the weights that are not averaged into a model that is evaluated now.
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
+        if "val" in self.datamodule.encoded and self.trainer.limit_val_batches != 0:
+            self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        figures = dict(self.model.figures)  # the checkpoint that the test loads knows less of the dev pairs
         if "test" in self.datamodule.encoded and self.trainer.limit_test_batches != 0:
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
+        self.model.figures |= figures
         if self.trainer.is_global_zero:
-            self._write_figures(best)
+            self._finish(best)
             folder = export(best, str(Path(best).parent / "model"), overwrite=True)
-            _print_figures(self.model.figures)
+            print_figures(self.model.figures)
             print(f"\nexport: {folder}")
             _print_examples(folder, self.config[self.command].examples)
 
@@ -235,12 +245,12 @@ class RunCLI(LightningCLI):
 
     def _after_evaluation(self) -> None:
         if self.trainer.is_global_zero and not self.config[self.command].trainer.fast_dev_run:
-            self._write_figures(self.config[self.command].ckpt_path)
+            self._finish(self.config[self.command].ckpt_path)
             split = "val" if self.command == "validate" else "test"
-            _print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
+            print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
 
-    def _write_figures(self, checkpoint: str | None) -> None:
-        write_figures(self.folder, Path(checkpoint).name if checkpoint else None, self.model.figures)
+    def _finish(self, checkpoint: str | None) -> None:
+        finish(self.model, self.datamodule, self.folder, Path(checkpoint).name if checkpoint else None)
 
     def after_predict(self) -> None:
         log.info("scores: %s", self.folder / "predictions.csv")
@@ -304,25 +314,6 @@ def _set_aside(file: Path) -> Path:
 def _is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed as another process is gone: torch's own class, or gloo's plain RuntimeError."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-def _print_figures(figures: dict[str, float]) -> None:
-    """A short table: each figure at the dev pairs' threshold, and beside it at the set's own best."""
-    from rich.console import Console
-    from rich.table import Table
-
-    for split in ("val", "test"):
-        rows = figures.get(f"{split}/rows")
-        if rows is None or (split == "val" and "test/rows" in figures):
-            continue
-        table = Table(title=f"{split}: {rows:,.0f} pairs, {100 * figures[f'{split}/duplicates']:.1f} % duplicates")
-        table.add_column("metric")
-        table.add_column(f"at threshold {figures[f'{split}/threshold']:.4f}", justify="right")
-        table.add_column("at its own best", justify="right")
-        for name in ("average_precision", "roc_auc", "loss", "accuracy", "f1", "precision", "recall"):
-            best = figures.get(f"{split}/{name}_best")
-            table.add_row(name, f"{figures[f'{split}/{name}']:.4f}", "" if best is None else f"{best:.4f}")
-        Console().print(table)
 
 
 def _print_examples(folder: Path, examples: list[list[str]]) -> None:

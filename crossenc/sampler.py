@@ -101,6 +101,9 @@ class TrainingOrder(DistributedSampler[Any]):
 
     A DistributedSampler, so that Lightning tells it the epoch and puts no sampler of its own in its place. For use as
     `DataLoader(..., sampler=order, batch_size=None)`. `start` is set to go on in the middle of an epoch.
+
+    With `symmetric` the data hold every pair once more behind all others, its texts in the other order, and each epoch
+    takes one of the two at random. With `twice` a batch holds every pair twice: the same, or `symmetric` both orders.
     """
 
     def __init__(
@@ -114,8 +117,11 @@ class TrainingOrder(DistributedSampler[Any]):
         rank: int,
         ranks: int,
         seed: int,
+        symmetric: bool = False,
+        twice: bool = False,
     ) -> None:
         super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.symmetric, self.twice = symmetric, twice
         self.lengths, self.batch_size, self.by, self.window = lengths, batch_size, by, window
         self.accumulate, self.start = accumulate, 0
         self.shares = ranks * accumulate
@@ -139,11 +145,15 @@ class TrainingOrder(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """The batches of the epoch from batch number `start` on."""
+        count = len(self.lengths)
+        turned = np.zeros(count, dtype=np.int64)  # how far behind a pair the order lies that is taken
+        if self.symmetric:
+            turned += count * (self.twice | (np.random.default_rng((self.seed, self.epoch, 1)).random(count) < 0.5))
         done, skipped = divmod(self.start, self.accumulate)
         for step, rows in enumerate(self.plan()[done:]):
             parts = deal(rows, self.lengths, self.shares)[self.rank :: self.num_replicas]
             for part in parts[0 if step else skipped :]:
-                yield part.tolist()
+                yield [*(part.tolist() if self.twice else ()), *(part + turned[part]).tolist()]
 
     def __len__(self) -> int:
         return self.steps * self.accumulate

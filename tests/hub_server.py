@@ -1,7 +1,8 @@
-"""A small server that speaks the part of the Hugging Face Hub's protocol which reading models and data sets takes."""
+"""A small server of the Hugging Face Hub's protocol, as far as reading models and data sets and uploading take it."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+TOKEN = "hf_test"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -24,6 +26,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories
         self.requests: list[str] = []
+        self.uploads: Path | None = None  # a folder that takes uploads, from those who know TOKEN
+        self.private: dict[str, bool] = {}
 
     @property
     def endpoint(self) -> str:
@@ -51,13 +55,62 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(f"{self.command} {self.path}")
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        if parts[0] == "api" and len(parts) >= 4:
+        if (self.command in ("POST", "PUT") and parts[-1] != "main") or parts[-2] in ("preupload", "commit"):
+            self.take(parts)
+        elif parts[0] == "api" and len(parts) >= 4:
             self.answer_about("/".join(parts[1:4]), parts[4:])
         else:
             kind = parts.pop(0) if parts[0] == "datasets" else "models"
             self.send_file("/".join([kind, *parts[:2]]), parts[2:])
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+
+    def take(self, parts: list[str]) -> None:
+        """Make a repository, check a card's metadata, and take files: small ones in the commit, weights before it."""
+        if self.server.uploads is None or self.headers.get("Authorization") not in (f"Bearer {TOKEN}", None):
+            return self.refuse("Forbidden", 403)
+        content = json.loads(self.body) if self.body[:1] == b"{" and parts[-2] != "commit" else {}
+        if parts == ["api", "repos", "create"]:
+            name = f"{content['organization']}/{content['name']}"
+            self.server.private[name] = content.get("visibility") == "private" or bool(content.get("private"))
+            (self.server.uploads / name).mkdir(parents=True, exist_ok=True)
+            return self.send_json({"url": f"{self.server.endpoint}/{name}", "id": name, "name": name})
+        if parts == ["api", "validate-yaml"]:
+            from huggingface_hub import ModelCard
+
+            card = ModelCard(content["content"])  # raises on metadata that cannot be read
+            assert card.data.pipeline_tag
+            return self.send_json({"errors": [], "warnings": []})
+        if parts[-2] == "preupload":
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in content["files"]
+            ]
+            return self.send_json({"files": modes})
+        if parts[-2:] == ["objects", "batch"]:
+            objects = [
+                {**file, "actions": {"upload": {"href": f"{self.server.endpoint}/blobs/{file['oid']}"}}}
+                for file in content["objects"]
+            ]
+            return self.send_json({"transfer": "basic", "objects": objects})
+        if parts[0] == "blobs":
+            assert hashlib.sha256(self.body).hexdigest() == parts[1]
+            (self.server.uploads / parts[1]).write_bytes(self.body)
+            return self.send(b"", {})
+        folder = self.server.uploads.joinpath(*parts[2:4])  # /api/models/owner/name/commit/main
+        for line in map(json.loads, self.body.splitlines()):
+            file, target = line["value"], folder / line["value"].get("path", "")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "file":
+                target.write_bytes(base64.b64decode(file["content"]))
+            elif line["key"] == "lfsFile":
+                (self.server.uploads / file["oid"]).rename(target)
+        address = f"{self.server.endpoint}/{parts[2]}/{parts[3]}/commit/{COMMIT}"
+        return self.send_json({"success": True, "commitOid": COMMIT, "commitUrl": address})
 
     def answer_about(self, repository: str, rest: list[str]) -> None:
         """`/api/datasets/owner/name`, `.../revision/main`, `.../tree/main/folder`, `.../paths-info/main`."""
@@ -93,8 +146,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, content: Any) -> None:
         self.send(json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def refuse(self, code: str) -> None:
-        self.send(b"{}", {"X-Error-Code": code, "X-Error-Message": code}, status=404)
+    def refuse(self, code: str, status: int = 404) -> None:
+        self.send(b"{}", {"X-Error-Code": code, "X-Error-Message": code}, status=status)
 
     def send(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
         self.send_response(status)

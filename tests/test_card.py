@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from crossenc.card import is_hub_id
+from crossenc.card import is_hub_id, worst_errors
 
 
 def test_the_card_tells_data_metrics_and_settings(trained: Path):
@@ -21,9 +22,32 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     assert results["test", "f1"] == figures["test/f1"]
     assert {r.task_type for r in card.data.eval_results} == {"cross-encoder-classification"}
     assert "48 pairs for training (43.8 % duplicates)" in card.text
-    assert f"| f1 | {figures['val/f1']:.4f} |" in card.text
+    low, high = (figures[f"val/f1_{end}"] for end in ("low", "high"))
+    assert f"| F1 | {figures['val/f1']:.4f} ({low:.4f} to {high:.4f}) |" in card.text
     assert "| learning_rate | 5e-05 |" in card.text
+    assert "| duration | " in card.text
+    assert "| hardware | " in card.text
+    assert f"Of 6 test pairs, {100 * figures['test/duplicates']:.1f} % of them duplicates" in card.text
     assert str(trained.parent) not in card.text
+    shown = re.findall(r"!\[.+\]\((figures/\w+\.png)\)", card.text)
+    assert shown == [f"figures/{name}.png" for name in ("precision_recall", "reliability", "scores", "learning")]
+    assert {str(path.relative_to(trained / "model")) for path in (trained / "model" / "figures").iterdir()} == set(
+        shown
+    )
+
+
+def test_the_surest_errors_come_first_and_break_no_table():
+    columns = {
+        "label": [1.0, 0.0, 0.0, 1.0, 1.0],
+        "score": [0.4, 0.9, 0.2, 0.01, 0.9],
+        "text_a": ["weak", "a | b\nc <b>", "right", "surest", "right"],
+        "text_b": ["x" * 300] * 5,
+    }
+    found = worst_errors(columns, threshold=0.5)
+    assert [row[:2] for row in found] == [["0.010", "1"], ["0.900", "0"], ["0.400", "1"]]
+    assert found[1][2] == "a \\| b c \\<b\\>"
+    assert len(found[0][3]) == 200
+    assert len(worst_errors(columns, threshold=0.5, count=1)) == 1
 
 
 @pytest.mark.parametrize(

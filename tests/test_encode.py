@@ -26,6 +26,19 @@ def test_token_ids_are_the_tokenizers_own(pairs_file: Path):
     assert encoded["token_type_ids"][:] == expected["token_type_ids"]
 
 
+def test_swapped_pairs_are_those_of_the_texts_in_the_other_order(write):
+    header = "question1,question2,label\n"
+    table, other = (
+        read(str(write("p.csv", header + "a b,c,1\nd,e,0\n"))),
+        read(str(write("q.csv", header + "c,a b,1\ne,d,0\n"))),
+    )
+    tokenizer = load_tokenizer(BACKBONE)
+    swapped, expected = encode(table, tokenizer, 32, swap=True), encode(other, tokenizer, 32)
+    assert swapped["row"][:] == [~0, ~1]
+    for column in ("input_ids", "token_type_ids", "length", "label"):
+        assert swapped[column][:] == expected[column][:]
+
+
 def test_tokens_are_cached_until_the_length_changes(pairs_file: Path):
     tokenizer, table = load_tokenizer(BACKBONE), read(str(pairs_file))
     first = encode(table, tokenizer, 32).cache_files

@@ -37,7 +37,7 @@ def module_scores(checkpoint: Path, pairs: list[tuple[str, str]]) -> list[float]
     encoded = encode(datasets.Dataset.from_list(rows), tokenizer, module.max_length).with_format("arrow")
     collate = PairCollator(tokenizer)
     with torch.inference_mode():
-        return [module(collate(encoded[[row]])).sigmoid().item() for row in range(len(pairs))]
+        return [module.predict_step(collate(encoded[[row]]), 0)["score"].item() for row in range(len(pairs))]
 
 
 def peer_scores(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
@@ -71,7 +71,8 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
     assert "problem_type" not in config
     assert not [key for key in config if "attn" in key]
     assert config["sentence_transformers"]["activation_fn"] == "torch.nn.modules.activation.Sigmoid"
-    assert config["crossenc"]["threshold"] == json.loads((trained / "metrics.json").read_text())["val/threshold"]
+    figures = json.loads((trained / "metrics.json").read_text())
+    assert config["crossenc"]["threshold"] == pytest.approx(figures["val/threshold"], abs=1e-6)
     assert content["sentence_bert_config.json"]["max_seq_length"] == 512
     assert content["config_sentence_transformers.json"]["model_type"] == "CrossEncoder"
     assert content["modules.json"][0]["type"] == "sentence_transformers.base.modules.transformer.Transformer"
@@ -80,6 +81,7 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
         "README.md",
         "config.json",
         "config_sentence_transformers.json",
+        "figures",
         "model.safetensors",
         "modules.json",
         "sentence_bert_config.json",

@@ -17,7 +17,7 @@ from crossenc.backbone import locate
 from crossenc.pairs import sample_pairs
 
 from .conftest import BACKBONE
-from .hub_server import COMMIT, HubServer, serve
+from .hub_server import COMMIT, TOKEN, HubServer, serve
 
 CARD = """---
 configs:
@@ -83,3 +83,34 @@ def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, tmp_path: Path, 
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "runs").iterdir())
+
+
+def push(endpoint: str, home: Path, token: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "cache"), "HF_TOKEN": token}
+    environment["HF_HUB_DISABLE_XET"] = "1"  # the server knows the older way only
+    command = [sys.executable, "-m", "crossenc", "export", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: Path):
+    with serve({}) as server:
+        server.uploads = tmp_path / "hub"
+        arguments = [str(trained / "best.ckpt"), str(tmp_path / "mine"), "--push-to-hub", "owner/mine"]
+        done = push(server.endpoint, tmp_path, "wrong", *arguments, "--private")
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        line = done.stderr.splitlines()[-1]
+        assert f"{tmp_path / 'mine'} is written, but its upload to owner/mine was refused" in line
+        assert line.endswith(f"hf upload owner/mine {tmp_path / 'mine'} --private")
+        assert (tmp_path / "mine" / "modules.json").is_file()
+        done = push(server.endpoint, tmp_path, TOKEN, *arguments, "--private", "--overwrite")
+        assert done.returncode == 0, done.stderr
+        assert "arning" not in done.stderr
+        assert f"uploaded: {server.endpoint}/owner/mine" in done.stderr
+        assert server.private == {"owner/mine": True}
+    here, there = (
+        {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}
+        for d in (tmp_path / "mine", tmp_path / "hub" / "owner" / "mine")
+    )
+    assert here == there
+    assert 'CrossEncoder("owner/mine")' in (tmp_path / "mine" / "README.md").read_text()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, brier_score_loss, f1_score, roc_auc_score
 
-from crossenc.metrics import PairMetrics, decision_figures, pair_figures, read_figures, write_figures
+from crossenc.calibration import Calibration
+from crossenc.metrics import (
+    PairMetrics,
+    Scored,
+    decision_figures,
+    evaluation_figures,
+    intervals,
+    pair_figures,
+    resampled_figures,
+    score_columns,
+)
 
 
 class Scores:
@@ -86,19 +94,84 @@ def test_one_label_only_has_no_ranking():
     assert figures["accuracy_best"] == 1.0  # calling none a duplicate is allowed
 
 
-def test_batches_add_up():
+def test_batches_add_up_in_the_order_of_their_rows():
     metrics = PairMetrics()
-    scores, labels, losses = torch.rand(7), torch.tensor([0.0, 1, 0, 1, 1, 0, 1]), torch.arange(7.0)
-    for part in (slice(0, 3), slice(3, 6), slice(6, 7)):
-        metrics.update(scores[part], labels[part], losses[part])
-    assert metrics.compute() == {**pair_figures(scores, labels), "loss": 3.0}
+    rows = torch.tensor([3, ~1, 0, ~3, 2, 1, ~2, ~0])
+    logits, losses = torch.where(rows < 0, 10.0 + ~rows, rows), torch.where(rows < 0, 99.0, rows)
+    labels = (torch.maximum(rows, ~rows) % 2).float()
+    for part in (slice(0, 3), slice(3, 7), slice(7, 8)):
+        metrics.update(rows[part], logits[part], labels[part], losses[part])
+    scored, loss = metrics.compute()
+    assert scored.rows.tolist() == scored.logits.tolist() == [0, 1, 2, 3]
+    assert scored.swapped.tolist() == [10, 11, 12, 13]
+    assert scored.labels.tolist() == [0, 1, 0, 1]
+    assert loss == 1.5
+    metrics.reset()
+    metrics.update(rows[:1], logits[:1], labels[:1], losses[:1])
+    assert metrics.compute()[0].swapped is None
 
 
-def test_metrics_json_keeps_figures_of_its_checkpoint_only(tmp_path: Path):
-    write_figures(tmp_path, "best.ckpt", {"val/f1": 0.5, "val/rows": 3.0, "val/roc_auc": math.nan})
-    write_figures(tmp_path, "best.ckpt", {"test/f1": 0.25})
-    content = json.loads((tmp_path / "metrics.json").read_text())
-    assert content == {"checkpoint": "best.ckpt", "test/f1": 0.25, "val/f1": 0.5, "val/roc_auc": None, "val/rows": 3}
-    write_figures(tmp_path, "last.ckpt", {"val/f1": 0.4})
-    assert read_figures(tmp_path / "best.ckpt") == {}
-    assert read_figures(tmp_path / "last.ckpt") == {"val/f1": 0.4}
+def test_calibration_figures_are_scikit_learns_and_the_definition():
+    draw = np.random.default_rng(0)
+    scores, labels = draw.random(500), (draw.random(500) < 0.4).astype(float)
+    logits = torch.from_numpy(np.log(scores / (1 - scores)))
+    scored = Scored(torch.arange(500), torch.from_numpy(labels), logits, None)
+    figures = evaluation_figures(score_columns(scored, Calibration()))
+    assert figures["brier"] == pytest.approx(brier_score_loss(labels, scores))
+    number = (scores * 10).astype(int)
+    bins = [(scores[number == b].mean() - labels[number == b].mean(), (number == b).mean()) for b in range(10)]
+    assert figures["calibration_error"] == pytest.approx(sum(abs(gap) * share for gap, share in bins), abs=1e-6)
+
+
+def test_the_order_of_texts_is_measured():
+    logits, swapped = torch.tensor([2.0, 0.1, -0.1, -2.0]), torch.tensor([2.0, -0.1, 0.2, -2.0])
+    scored = Scored(torch.arange(4), torch.tensor([1.0, 1, 0, 0]), logits.double(), swapped.double())
+    figures = evaluation_figures(score_columns(scored, Calibration(2.0, 0.0)), threshold=0.5)
+    gaps = ((2 * logits).sigmoid() - (2 * swapped).sigmoid()).abs()
+    assert figures["swap_flips"] == 2
+    assert figures["swap_gap_mean"] == pytest.approx(gaps.mean().item())
+    assert figures["swap_gap_p99"] == pytest.approx(np.quantile(gaps.numpy(), 0.99), abs=1e-6)
+    assert "swap_flips" not in evaluation_figures(score_columns(scored._replace(swapped=None), Calibration()))
+
+
+def world(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores with ties, and labels that are drawn with them."""
+    draw = np.random.default_rng(seed)
+    scores = np.round(draw.beta(0.8, 1.4, count), 3)
+    return torch.from_numpy(scores), torch.from_numpy((draw.random(count) < scores).astype(float))
+
+
+def columns(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
+    return {"score": scores.numpy(), "label": labels.numpy()}
+
+
+def test_intervals_cover_the_truth_in_about_95_of_100_samples():
+    truth = pair_figures(*world(200_000, 0), threshold=0.5)
+    covered = dict.fromkeys(("average_precision", "f1", "accuracy"), 0)
+    for seed in range(1, 151):
+        found = intervals(columns(*world(300, seed)), threshold=0.5)
+        for name in covered:
+            covered[name] += found[f"{name}_low"] <= truth[name] <= found[f"{name}_high"]
+    assert min(covered.values()) >= 0.9 * 150
+    assert max(covered.values()) < 150
+
+
+def test_intervals_repeat_and_hold_the_figures_themselves():
+    scores, labels = world(500, 1)
+    found, figures = intervals(columns(scores, labels), 0.4), pair_figures(scores, labels, 0.4)
+    assert found == intervals(columns(scores, labels), 0.4)
+    for name in ("average_precision", "f1", "accuracy"):
+        assert found[f"{name}_low"] < figures[name] < found[f"{name}_high"]
+        assert found[f"{name}_high"] - found[f"{name}_low"] < 0.2
+    assert intervals(columns(scores, torch.ones_like(labels)), 0.4) == {}
+
+
+def test_figures_of_a_resample_are_scikit_learns():
+    """And its F1 and accuracy, with ties among the scores and pairs that are drawn several times or not at all."""
+    scores, labels = world(60, 3)
+    weights = np.random.default_rng(0).integers(0, 4, (5, 60)).astype(float)
+    found = resampled_figures(scores.numpy(), labels.numpy() >= 0.5, 0.4, weights)
+    for row, (average_precision, f1, accuracy) in zip(weights, found.T, strict=True):
+        assert average_precision == pytest.approx(average_precision_score(labels, scores, sample_weight=row))
+        assert f1 == pytest.approx(f1_score(labels, scores >= 0.4, sample_weight=row))
+        assert accuracy == pytest.approx(accuracy_score(labels, scores >= 0.4, sample_weight=row))

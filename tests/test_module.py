@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from crossenc import PairDataModule
 from crossenc.errors import BackboneError
-from crossenc.module import CrossEncoderModule
+from crossenc.module import CrossEncoderModule, disagreement
 
 from .conftest import BACKBONE, collate
 
@@ -48,3 +51,35 @@ def test_bf16_ends_before_the_loss():
         logits = module(batch)
         assert logits.dtype == module.predict_step(batch, 0)["score"].dtype == torch.float32
         assert module.loss(logits, batch["label"].float()).dtype == torch.float32
+
+
+def test_the_consistency_term_is_r_drops():
+    one, other = torch.randn(2, 50)
+    p, q = (torch.distributions.Bernoulli(logits=some) for some in (one, other))
+    kl = torch.distributions.kl_divergence
+    assert torch.allclose(disagreement(one, other), (kl(p, q) + kl(q, p)) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_pair_that_comes_twice_weighs_once(symmetric: bool, pairs_file: Path):
+    """Without dropout the loss is the plain one's mean over both orders, and R-Drop's term between them."""
+    data = PairDataModule(str(pairs_file), batch_size=60, backbone=BACKBONE, symmetric=symmetric, twice=True)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    torch.manual_seed(0)
+    module = CrossEncoderModule(BACKBONE, symmetric=symmetric, consistency=3.0).eval()
+    logits = dict(zip(batch["row"].tolist(), module(batch), strict=True)) if symmetric else None
+    module.log = lambda *_, **__: None
+    loss = module.training_step(batch, 0)
+    labels = dict(zip(batch["row"].tolist(), batch["label"], strict=True))
+    pairs = [row for row in labels if row >= 0]
+    assert len(batch["label"]) == 96
+    assert len(pairs) == 48
+    if symmetric:
+        one, other = (torch.stack([logits[way(row)] for row in pairs]) for way in (int, lambda row: ~row))
+        truth = torch.stack([labels[row] for row in pairs])
+        expected = (module.loss(one, truth) + module.loss(other, truth)) / 2 + 3 * disagreement(one, other)
+        assert (one - other).abs().max() > 1e-4
+    else:
+        expected = module.loss(module(batch), batch["label"])
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)

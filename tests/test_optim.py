@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from crossenc import CrossEncoderModule
 from crossenc.errors import UsageError
 from crossenc.optim import make_optimizer, make_schedule, parameter_groups
 
+from .conftest import BACKBONE
+
 
 def test_vectors_do_not_decay():
-    groups = parameter_groups(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), weight_decay=0.1)
+    groups = parameter_groups(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), 0.1, 1e-3)
+    assert {group["lr"] for group in groups} == {1e-3}
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]
 
 
 def test_schedule_rises_and_falls():
-    optimizer = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0), 1.0)
+    optimizer = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0, 1.0), 1.0)
     schedule = make_schedule("linear", optimizer, warmup=0.1, steps=100)
     rates = []
     for _ in range(101):
@@ -30,3 +34,17 @@ def test_schedule_rises_and_falls():
         make_schedule("line", optimizer, 0.1, 10)
     with pytest.raises(UsageError, match="max_epochs"):
         make_schedule("linear", optimizer, 0.1, float("inf"))
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["query"]}])
+def test_rates_fall_from_the_head_to_the_embeddings(lora: dict | None):
+    module = CrossEncoderModule(BACKBONE, lora=lora)
+    groups = parameter_groups(module.model, 0.1, 1e-3, layer_decay=0.5)
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    names = {name: rates[p] for name, p in module.model.named_parameters() if p.requires_grad}
+    assert len(rates) == len(names)
+    for part, depth in ((".pooler.", 0), (".embeddings.", 7), (".layer.0.", 6), (".layer.5.", 1), ("classifier.", 0)):
+        found = {rate for name, rate in names.items() if part in name}
+        assert found == ({1e-3 * 0.5**depth} if found else set())
+        assert found or lora
+    assert groups[0]["lr"] == 1e-3

@@ -25,6 +25,7 @@ def test_the_public_names_are_these_and_import_loads_nothing_heavy():
         "CrossEncoderModule",
         "PairDataModule",
         "__version__",
+        "evaluate",
         "export",
         "mine",
         "rerank",

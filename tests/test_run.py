@@ -19,13 +19,15 @@ from crossenc.run import native_precision
 
 def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     names = {path.name for path in trained.iterdir()}
-    assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "metrics.json", "model"} <= names
+    assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "metrics.json", "model", "scores.parquet"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.startswith(".")]
     figures = json.loads((trained / "metrics.json").read_text())
     assert figures["checkpoint"] == "best.ckpt"
     assert (figures["val/rows"], figures["test/rows"]) == (6, 6)
     assert {"val/average_precision", "test/f1", "test/f1_best", "test/threshold", "test/loss"} <= set(figures)
+    new = ("calibration_error", "calibration_error_raw", "brier", "swap_gap_mean", "swap_gap_p99", "swap_flips")
+    assert {f"{split}/{name}" for split in ("val", "test") for name in (*new, "f1_low", "f1_high")} <= set(figures)
     assert figures["test/threshold"] == figures["val/threshold"]
     with (trained / "metrics.csv").open() as file:
         header = next(csv.reader(file))

@@ -112,3 +112,28 @@ def test_evaluation_sees_each_row_once_on_any_number_of_devices(lengths, tokens,
         assert all(len(rows) == 1 or padded(lengths, [rows]) <= tokens for rows in share[:-1] + last)
     assert len({len(share) for share in batches}) == 1 or len(lengths) < ranks
     assert [len(list(share)) for share in shares] == [len(share) for share in shares]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_symmetric_takes_either_order_and_twice_takes_both(ranks: int):
+    lengths = np.random.default_rng(0).integers(5, 90, 400)
+
+    def rows(epoch: int, **options: bool) -> list[list[int]]:
+        found = []
+        for rank in range(ranks):
+            order = TrainingOrder(
+                lengths, 8, by="pairs", window=1, accumulate=1, rank=rank, ranks=ranks, seed=3, **options
+            )
+            order.set_epoch(epoch)
+            found += list(order)
+        return found
+
+    plain, turned = rows(0), rows(0, symmetric=True)
+    assert [[row % 400 for row in batch] for batch in turned] == plain
+    assert 150 < sum(row >= 400 for batch in turned for row in batch) < 250
+    assert turned == rows(0, symmetric=True)
+    orders = {row % 400: row for batch in turned for row in batch}
+    later = {row % 400: row for batch in rows(1, symmetric=True) for row in batch}
+    assert 150 < sum(orders[row] != later[row] for row in range(400)) < 250
+    assert rows(0, twice=True) == [batch * 2 for batch in plain]
+    assert rows(0, twice=True, symmetric=True) == [[*batch, *(row + 400 for row in batch)] for batch in plain]

@@ -1,0 +1,133 @@
+"""The whole report of an evaluation, of a run's checkpoint or of any model that gives one logit for a pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from .backbone import load_config
+from .card import metric_table, worst_errors, write_report
+from .data import PairDataModule
+from .errors import BackboneError, DataError, UsageError
+from .figures import draw, save
+from .loading import find, load_checkpoint, read_threshold
+from .metrics import evaluation_figures, intervals
+from .module import CrossEncoderModule
+from .records import write_figures, write_scores
+
+
+def evaluate(
+    model: str,
+    arguments: dict[str, Any],
+    output: str,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    precision: str = "32-true",
+) -> dict[str, float]:
+    """Evaluate a model on the dev pairs, which choose its threshold, and on the test pairs; write the report.
+
+    Args:
+        model: An export's folder, a Hub id, or a `.ckpt` file: any model with one logit, trained here or not.
+        arguments: Those of `PairDataModule`, but for the model's own. `source` is needed only where dev or test pairs
+            are cut off it, or where the model was trained on it: then pairs whose questions are not in it are
+            reported too.
+        output: The folder to write: `README.md` with the report, `figures/`, `metrics.json`, `scores.parquet`.
+        accelerator: Lightning's: `auto`, `cpu`, `gpu`, ...
+        devices: How many of them; `auto` takes all GPUs, or one process on a CPU.
+        precision: Lightning's: `32-true`, `bf16-mixed`, ...
+
+    Returns:
+        The figures, as `metrics.json` has them.
+
+    Raises:
+        BackboneError: The model cannot be loaded, or has another number of labels than one.
+        CheckpointError: The checkpoint is missing or was not written by crossenc.
+    """
+    if not any(arguments.get(name) for name in ("source", "val_source", "test_source")):
+        raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
+    module = load_module(model)
+    hparams = module.hparams
+    data = PairDataModule(
+        **arguments,
+        backbone=hparams["backbone"],
+        max_length=module.max_length,
+        trust_remote_code=hparams["trust_remote_code"],
+        revision=hparams["revision"],
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        precision=precision,  # type: ignore[arg-type]
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    splits = data.splits()
+    if not {"val", "test"} & splits:
+        raise DataError(f"{data.source} leaves no dev and no test pairs; set --data.val_source or --data.test_source")
+    if "val" in splits:
+        trainer.validate(module, data, verbose=False)
+    if "test" in splits:
+        trainer.test(module, data, verbose=False)
+    if trainer.is_global_zero:
+        finish(module, data, Path(output), None)
+        columns = {split: columns | data.texts(split) for split, columns in module.scored.items()}
+        pictures = draw(columns, module.threshold)
+        save(pictures, Path(output) / "figures")
+        errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
+        write_report(Path(output), model, module.figures, module.threshold, pictures, errors)
+    return module.figures
+
+
+def load_module(model: str) -> CrossEncoderModule:
+    """The module of an export, a Hub id or a checkpoint, which scores as the model itself does."""
+    path = find(model)
+    if path.is_file():
+        return load_checkpoint(path)[1]
+    heads = [name for name in load_config(str(path)).architectures or [] if name.endswith("ForSequenceClassification")]
+    if not heads:
+        raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
+    module = CrossEncoderModule(str(path))
+    module.threshold, module.folds = read_threshold(model), False
+    return module
+
+
+def finish(module: CrossEncoderModule, data: PairDataModule, folder: Path, checkpoint: str | None) -> dict[str, float]:
+    """Add to the module's figures what is worth the time only once, and write them with every pair's scores.
+
+    That is 95 % intervals, and under `val_unseen/...` and `test_unseen/...` the figures of the pairs that share no
+    question with the training pairs, unless that is all of them or none.
+    """
+    figures = dict(module.figures)
+    for split, columns in module.scored.items():
+        unseen = data.unseen(split)
+        parts = {split: columns}
+        if unseen.any() and not unseen.all():
+            parts[f"{split}_unseen"] = {name: values[unseen] for name, values in columns.items()}
+        threshold = figures[f"{split}/threshold"]
+        for name, part in parts.items():
+            found = evaluation_figures(part, threshold) | intervals(part, threshold)
+            figures |= {f"{name}/{key}": value for key, value in found.items()}
+    module.figures = figures
+    folder.mkdir(parents=True, exist_ok=True)
+    write_figures(folder, checkpoint, figures)
+    write_scores(folder, checkpoint, {split: columns | data.texts(split) for split, columns in module.scored.items()})
+    return figures
+
+
+def print_figures(figures: dict[str, float]) -> None:
+    """Print the card's table of metrics."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    splits, rows = metric_table(figures)
+    table = Table("", *splits, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    wide = Console(width=140)
+    (Console() if wide.is_terminal else wide).print(table)

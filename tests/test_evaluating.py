@@ -1,0 +1,84 @@
+"""The report of an evaluation: of a run's checkpoint, of its export, and of a model that was not trained here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossenc.cli import main
+
+from .conftest import BACKBONE
+
+
+def report(capsys, model: Path, pairs: Path, output: Path, *more: str) -> tuple[dict[str, float], str]:
+    where = ["--data.val_source", str(pairs), "--data.test_source", str(pairs), "--data.source", str(pairs)]
+    capsys.readouterr()
+    assert main(["evaluate", str(model), *where, "--output", str(output), "--accelerator", "cpu", *more]) == 0
+    said = capsys.readouterr()
+    assert "arning" not in said.err
+    assert f"report: {output}" in said.out
+    return json.loads((output / "metrics.json").read_text()), (output / "README.md").read_text()
+
+
+def test_a_checkpoint_and_its_export_get_the_same_report(trained: Path, pairs_file: Path, tmp_path: Path, capsys):
+    figures, text = report(capsys, trained / "best.ckpt", pairs_file, tmp_path / "one")
+    others, _ = report(capsys, trained / "model", pairs_file, tmp_path / "two")
+    for name in ("average_precision", "roc_auc", "accuracy_best", "f1_best", "average_precision_low", "f1_high"):
+        for split in ("val", "test"):
+            assert others[f"{split}/{name}"] == pytest.approx(figures[f"{split}/{name}"], abs=1e-6)
+    assert figures["val/rows"] == figures["test/rows"] == 60
+    assert "val_unseen/rows" not in figures  # all pairs are the training pairs
+    assert figures["test/threshold"] == figures["val/threshold"]
+    assert {"val/swap_gap_mean", "val/swap_flips", "val/brier", "val/calibration_error_raw"} <= set(figures)
+    assert "### Most confident errors on dev pairs" in text
+    for name in ("precision_recall", "reliability", "scores"):
+        assert f"](figures/{name}.png)" in text
+        assert (tmp_path / "one" / "figures" / f"{name}.png").is_file()
+
+
+def test_a_model_from_elsewhere_is_reported_as_it_is(pairs_file: Path, tmp_path: Path, capsys):
+    """A folder that transformers alone wrote: a small RoBERTa with one logit, no threshold, no file of ours."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+    from crossenc.backbone import locate
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(locate(BACKBONE))
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.classifier.weight, std=3)  # scores that are far from probabilities
+    model.save_pretrained(tmp_path / "elsewhere")
+    tokenizer.save_pretrained(tmp_path / "elsewhere")
+    figures, text = report(capsys, tmp_path / "elsewhere", pairs_file, tmp_path / "out", "--data.limit", "40")
+    assert figures["val/rows"] == 40
+    assert text.startswith("# Evaluation of elsewhere\n")
+    assert figures["val/calibration_error"] < figures["val/calibration_error_raw"]  # what a calibration would bring
+    with pytest.raises(AssertionError):
+        report(capsys, tmp_path / "gone", pairs_file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [(BACKBONE, "has no classification head"), ("gone.ckpt", "no such checkpoint")],
+)
+def test_what_cannot_be_evaluated_is_one_line(pairs_file: Path, tmp_path: Path, capsys, model: str, said: str):
+    capsys.readouterr()
+    assert main(["evaluate", model, "--data.test_source", str(pairs_file), "--output", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unseen_questions_are_those_of_no_training_pair(write):
+    from crossenc import PairDataModule
+
+    head = "question1,question2,is_duplicate\n"
+    train = write("train.csv", head + "a,b,1\nc,d,0\n")
+    dev = write("dev.csv", head + "A ,x,1\ny,z,0\nx,c,0\nu,v,1\n")
+    data = PairDataModule(str(train), val_source=str(dev), backbone=BACKBONE)
+    data.setup("fit")
+    assert data.unseen("val").tolist() == [False, True, False, True]

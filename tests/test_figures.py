@@ -1,0 +1,69 @@
+"""The pictures: what they show, that they can be read, and that loggers get them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crossenc.figures import draw, draw_learning, save
+
+
+def columns(count: int, seed: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    scores = draw.random(count)
+    labels = (draw.random(count) < scores).astype(float)
+    return {"label": labels, "score": scores, "score_raw": scores**3, "score_crossed": scores}
+
+
+def test_pictures_show_threshold_both_calibrations_and_both_labels(tmp_path: Path):
+    pictures = draw({"val": columns(800, 0), "test": columns(500, 1)}, 0.4)
+    assert list(pictures) == ["precision_recall", "reliability", "scores"]
+    for figure in pictures.values():
+        (axes,) = figure.axes
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+        assert figure.get_facecolor() == (1, 1, 1, 1)  # opaque: the same on a dark page
+        sizes = [text.get_fontsize() for text in [axes.title, axes.xaxis.label, *axes.get_xticklabels()]]
+        assert min(sizes) * figure.dpi / 72 / 2 >= 12  # pixels, shown 600 wide
+    curve = pictures["precision_recall"].axes[0]
+    told = [text.get_text() for text in curve.get_legend().get_texts()]
+    assert told == ["dev, 800 pairs", "test, 500 pairs", "at threshold 0.400"]
+    reliability = pictures["reliability"].axes[0].get_lines()
+    assert [line.get_label() for line in reliability] == ["true probabilities", "before calibration", "calibrated"]
+    assert np.abs(reliability[2].get_xdata() - reliability[2].get_ydata()).max() < 0.2
+    assert np.abs(reliability[1].get_xdata() - reliability[1].get_ydata()).max() > 0.3
+    save(pictures, tmp_path / "figures")
+    for name in pictures:
+        content = (tmp_path / "figures" / f"{name}.png").read_bytes()
+        assert int.from_bytes(content[16:20], "big") == 1200
+
+
+def test_there_is_nothing_to_draw_of_one_label_or_without_a_log(tmp_path: Path):
+    alike = columns(50, 0) | {"label": np.zeros(50)}
+    assert draw({"val": alike}, 0.5) == {}
+    assert list(draw({"val": columns(50, 0), "test": alike}, None)) == ["precision_recall", "reliability", "scores"]
+    assert draw_learning(tmp_path) is None
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n9,0.5\n19,0.4\n")
+    assert len(draw_learning(tmp_path).axes) == 1
+
+
+def test_learning_curves_go_on_over_the_parts_of_a_run(tmp_path: Path):
+    head = "step,train/loss,val/loss,val/average_precision\n"
+    (tmp_path / "metrics-1.csv").write_text(head + "9,0.5,,\n9,,0.6,0.7\n")
+    (tmp_path / "metrics.csv").write_text(head + "19,0.4,,\n19,,0.5,0.8\n")
+    losses, precision = draw_learning(tmp_path).axes
+    assert [line.get_xdata().tolist() for line in losses.get_lines()] == [[10, 20], [10, 20]]
+    assert precision.get_lines()[0].get_ydata().tolist() == [0.7, 0.8]
+    assert precision.get_xlabel() == "step"
+
+
+def test_tensorboard_gets_the_pictures_of_each_validation(trained: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tags = []
+    for file in trained.glob("events.out.tfevents.*"):
+        events = accumulator.EventAccumulator(str(file))
+        events.Reload()
+        tags += events.Tags()["images"]
+    assert sorted(tags) == ["val/precision_recall", "val/reliability", "val/scores"]

@@ -1,0 +1,36 @@
+"""Figures and scores beside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from crossenc.records import read_figures, read_scores, write_figures, write_scores
+
+
+def test_metrics_json_keeps_figures_of_its_checkpoint_only(tmp_path: Path):
+    write_figures(tmp_path, "best.ckpt", {"val/f1": 0.5, "val/rows": 3.0, "val/roc_auc": math.nan})
+    write_figures(tmp_path, "best.ckpt", {"test/f1": 0.25})
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert content == {"checkpoint": "best.ckpt", "test/f1": 0.25, "val/f1": 0.5, "val/roc_auc": None, "val/rows": 3}
+    write_figures(tmp_path, "last.ckpt", {"val/f1": 0.4})
+    assert read_figures(tmp_path / "best.ckpt") == {}
+    assert read_figures(tmp_path / "last.ckpt") == {"val/f1": 0.4}
+
+
+def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
+    val, test = ({"row": np.arange(n), "text_a": ["a"] * n, "score": np.arange(n) / n} for n in (3, 2))
+    write_scores(tmp_path, "best.ckpt", {"val": val})
+    write_scores(tmp_path, "best.ckpt", {"test": test | {"score_swapped": np.zeros(2)}})
+    found = read_scores(tmp_path / "best.ckpt")
+    assert list(found) == ["val", "test"]
+    assert found["val"]["score"].tolist() == val["score"].tolist()
+    assert found["test"]["text_a"].tolist() == ["a", "a"]
+    assert read_scores(tmp_path / "last.ckpt") == {}
+    write_scores(tmp_path, "last.ckpt", {"test": test})
+    assert read_scores(tmp_path / "best.ckpt") == {}
+    assert list(read_scores(tmp_path / "last.ckpt")) == ["test"]
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
