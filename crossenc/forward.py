@@ -32,7 +32,7 @@ def pair_logits(model: Any, batch: PairBatch) -> Tensor:
     else:
         logits = _packed(inner, batch)
     # [:, 0] and no squeeze: a batch may be a single pair. fp32: a sigmoid in bf16 makes ties among the scores.
-    return logits[:, 0].float()
+    return logits[:, 0].to(torch.float32, copy=True)  # no view, of which sharded weights warn
 
 
 def _by_threads(model: Any, batch: PairBatch) -> Tensor:
