@@ -52,6 +52,8 @@ def write_scores(folder: Path, checkpoint: str | None, evaluated: Mapping[str, M
         pa.table({"split": [split] * len(columns["row"]), **columns})
         for split, columns in {**known, **evaluated}.items()
     ]
+    if not tables:  # a fit without dev and test pairs
+        return
     table = pa.concat_tables(tables, promote_options="default")
     unfinished = folder / f".{SCORES_FILE}"
     pq.write_table(table.replace_schema_metadata({"checkpoint": checkpoint or ""}), unfinished)

@@ -231,8 +231,10 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(whole: Path, options: dict[
     folder = copy(whole, tmp_path / "moved")
     command = fit(options, tmp_path, run="moved", ckpt_path="last", trainer__max_epochs=EPOCHS + 1)
     assert main(command) == 0
-    (state,) = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"].values()
-    (before,) = torch.load(whole / "last.ckpt", weights_only=True)["callbacks"].values()
+    state, before = (
+        next(kept for kept in checkpoint["callbacks"].values() if "best_model_path" in kept)
+        for checkpoint in (torch.load(where / "last.ckpt", weights_only=True) for where in (folder, whole))
+    )
     assert state["best_model_score"] >= before["best_model_score"]
     assert state["best_model_path"] == str(folder / "best.ckpt")
     assert list(state["best_k_models"]) == [str(folder / "best.ckpt")]
