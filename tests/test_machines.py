@@ -56,6 +56,12 @@ def readme(first: str) -> list[str]:
     return shlex.split(line)
 
 
+def exported() -> dict[str, str]:
+    """What the README sets for torchrun."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return dict(line.removeprefix("export ").split("=") for line in lines if line.startswith("export TORCH"))
+
+
 def options(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
     """Sixteen epochs of 6 steps for two processes, to stand behind the README's words."""
     named = {
@@ -73,25 +79,36 @@ def options(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in named.items()]
 
 
-def start(words: list[str], **environment: str) -> subprocess.Popen[str]:
+def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """A process whose standard error goes to a file: of two that wait for each other, none may wait for a reader."""
     words = [{"python": sys.executable}.get(word, word) for word in words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
-    )
+    with log.open("wb") as said:
+        return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, cwd=ROOT, env=environment)
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
+def end(processes: list[subprocess.Popen[bytes]], logs: list[Path], timeout: float) -> list[str]:
+    """What processes said, that end within so many seconds."""
+    until = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.wait(max(until - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        pytest.fail("\n".join(f"{log.name}: {log.read_text()}" for log in logs))
+    return [log.read_text() for log in logs]
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in found if "crossenc" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(file: Path, process: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + 120
     while not file.exists():
         time.sleep(0.01)
         if process.poll() is not None or time.monotonic() > until:
-            pytest.fail(f"no {file}: {process.stderr.read()}")
+            pytest.fail(f"no {file}: {log.read_text()}")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -103,9 +120,9 @@ def alone(pairs_file: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPa
     """The output of two processes on one machine, that Lightning starts itself."""
     output = tmp_path_factory.mktemp("alone")
     command = [*readme("python -m crossenc"), *options(pairs_file, tiny_backbone, output), "--trainer.devices=2"]
-    with start(command) as process:
-        said = process.stderr.read()
-    assert process.returncode == 0, said
+    log = output / "log"
+    process = start(command, log)
+    assert process.wait(240) == 0, log.read_text()
     return output
 
 
@@ -113,24 +130,24 @@ def test_torchrun_over_two_machines_goes_on_after_a_death_and_trains_the_same(
     machines: list[list[str]], alone: Path, pairs_file: Path, tiny_backbone: Path, tmp_path: Path
 ):
     words = " ".join(readme("torchrun")).replace("HOST", ADDRESSES[0]).replace("per-node=8", "per-node=1").split()
-    started = []
+    started, output, logs = [], tmp_path / "shared", [tmp_path / name for name in NAMES]
     try:
-        for there, name, address in zip(machines, NAMES, ADDRESSES, strict=True):
+        for there, name, address, log in zip(machines, NAMES, ADDRESSES, logs, strict=True):
             # What else tells a machine its address and its part is its name.
             own = [f"--local-addr={address}", f"--rdzv-conf=is_host={name == NAMES[0]}"]
-            command = [*there, *TORCHRUN, *own, *words[1:], *options(pairs_file, tiny_backbone, tmp_path)]
-            started.append(start(command, GLOO_SOCKET_IFNAME=name))
-        wait_for(tmp_path / "run" / "last.ckpt", started[0])
+            command = [*there, *TORCHRUN, *own, *words[1:], *options(pairs_file, tiny_backbone, output)]
+            started.append(start(command, log, GLOO_SOCKET_IFNAME=name, **exported()))
+        wait_for(output / "run" / "last.ckpt", started[0], logs[0])
         (worker,) = children(started[1])
         os.kill(worker, signal.SIGKILL)
-        said = [process.communicate(timeout=240)[1] for process in started]
+        said = end(started, logs, 240)
     finally:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
     assert "going on from" in said[0]
-    assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(tmp_path).items())
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(output).items())
+    assert [path.name for path in output.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
@@ -141,11 +158,12 @@ def test_the_others_stop_when_a_process_dies(pairs_file: Path, tiny_backbone: Pa
         words += ["--trainer.devices=2"]
     else:
         words = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *words[1:]]
-    process = start(words)
+    log = tmp_path / "log"
+    process = start(words, log)
     try:
-        wait_for(tmp_path / "run" / "last.ckpt", process)
+        wait_for(tmp_path / "run" / "last.ckpt", process, log)
         os.kill(children(process)[-1], signal.SIGKILL)
-        said = process.communicate(timeout=60)[1]
+        (said,) = end([process], [log], 60)
     finally:
         process.kill()
     assert process.returncode not in (0, None)
@@ -165,23 +183,25 @@ def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(pairs_file: Path
     environment["PATH"] = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
     words = [*readme("srun")[1:], *options(pairs_file, tiny_backbone, tmp_path), "--trainer.devices=1"]
 
-    def tasks() -> list[subprocess.Popen[str]]:
+    logs = [tmp_path / f"log{rank}" for rank in "01"]
+
+    def tasks() -> list[subprocess.Popen[bytes]]:
         places = ({"SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": "0"} for rank in "01")
-        return [start(words, **environment, **place) for place in places]
+        return [start(words, log, **environment, **place) for log, place in zip(logs, places, strict=True)]
 
     first = tasks()
     try:
-        wait_for(tmp_path / "run" / "last.ckpt", first[0])
+        wait_for(tmp_path / "run" / "last.ckpt", first[0], logs[0])
         for process in first:
             process.send_signal(signal.SIGUSR1)
-        wait_for(queue, first[0])
+        wait_for(queue, first[0], logs[0])
     finally:
         for process in first:
             process.kill()
-            process.communicate()
+            process.wait()
     assert queue.read_text().split() == ["requeue", environment["SLURM_JOB_ID"]]
     assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
     again = tasks()
-    said = [process.communicate(timeout=240)[1] for process in again]
+    said = end(again, logs, 240)
     assert [process.returncode for process in again] == [0, 0], said
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 16 * 6
