@@ -115,6 +115,22 @@ def test_killed_runs_end_with_the_same_bits(how: list[str]):
     assert "1 of 1 ended bit-identical" in done.stdout
 
 
+def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path):
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
+    assert main([*fit(options, tmp_path / "whole"), *average]) == 0
+    command = [*fit(options, tmp_path / "killed", ckpt_path="last"), *average]
+    last = tmp_path / "killed" / "run" / "last.ckpt"
+    with start(command) as process:
+        wait_for(last, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert weights(last)[0] < STEPS
+    assert main(command) == 0
+    assert same(last, tmp_path / "whole" / "run" / "last.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    plain, averaged = checkpoint["current_model_state"], checkpoint["state_dict"]
+    assert any(not torch.equal(value, averaged[name]) for name, value in plain.items() if name in averaged)
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     whole: Path, options: dict[str, Any], tmp_path: Path
 ):
