@@ -20,8 +20,6 @@ import torch
 from machine import make_parser, quiet, require_data, require_peer, write_record
 from train import make_backbone, take_rows
 
-CONTENDERS = ("peer, fp32", "peer, bf16", "ours, fp32", "ours, bf16")
-
 
 def score_peer(folder: str, pairs: list[tuple[str, str]], bf16: bool, device: str) -> tuple[float, torch.Tensor]:
     """Seconds, and the logits."""
@@ -56,9 +54,13 @@ def main() -> None:
     parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
     parser.add_argument("--pairs", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     arguments = parser.parse_args()
     require_data(arguments.data)
     require_peer()
+    # The peer's fp32 is what all are compared with.
+    contenders = ["peer, fp32", *(f"{who}, {kind}" for who in ("peer", "ours") for kind in arguments.precision)]
+    contenders = list(dict.fromkeys(contenders))
     import datasets
 
     from crossenc.backbone import load_model, load_tokenizer
@@ -70,7 +72,7 @@ def main() -> None:
         torch.manual_seed(1)
         load_model(backbone).save_pretrained(folder)
         load_tokenizer(backbone).save_pretrained(folder)
-        seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
         found: dict[str, torch.Tensor] = {}
         for number in range(arguments.rounds + 1):
             datasets.config.HF_DATASETS_CACHE = f"{space}/cache-{number}"
@@ -79,7 +81,7 @@ def main() -> None:
             table = read(str(arguments.data / "train.tsv"))
             texts = list(zip(table["text_a"][:], table["text_b"][:], strict=True))
             pairs = [texts[i % len(texts)] for i in range(arguments.pairs)]
-            for name in CONTENDERS:
+            for name in contenders:
                 who, kind = name.split(", ")
                 if who == "peer":
                     taken, found[name] = score_peer(folder, pairs, kind == "bf16", arguments.device)
@@ -91,7 +93,7 @@ def main() -> None:
                 gc.collect()
                 if number:  # the first round warms up
                     seconds[name].append(taken)
-    differences = {name: (found[name] - found["peer, fp32"]).abs().max().item() for name in CONTENDERS}
+    differences = {name: (found[name] - found["peer, fp32"]).abs().max().item() for name in contenders}
     record = {
         "pairs": arguments.pairs,
         "seconds": seconds,
