@@ -172,10 +172,10 @@ def test_the_others_stop_when_a_process_dies(pairs_file: Path, tiny_backbone: Pa
 
 
 def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
-    """Two tasks with what srun tells them, and a scontrol that takes a note."""
+    """Two tasks with what srun tells them, and a scontrol that takes a note (codecarbon asks it for more)."""
     scontrol, queue = tmp_path / "bin" / "scontrol", tmp_path / "queue"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {queue}\n')
+    scontrol.write_text(f'#!/bin/sh\n[ "$1" != requeue ] || echo "$@" >> {queue}\n')
     scontrol.chmod(0o755)
     job = {"JOB_ID": str(os.getpid()), "JOB_NAME": "crossenc", "NTASKS": "2", "NNODES": "2", "NODELIST": "127.0.0.1"}
     job["NTASKS_PER_NODE"] = "1"
