@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 
 from .backbone import load_config
 from .card import metric_table, worst_errors, write_report
 from .data import PairDataModule
-from .errors import BackboneError, DataError, UsageError
+from .errors import DataError, UsageError
 from .figures import draw, save
-from .loading import find, load_checkpoint, read_threshold
+from .loading import find, load_checkpoint, read_threshold, require_head
 from .metrics import evaluation_figures, intervals
 from .module import CrossEncoderModule
 from .records import write_figures, write_scores
@@ -74,8 +75,7 @@ def evaluate(
     if "test" in splits:
         trainer.test(module, data, verbose=False)
     if trainer.is_global_zero:
-        finish(module, data, Path(output), None)
-        columns = {split: columns | data.texts(split) for split, columns in module.scored.items()}
+        columns = finish(module, data, Path(output), None)
         pictures = draw(columns, module.threshold)
         save(pictures, Path(output) / "figures")
         errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
@@ -88,19 +88,19 @@ def load_module(model: str) -> CrossEncoderModule:
     path = find(model)
     if path.is_file():
         return load_checkpoint(path)[1]
-    heads = [name for name in load_config(str(path)).architectures or [] if name.endswith("ForSequenceClassification")]
-    if not heads:
-        raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
+    require_head(model, load_config(str(path)).architectures)
     module = CrossEncoderModule(str(path))
     module.threshold, module.folds = read_threshold(model), False
     return module
 
 
-def finish(module: CrossEncoderModule, data: PairDataModule, folder: Path, checkpoint: str | None) -> dict[str, float]:
+def finish(
+    module: CrossEncoderModule, data: PairDataModule, folder: Path, checkpoint: str | None
+) -> dict[str, dict[str, NDArray[Any]]]:
     """Add to the module's figures what is worth the time only once, and write them with every pair's scores.
 
     That is 95 % intervals, and under `val_unseen/...` and `test_unseen/...` the figures of the pairs that share no
-    question with the training pairs, unless that is all of them or none.
+    question with the training pairs, unless that is all of them or none. Returns what is kept of every pair, by split.
     """
     figures = dict(module.figures)
     for split, columns in module.scored.items():
@@ -115,8 +115,9 @@ def finish(module: CrossEncoderModule, data: PairDataModule, folder: Path, check
     module.figures = figures
     folder.mkdir(parents=True, exist_ok=True)
     write_figures(folder, checkpoint, figures)
-    write_scores(folder, checkpoint, {split: columns | data.texts(split) for split, columns in module.scored.items()})
-    return figures
+    evaluated = {split: columns | data.texts(split) for split, columns in module.scored.items()}
+    write_scores(folder, checkpoint, evaluated)
+    return evaluated
 
 
 def print_figures(figures: dict[str, float]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError, HubError, UsageError, one_line
-from .loading import load_checkpoint
+from .loading import load_checkpoint, plain_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -217,10 +217,8 @@ def _module_scores(
 
 def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast) -> None:
     from .backbone import quiet_transformers
-    from .calibration import fold
 
-    model = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
-    fold(model, module.calibration)
+    model = plain_model(module)
     versions = {
         "sentence_transformers": _version("sentence-transformers") or _ST_VERSION,
         "transformers": _version("transformers"),

@@ -51,16 +51,26 @@ def load(model: str) -> LoadedModel:
     path = find(model)
     if path.is_file():
         _, module, tokenizer = load_checkpoint(path)
-        plain = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
-        fold(plain, module.calibration)
-        return LoadedModel(plain.eval(), tokenizer, module.max_length, module.threshold)
+        return LoadedModel(plain_model(module).train(False), tokenizer, module.max_length, module.threshold)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
-        raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
+    require_head(model, config.get("architectures"))
     folder = str(path)
     return LoadedModel(
         load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None), _threshold(config)
     )
+
+
+def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
+    """A module's model for any reader: adapters merged, calibration folded in. The module's own model is changed."""
+    plain: Any = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
+    fold(plain, module.calibration)
+    return plain  # type: ignore[no-any-return]
+
+
+def require_head(model: str, architectures: list[str] | None) -> None:
+    """Raise `BackboneError` where a `config.json` names no sequence classifier among its architectures."""
+    if not any(name.endswith("ForSequenceClassification") for name in architectures or ()):
+        raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
 
 
 def find(model: str, onnx: bool = False) -> Path:
