@@ -115,7 +115,7 @@ def sample_questions(split: str) -> tuple[list[str], np.ndarray]:
 
 
 def write_pairs(folder: Path) -> None:
-    """Pairs to train on for mining: all of a group, and as many of the nearest across groups, for training and dev."""
+    """Pairs to train on for mining, and dev pairs: all of a group, and what the retriever finds across groups."""
     from crossenc.neighbors import embed
     from crossenc.parts import Parts
 
@@ -123,10 +123,8 @@ def write_pairs(folder: Path) -> None:
         texts, of = sample_questions(split)
         a, b = np.triu_indices(len(texts), 1)
         vectors = embed(texts, RETRIEVER, Parts(None, {}))
-        order = np.argsort(-(vectors @ vectors.T)[a, b], kind="stable")
-        same = of[a[order]] == of[b[order]]
-        rows = np.concatenate([order[same], order[~same][: int(same.sum())]])
-        rows = np.random.default_rng(0).permutation(rows)
+        similarities, same = (vectors @ vectors.T)[a, b], of[a] == of[b]
+        rows = np.random.default_rng(0).permutation(np.flatnonzero(same | (similarities >= SAMPLE_FLOOR)))
         with (folder / name).open("w", encoding="utf-8", newline="") as out:
             writer = csv.writer(out)
             writer.writerow(["text_a", "text_b", "label"])

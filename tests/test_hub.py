@@ -114,3 +114,23 @@ def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: 
     )
     assert here == there
     assert 'CrossEncoder("owner/mine")' in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_a_model_on_the_hub_is_evaluated_and_scores_as_the_folder_does(trained: Path, pairs_file: Path, tmp_path: Path):
+    with serve({"models/owner/cross": trained / "model"}) as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache")}
+        where = ["--data.val_source", str(pairs_file), "--accelerator", "cpu"]
+        for model, name in (("owner/cross", "hub"), (str(trained / "model"), "folder")):
+            for command in (
+                ["evaluate", model, *where, "--output", str(tmp_path / name)],
+                ["score", model, str(pairs_file), str(tmp_path / f"{name}.csv")],
+            ):
+                call = [sys.executable, "-m", "crossenc", *command]
+                done = subprocess.run(call, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                assert "arning" not in done.stderr
+    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("hub", "folder")]
+    assert figures[0] == figures[1]
+    assert (tmp_path / "hub" / "README.md").read_text().startswith("# Evaluation of owner/cross\n")
+    assert (tmp_path / "hub.csv").read_bytes() == (tmp_path / "folder.csv").read_bytes()
+    assert "GET /owner/cross/resolve/" in "\n".join(server.requests)
