@@ -22,7 +22,7 @@ from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
 from .forward import pair_logits
 from .metrics import PairMetrics, evaluation_figures, score_columns
-from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter_groups
+from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter_groups, share_segments
 from .sharding import shard
 
 CHECKPOINT_VERSION = 1
@@ -47,6 +47,9 @@ class CrossEncoderModule(LightningModule):
         consistency: Weight of R-Drop's term (arXiv 2106.14448): every pair of a batch is computed twice, under other
             dropout, and in both orders if `symmetric`; what differs between the two is a loss. 0 computes it once, in
             half the time.
+        shared_segments: The second text takes the first one's segment embedding, in the weights, which are not trained:
+            what tells the order of the texts is their positions alone. For a backbone that learnt from single texts,
+            as bi-encoders do, and so knows one segment only; nothing to do for one that has no segments.
         dropout: The backbone's own share, in its layers and in its attention, is replaced by this; null keeps it. At 0
             all that `consistency` sees is the order of the texts.
         calibrate: Fit a scale and a shift of the logits on the dev pairs, and fold them into what is exported.
@@ -79,6 +82,7 @@ class CrossEncoderModule(LightningModule):
         label_smoothing: float = 0.0,
         symmetric: bool = False,
         consistency: float = 0.0,
+        shared_segments: bool = False,
         dropout: float | None = None,
         calibrate: bool = True,
         freeze_layers: int = 0,
@@ -107,6 +111,8 @@ class CrossEncoderModule(LightningModule):
             for part in self.model.modules():
                 if isinstance(part, nn.Dropout):
                     part.p = dropout
+        if shared_segments:
+            share_segments(self.model)
         freeze_first_layers(self.model, freeze_layers)
         if lora is not None:
             self.model = _add_lora(self.model, lora)

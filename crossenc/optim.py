@@ -26,6 +26,13 @@ def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
         part.requires_grad_(False)
 
 
+def share_segments(model: PreTrainedModel) -> None:
+    """Give all segments the first one's embedding, and keep it."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "token_type_embeddings", None)
+    if table is not None:
+        table.weight.requires_grad_(False).copy_(table.weight[:1].clone().expand_as(table.weight))
+
+
 def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The backbone's layers, from the embeddings on; none if they cannot be found."""
     from torch.nn import ModuleList

@@ -11,6 +11,7 @@ from torch import nn
 from crossenc import PairDataModule
 from crossenc.errors import BackboneError
 from crossenc.module import CrossEncoderModule, disagreement
+from crossenc.optim import share_segments
 
 from .conftest import BACKBONE, collate
 
@@ -41,6 +42,21 @@ def test_first_layers_are_frozen():
     assert any(".layer.2." in name for name in trained)
     with pytest.raises(BackboneError, match="cannot freeze 7 layers of a backbone with 6"):
         CrossEncoderModule(BACKBONE, freeze_layers=7)
+
+
+def test_shared_segments_leave_the_order_of_texts_to_positions():
+    module = CrossEncoderModule(BACKBONE, shared_segments=True).eval()
+    plain = CrossEncoderModule(BACKBONE).eval()
+    table = module.model.bert.embeddings.token_type_embeddings.weight
+    assert torch.equal(table, plain.model.bert.embeddings.token_type_embeddings.weight[:1].expand(2, -1))
+    assert not table.requires_grad
+    plain.model.load_state_dict(module.model.state_dict())
+    batch = collate([("one text", "another"), ("a second", "and a third")], BACKBONE)
+    others = {**batch, "token_type_ids": 1 - batch["token_type_ids"]}
+    assert torch.equal(plain(batch), plain(others))
+    with torch.no_grad():  # RoBERTa and its kind have one segment
+        plain.model.bert.embeddings.token_type_embeddings = nn.Embedding(1, 384)
+    share_segments(plain.model)
 
 
 def test_bf16_ends_before_the_loss():
