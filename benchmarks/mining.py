@@ -1,15 +1,16 @@
 r"""Mining: what the cross-encoder adds to a bi-encoder on groups that are known, and how time and memory grow.
 
-    python -m crossenc fit --config configs/quickstart.yaml
+    python -m crossenc fit --config configs/quora-best.yaml --run quora \
+        --data.source ../shared/data/quora/train.tsv --data.val_source ../shared/data/quora/dev.tsv
     python benchmarks/mining.py pairs --folder pairs
-    python -m crossenc fit --config configs/quickstart.yaml --run mining \
-        --model.backbone checkpoints/quickstart/model --model.backbone_sha256 null \
+    python -m crossenc fit --run mining --model.backbone checkpoints/quora/model --model.symmetric true \
+        --model.learning_rate 1e-4 --data.batch_size 32 --trainer.max_epochs 3 \
         --data.source pairs/train.csv --data.val_source pairs/dev.csv
     python benchmarks/mining.py quality --model checkpoints/mining/model --out benchmarks/mining_quality.json
     python benchmarks/mining.py scale --out benchmarks/mining_scale.json
     python benchmarks/mining.py floor
 
-`pairs` writes what the retriever finds in the sample's training groups: the quickstart goes on with them, so that it
+`pairs` writes what the retriever finds in the sample's training groups: the model goes on with them, so that it
 has seen such candidates as it will be given. `quality` mines the test groups' questions, of which neither saw one.
 `scale` mines real questions, blown up by sampling and light edits; its bi-encoder is the first two layers of
 all-MiniLM-L6-v2 and its cross-encoder one small layer, so that it ends within minutes. Each run is a process whose

@@ -46,6 +46,14 @@ RECIPES = {
     "symmetric, rate 1.5e-4": f"{_SYMMETRIC} {_RATE}",
     "symmetric, consistency 4, rate 1.5e-4": f"{_SYMMETRIC} {_RATE} --model.consistency 4",
     "symmetric, consistency 100, rate 1.5e-4, no dropout": f"{_SYMMETRIC} {_RATE} --model.consistency 100 {_STILL}",
+    "best: symmetric, shared segments, consistency 30, rate 1.5e-4, no dropout": (
+        f"{_SYMMETRIC} {_SHARED} {_RATE} --model.consistency 30 {_STILL}"
+    ),
+    "as best, consistency 100, moving average 0.95 at a constant rate of 2e-4": (
+        f"{_SYMMETRIC} {_SHARED} --model.learning_rate 2e-4 --model.consistency 100 {_STILL} "
+        "--model.schedule constant_with_warmup "
+        "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.95"
+    ),
 }
 # Those of ours that are called otherwise, at the best threshold of the very rows.
 OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}
