@@ -1,10 +1,11 @@
 r"""Mining: what the cross-encoder adds to a bi-encoder on groups that are known, and how time and memory grow.
 
-    python -m crossenc fit --config configs/quora-best.yaml --run quora \
+    python -m crossenc fit --config configs/quora-best.yaml --run quora --seed_everything 1 --trainer.precision 32-true \
         --data.source ../shared/data/quora/train.tsv --data.val_source ../shared/data/quora/dev.tsv
     python benchmarks/mining.py pairs --folder pairs
     python -m crossenc fit --run mining --model.backbone checkpoints/quora/model --model.symmetric true \
-        --model.learning_rate 1e-4 --data.batch_size 32 --trainer.max_epochs 3 \
+        --model.shared_segments true --model.learning_rate 1e-4 --data.batch_size 32 --trainer.max_epochs 3 \
+        --trainer.precision 32-true \
         --data.source pairs/train.csv --data.val_source pairs/dev.csv
     python benchmarks/mining.py quality --model checkpoints/mining/model --out benchmarks/mining_quality.json
     python benchmarks/mining.py scale --out benchmarks/mining_scale.json
