@@ -1,6 +1,7 @@
 r"""Mining: what the cross-encoder adds to a bi-encoder on groups that are known, and how time and memory grow.
 
-    python -m crossenc fit --config configs/quora-best.yaml --run quora --seed_everything 1 --trainer.precision 32-true \
+    python -m crossenc fit --config configs/quora-best.yaml --run quora \
+        --seed_everything 1 --trainer.precision 32-true \
         --data.source ../shared/data/quora/train.tsv --data.val_source ../shared/data/quora/dev.tsv
     python benchmarks/mining.py pairs --folder pairs
     python -m crossenc fit --run mining --model.backbone checkpoints/quora/model --model.symmetric true \
