@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, quiet, read_record, require_data, require_peer, write_record
+from machine import make_parser, peak_memory, quiet, read_record, require_data, require_peer, write_record
 
 WARM_UP = 200
 
@@ -35,7 +35,7 @@ def run_peer(folder: str, files: Any, replies: Any, bf16: bool) -> None:
             pairs = [(row["question1"], row["question2"]) for row in csv.DictReader(rows, delimiter="\t")]
         start = time.perf_counter()
         scores = model.predict(pairs, show_progress_bar=False, convert_to_numpy=True)
-        replies.put((time.perf_counter() - start, peak(), scores.astype(np.float32)))
+        replies.put((time.perf_counter() - start, peak_memory(), scores.astype(np.float32)))
 
 
 def run_ours(folder: str, files: Any, replies: Any, options: dict[str, str]) -> None:
@@ -48,13 +48,7 @@ def run_ours(folder: str, files: Any, replies: Any, options: dict[str, str]) -> 
         taken = time.perf_counter() - start
         with Path(output).open(encoding="utf-8", newline="") as rows:
             scores = np.array([float(row["score"]) for row in csv.DictReader(rows)], dtype=np.float32)
-        replies.put((taken, peak(), scores))
-
-
-def peak() -> float:
-    """The largest resident size of this process, in MB; getrusage would tell its parent's where that was larger."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+        replies.put((taken, peak_memory(), scores))
 
 
 CONTENDERS: dict[str, tuple[Any, Any]] = {

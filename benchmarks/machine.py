@@ -36,6 +36,15 @@ def _lines(file: str) -> list[str]:
     return Path(file).read_text().splitlines() if Path(file).is_file() else []
 
 
+def peak_memory(pid: int | str = "self") -> float | None:
+    """The largest resident size of a process so far, in MB; None of one that has ended.
+
+    What `getrusage` and `wait4` tell is the parent's where that was larger.
+    """
+    sizes = [line.split()[1] for line in _lines(f"/proc/{pid}/status") if line.startswith("VmHWM")]
+    return int(sizes[0]) / 1024 if sizes else None
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks have: `--data` and `--out`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

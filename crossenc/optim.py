@@ -28,9 +28,9 @@ def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
 
 def share_segments(model: PreTrainedModel) -> None:
     """Give all segments the first one's embedding, and keep it."""
-    table = getattr(getattr(model.base_model, "embeddings", None), "token_type_embeddings", None)
-    if table is not None:
-        table.weight.requires_grad_(False).copy_(table.weight[:1].clone().expand_as(table.weight))
+    for part in embeddings(model):
+        if (table := getattr(part, "token_type_embeddings", None)) is not None:
+            table.weight.requires_grad_(False).copy_(table.weight[:1].clone().expand_as(table.weight))
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
