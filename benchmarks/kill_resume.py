@@ -60,7 +60,6 @@ def make_inputs(folder: Path) -> dict[str, Any]:
         "trainer.accelerator": "cpu",
         "trainer.precision": "32-true",
         "trainer.accumulate_grad_batches": 2,
-        "trainer.max_epochs": 8,
         "trainer.val_check_interval": 22,
         "trainer.num_sanity_val_steps": 0,
         "checkpoint_every_n_steps": 4,
@@ -139,6 +138,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--kills", type=int, default=1, help="kills in a trial")
+    parser.add_argument("--epochs", type=int, default=8, help="of a run, 14 steps each")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the trials in turn")
     parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"], help="of two processes")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
@@ -153,6 +153,7 @@ def main() -> None:
             ["crossenc.run", "datasets", "pandas", "peft", "tensorboard", "transformers.models.bert.modeling_bert"]
         )
         options, whole, seconds = make_inputs(folder), {}, {}
+        options["trainer.max_epochs"] = arguments.epochs
         for processes in set(arguments.processes):
             options["trainer.strategy"] = arguments.strategy if processes > 1 else "auto"
             whole[processes], said, begin = folder / f"whole-{processes}", folder / "whole.log", time.monotonic()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -76,7 +77,9 @@ class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` in the run's folder, from which a run goes on exactly: the random generators are in it too.
 
     SIGTERM and SIGINT let the step end (and the validation that follows it), write the checkpoint, and end the run by a
-    `StoppedError`. On SLURM they are left to Lightning, which puts the job into the queue again.
+    `StoppedError`. On SLURM they are left to Lightning. Its handler of the signal that comes before a job's time is up,
+    which writes a checkpoint and puts the job into the queue again, waits for the end of the step too: called at once,
+    as Lightning does, it finds the processes at different places, and they wait for each other for ever.
 
     A `Checkpoint`, so that Lightning calls it last: what the keeper of the best one knows of this step is in the file.
 
@@ -112,11 +115,16 @@ class LastCheckpoint(Checkpoint):
             self.group = torch.distributed.new_group(backend="gloo")
 
     def _take_signals(self, trainer: Trainer) -> None:
-        if self.handlers or "SLURM_JOB_ID" in os.environ:
+        if self.handlers:
             return
+        taken = [signal.SIGTERM, signal.SIGINT]
+        if slurm := "SLURM_JOB_ID" in os.environ:
+            cluster = getattr(trainer.strategy, "cluster_environment", None)
+            requeues = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue
+            taken = [cluster.requeue_signal] if requeues else []
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        if trainer.received_sigterm:  # by Lightning, a moment before
+            self.handlers = {number: signal.signal(number, self._note) for number in taken}
+        if trainer.received_sigterm and not slurm:  # by Lightning, a moment before
             self.signal = signal.SIGTERM
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -139,12 +147,12 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         if late or step % self.every_n_steps == 0 or step == min(FIRST_STEP, self.every_n_steps):
             self.save(trainer)
-        self._stop_if_signalled(trainer, number)
+        self._obey(trainer, number)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.save(trainer)
-            self._stop_if_signalled(trainer, self._ask_all_ranks(False)[1])
+            self._obey(trainer, self._ask_all_ranks(False)[1])
 
     def _ask_all_ranks(self, late: bool) -> tuple[bool, int]:
         """Whether any rank's time for a checkpoint has come, and the signal that any has got, or 0."""
@@ -153,8 +161,13 @@ class LastCheckpoint(Checkpoint):
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self.group)
         return bool(asked[0]), int(asked[1])
 
-    def _stop_if_signalled(self, trainer: Trainer, number: int) -> None:
+    def _obey(self, trainer: Trainer, number: int) -> None:
         if not number:
+            return
+        if "SLURM_JOB_ID" in os.environ:
+            signal.signal(number, signal.SIG_IGN)  # a process may get it only now
+            self.signal = 0
+            self.handlers[number](number, None)
             return
         self.save(trainer)
         folder, environment = Path(trainer.default_root_dir), getattr(trainer.strategy, "cluster_environment", None)

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel
 
-from crossenc.backbone import locate
+from crossenc.backbone import load_tokenizer, locate, quiet_transformers
 
 from .conftest import BACKBONE
 
@@ -26,10 +27,12 @@ def run(command: str, devices: int, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = shutil.copytree(locate(BACKBONE), tmp_path_factory.mktemp("backbone") / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    """The first two layers of the offline backbone."""
+    folder = tmp_path_factory.mktemp("backbone") / "model"
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    with quiet_transformers():
+        AutoModel.from_pretrained(locate(BACKBONE), num_hidden_layers=2, **still).save_pretrained(folder)
+    load_tokenizer(BACKBONE).save_pretrained(folder)
     return folder
 
 
@@ -70,16 +73,16 @@ def test_any_number_of_processes_makes_the_same_updates(
         if accumulated == 1:  # else it is the last batch's and not the step's
             steps.append(losses)
         dev.append(json.loads((tmp_path / str(number) / "metrics.json").read_text())["val/loss"])
-        shutil.rmtree(tmp_path / str(number))  # half a gigabyte each
+        shutil.rmtree(tmp_path / str(number))  # checkpoints are large
     assert [len(losses) for losses in steps] == [30] * len(steps)
     assert steps == [pytest.approx(steps[0], rel=1e-5)] * len(steps)
     assert dev == [pytest.approx(dev[0], rel=1e-5)] * len(dev)
 
 
 def test_evaluation_and_prediction_are_the_same_on_any_number_of_processes(trained: Path, pairs_file: Path):
-    """7 test rows and 60 pairs to score, in small batches, on 1, 2 and 3 processes: once each, in the file's order."""
+    """7 test rows and 60 pairs to score, in small batches, on one and three processes: once each, in the file's order."""
     found, scores = [], []
-    for devices in (1, 2, 3):
+    for devices in (1, 3):
         where = ["--config", str(trained / "config.yaml"), "--ckpt_path=best", "--data.eval_tokens=50"]
         run("test", devices, *where, "--data.test_size=7")
         found.append(json.loads((trained / "metrics.json").read_text()))

@@ -192,8 +192,9 @@ def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(pairs_file: Path
     first = tasks()
     try:
         wait_for(tmp_path / "run" / "last.ckpt", first[0], logs[0])
-        for process in first:
+        for process in first:  # at different steps
             process.send_signal(signal.SIGUSR1)
+            time.sleep(0.2)
         wait_for(queue, first[0], logs[0])
     finally:
         for process in first:

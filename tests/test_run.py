@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_a_second_run_of_a_name_gets_a_folder_of_its_own(trained: Path):
     assert main(["fit", *config, "--run", "short"]) == 0
     assert (trained.parent / "short-2" / "model" / "config.json").is_file()
     assert yaml.safe_load((trained.parent / "short-2" / "config.yaml").read_text())["run"] == "short-2"
+    shutil.rmtree(trained.parent / "short-2")
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
