@@ -117,11 +117,10 @@ class LastCheckpoint(Checkpoint):
     def _take_signals(self, trainer: Trainer) -> None:
         if self.handlers:
             return
-        taken = [signal.SIGTERM, signal.SIGINT]
-        if slurm := "SLURM_JOB_ID" in os.environ:
-            cluster = getattr(trainer.strategy, "cluster_environment", None)
-            requeues = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue
-            taken = [cluster.requeue_signal] if requeues else []
+        slurm, cluster = "SLURM_JOB_ID" in os.environ, getattr(trainer.strategy, "cluster_environment", None)
+        taken = [] if slurm else [signal.SIGTERM, signal.SIGINT]
+        if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue and cluster.requeue_signal is not None:
+            taken = [cluster.requeue_signal]
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._note) for number in taken}
         if trainer.received_sigterm and not slurm:  # by Lightning, a moment before

@@ -80,7 +80,7 @@ def test_any_number_of_processes_makes_the_same_updates(
 
 
 def test_evaluation_and_prediction_are_the_same_on_any_number_of_processes(trained: Path, pairs_file: Path):
-    """7 test rows and 60 pairs to score, in small batches, on one and three processes: once each, in the file's order."""
+    """7 test rows and 60 pairs to score, in small batches, on 1 and 3 processes: once each, in the file's order."""
     found, scores = [], []
     for devices in (1, 3):
         where = ["--config", str(trained / "config.yaml"), "--ckpt_path=best", "--data.eval_tokens=50"]

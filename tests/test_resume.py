@@ -108,7 +108,8 @@ def copy(whole: Path, target: Path) -> Path:
 def test_killed_runs_end_with_the_same_bits(how: list[str]):
     seed = os.environ.get("CROSSENC_TEST_SEED", str(time.time_ns() % 10**6))
     print(f"CROSSENC_TEST_SEED={seed}")
-    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=1", "--epochs=4", f"--seed={seed}", *how]
+    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=1", "--epochs=4"]
+    words += [f"--seed={seed}", *how]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
