@@ -134,7 +134,7 @@ def write_pairs(folder: Path) -> None:
             writer.writerows((texts[a[row]], texts[b[row]], int(of[a[row]] == of[b[row]])) for row in rows)
 
 
-def quality(model: str) -> dict[str, Any]:
+def quality(model: str, dev: Path) -> dict[str, Any]:
     from crossenc import mine
     from crossenc.neighbors import embed
     from crossenc.parts import Parts
@@ -152,21 +152,39 @@ def quality(model: str) -> dict[str, Any]:
     before |= {"recall": hits[best] / len(true), "f1": f1[best]}
     record: dict[str, Any] = {"questions": len(texts), "groups": int(of.max()) + 1, "true_pairs": len(true)}
     record["bi-encoder at its best threshold"] = {name: float(value) for name, value in before.items()}
-    for name, options in {"mine": {}, "mine --both-orders": {"both_orders": True}}.items():
-        found = mine(model, texts, retriever=RETRIEVER, min_similarity=SAMPLE_FLOOR, **options)
-        record[name] = figures({(row["a"], row["b"]) for row in found.pairs}, true)
-    for linkage in ("components", "complete"):
-        found = mine(model, texts, retriever=RETRIEVER, min_similarity=SAMPLE_FLOOR, both_orders=True, linkage=linkage)
-        made: dict[int, list[int]] = {}
-        for row in found.groups:
-            made.setdefault(row["group"], []).append(row["id"])
-        pairs = {pair for members in made.values() for pair in combinations(sorted(members), 2)}
-        record[f"groups of --both-orders, --linkage {linkage}"] = figures(pairs, true)
+    thresholds = np.arange(SAMPLE_FLOOR, 0.7, 0.01)
+    groups = [figures(complete(a, b, similarities, least, len(texts)), true) for least in thresholds]
+    record["groups of the bi-encoder, complete linkage, at their best threshold"] = max(groups, key=lambda of: of["f1"])
+    for more in ({}, {"both_orders": True}, {"dev": str(dev)}, {"dev": str(dev), "both_orders": True}):
+        called = " ".join(["mine", *(f"--{name.replace('_', '-')}" for name in more)])
+        for linkage in ("components", "complete"):
+            found = mine(model, texts, retriever=RETRIEVER, min_similarity=SAMPLE_FLOOR, linkage=linkage, **more)
+            record[called] = figures({(row["a"], row["b"]) for row in found.pairs}, true)
+            of_group = {row["id"]: row["group"] for row in found.groups}
+            record[f"groups of {called} --linkage {linkage}"] = figures(pairs_within(of_group), true)
     print("| pairs by | precision | recall | F1 |\n|---|---|---|---|")
     for name, row in record.items():
         if isinstance(row, dict):
             print(f"| {name} | {row['precision']:.3f} | {row['recall']:.3f} | {row['f1']:.3f} |")
     return record
+
+
+def complete(a: np.ndarray, b: np.ndarray, scores: np.ndarray, least: float, count: int) -> set[tuple[int, int]]:
+    """Pairs within the groups that `mine --linkage complete` makes of scored pairs."""
+    from crossenc.mining import DUPLICATE, group
+
+    kept = scores >= least
+    pairs = np.zeros(int(kept.sum()), dtype=DUPLICATE)
+    pairs["a"], pairs["b"], pairs["score"] = a[kept], b[kept], scores[kept]
+    groups, _ = group(pairs, count, "complete", least)
+    return pairs_within({row: number for row, number in enumerate(groups.tolist()) if number >= 0})
+
+
+def pairs_within(of_group: dict[int, int]) -> set[tuple[int, int]]:
+    made: dict[int, list[int]] = {}
+    for row in sorted(of_group):
+        made.setdefault(of_group[row], []).append(row)
+    return {pair for members in made.values() for pair in combinations(members, 2)}
 
 
 def figures(found: set[tuple[int, int]], true: set[tuple[int, int]]) -> dict[str, float]:
@@ -245,7 +263,7 @@ def main() -> None:
     parser.add_argument("--model", default="checkpoints/quickstart/model", help="the export that quality is told of")
     parser.add_argument("--rows", type=json.loads, default=[20_000, 60_000, 200_000], help="list of sizes")
     parser.add_argument("--options", default="--top-k 5 --min-similarity 0.8")
-    parser.add_argument("--folder", type=Path, default=Path("pairs"), help="where pairs writes train.csv and dev.csv")
+    parser.add_argument("--folder", type=Path, default=Path("pairs"), help="where train.csv and dev.csv are")
     arguments = parser.parse_args()
     quiet()
     if arguments.what == "pairs":
@@ -253,7 +271,7 @@ def main() -> None:
         write_pairs(arguments.folder)
         return
     if arguments.what == "quality":
-        record = quality(arguments.model)
+        record = quality(arguments.model, arguments.folder / "dev.csv")
     else:
         require_data(arguments.data)
         record = floor(arguments.data) if arguments.what == "floor" else {}

@@ -16,19 +16,22 @@ import logging
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import UsageError
+from .errors import DataError, UsageError, require
 from .loading import find, fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of_index
-from .pairs import SUFFIXES
+from .pairs import SUFFIXES, read
 from .parts import Parts
-from .scorer import Backend, Precision, Scoring
+from .scorer import Backend, Precision, Scoring, score_chunks
 from .scoring import decimals, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,18 @@ class Mined(NamedTuple):
     groups: list[Row]
 
 
+class Judgement(NamedTuple):
+    """What counts for a pair's score: by itself the cross-encoder's logit alone."""
+
+    logit: float = 1.0
+    similarity: float = 0.0
+    shift: float = 0.0
+
+    def __call__(self, logits: NDArray[np.float32], similarities: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores of pairs, shape (pairs,): sigmoid(logit weight x logit + similarity weight x cosine + shift)."""
+        return sigmoid((self.logit * logits + self.similarity * similarities + self.shift).astype(np.float32))
+
+
 class MinedFiles(NamedTuple):
     """The files with what `Mined` has."""
 
@@ -67,6 +82,7 @@ def mine(
     top_k: int = 50,
     min_similarity: float = 0.6,
     threshold: float | None = None,
+    dev: str | None = None,
     index: Index = "auto",
     linkage: Literal["components", "complete"] = "components",
     column: str | None = None,
@@ -93,6 +109,8 @@ def mine(
         min_similarity: Pairs whose vectors have a lower cosine are not scored. Of Quora's duplicates 98.6 in 100 have
             at least 0.6 with the default retriever.
         threshold: Score from which on a pair is a duplicate; null takes the one that the model stored.
+        dev: Labelled pairs like those to be found, a file or a name like those of fit. They tell how much the vectors'
+            similarity counts beside the model's logit, and the threshold. Null: the model decides alone.
         index: `exact`, `ivf` or `hnsw` (faiss); `auto` is exact up to 100,000 questions, and ivf above.
         linkage: `components`: a question belongs to a group if it is a duplicate of one of it; `complete`: of each.
         column: The column of the questions; the usual names need no mention.
@@ -111,7 +129,7 @@ def mine(
 
     Raises:
         BackboneError, CheckpointError, HubError: A model cannot be loaded.
-        DataError: The input cannot be read, or a row is broken.
+        DataError: The input or the dev pairs cannot be read, or a row is broken.
         MissingExtraError: sentence-transformers or faiss is not installed.
         OutputError: The output is there already or cannot be written, or work of another retriever lies in its place.
         UsageError: A number is out of its range, or the model has no threshold and none is given.
@@ -124,9 +142,11 @@ def mine(
     if output is not None:
         claim_output(output, SUFFIXES, overwrite)
         claim_output(_groups_file(output), SUFFIXES, overwrite)
-    threshold = read_threshold(model) if threshold is None else threshold
-    if threshold is None:
-        raise UsageError(f"{model} has stored no threshold; give --threshold")
+    if threshold is None and dev is None:
+        threshold = read_threshold(model)
+        if threshold is None:
+            raise UsageError(f"{model} has stored no threshold; give --threshold or --dev")
+    labelled = None if dev is None else read(dev)
     with open_table(questions, ["text"]) as table:
         ids, texts, skipped = read_texts(table, column, on_error)
         facts: dict[str, Any] = {"questions": table.digest(), "column": column, "on_error": on_error}
@@ -136,6 +156,9 @@ def mine(
     _tell_memory(texts, len(distinct), retriever, top_k, kind_of_index(len(distinct), index))
 
     home = Path(work) if work else None if output is None else Path(output).with_name(f".{Path(output).name}.parts")
+
+    judge, best = (Judgement(), 0.5) if labelled is None else fit_judgement(labelled, scoring, retriever)
+    threshold = best if threshold is None else threshold
 
     def parts(name: str) -> Parts:
         return Parts(home and home / name, facts, overwrite)
@@ -149,7 +172,7 @@ def mine(
     log.info("%s pairs to score", f"{len(candidates):,}")
     facts |= scoring.facts()
     logits = _score(candidates, texts, scoring, parts("scores"))
-    pairs = _duplicates(candidates, sigmoid(logits), first, threshold)
+    pairs = _duplicates(candidates, judge(logits, candidates["similarity"]), first, threshold)
     groups, representatives = group(pairs, len(texts), linkage, threshold)
     log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
     rows = (_pair_row(pair, score, ids, texts) for pair, score in zip(pairs, decimals(pairs["score"]), strict=True))
@@ -163,6 +186,36 @@ def mine(
     if home and not work:
         shutil.rmtree(home)
     return MinedFiles(Path(output), Path(_groups_file(output)))
+
+
+def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judgement, float]:
+    """Weigh the cross-encoder's logit and the bi-encoder's cosine by logistic regression (stacked generalisation,
+    Wolpert 1992): trained on different pairs, they err on different ones.
+
+    Returns:
+        The judgement, and the threshold of its scores that has the best F1 on these pairs.
+
+    Raises:
+        DataError: all labels are the same.
+    """
+    import torch
+
+    from .metrics import best_f1_and_threshold
+
+    truth = np.asarray(dev["label"]) >= 0.5
+    if truth.all() or not truth.any():
+        raise DataError("the labels of --dev are all the same; give pairs that ask the same, and others")
+    ((_, logits),) = score_chunks(scoring, [(0, list(zip(dev["text_a"], dev["text_b"], strict=True)))])
+    a, b = (embed(dev[side], retriever, Parts(None, {}), "embed dev pairs") for side in ("text_a", "text_b"))
+    seen = np.column_stack([logits, similarities := (a * b).sum(1)]).astype(np.float64)
+    spread = np.maximum(seen.std(0), 1e-9)  # of one size, so that the regression's penalty means the same for both
+    fitted = require("sklearn.linear_model", "mine").LogisticRegression().fit(seen / spread, truth)
+    weights = (fitted.coef_[0] / spread).tolist()
+    judge = Judgement(weights[0], weights[1], float(fitted.intercept_[0]))
+    scores = torch.from_numpy(judge(logits, similarities))
+    _, threshold = best_f1_and_threshold(scores, torch.from_numpy(truth).long())
+    log.info("by %s dev pairs: score = sigmoid(%.2f x logit + %.2f x similarity %+.2f)", f"{len(truth):,}", *judge)
+    return judge, threshold
 
 
 def first_copies(texts: list[str]) -> NDArray[np.int64]:

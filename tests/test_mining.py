@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,48 @@ def test_lists_and_frames_take_the_same_path(tiny: Path, mined: tuple[Path, Path
         (row["group"], row["text"]) for row in read(mined[1])
     ]
     assert mine(str(tiny), pd.DataFrame({"text": QUESTIONS}), **options) == (pairs, groups)
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> Path:
+    """Every pair of the questions of other topics, with what the sample's groups say."""
+    groups = [topic["questions"] for topic in sample_groups()[12:18]]
+    texts = [(question, number) for number, questions in enumerate(groups) for question in questions]
+    rows = [(one, other, int(of == others)) for (one, of), (other, others) in combinations(texts, 2)]
+    pd.DataFrame(rows, columns=["text_a", "text_b", "label"]).to_csv(tmp_path / "dev.csv", index=False)
+    return tmp_path / "dev.csv"
+
+
+def test_dev_pairs_weigh_the_similarity_beside_the_logit(tiny: Path, dev: Path):
+    """A model of random weights knows nothing, so that what the vectors know decides."""
+    from sentence_transformers import SentenceTransformer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    labelled = pd.read_csv(dev)
+    bi_encoder = SentenceTransformer(str(locate(BACKBONE)), device="cpu")
+
+    def seen(pairs: pd.DataFrame) -> np.ndarray:
+        a, b = (bi_encoder.encode(pairs[side].tolist(), normalize_embeddings=True) for side in ("text_a", "text_b"))
+        scores = score(str(tiny), list(zip(pairs["text_a"], pairs["text_b"], strict=True))).astype(float)
+        return np.column_stack([np.log(scores / (1 - scores)), (a * b).sum(1)])
+
+    scale = StandardScaler().fit(seen(labelled))
+    judge = LogisticRegression().fit(scale.transform(seen(labelled)), labelled["label"])
+    options = {"retriever": BACKBONE, "min_similarity": 0.2}
+    found = {name: mine(str(tiny), QUESTIONS, dev=name, **options).pairs for name in (None, str(dev))}
+    rows = pd.DataFrame([row for row in found[str(dev)] if row["found_by"] == "model"])
+    assert rows["score"].tolist() == pytest.approx(judge.predict_proba(scale.transform(seen(rows)))[:, 1], abs=1e-4)
+    topic = [number for number, group in enumerate(sample_groups()[:12]) for _ in group["questions"]]
+    right = {
+        name: [topic[row["a"]] == topic[row["b"]] for row in pairs if row["found_by"] == "model"]
+        for name, pairs in found.items()
+    }
+    assert np.mean(right[str(dev)]) > np.mean(right[None]) + 0.1
+    alike = dev.with_name("alike.csv")
+    labelled.assign(label=1).to_csv(alike, index=False)
+    with pytest.raises(DataError, match="all the same"):
+        mine(str(tiny), QUESTIONS, dev=str(alike), **options)
 
 
 def made(*pairs: tuple[int, int, float]) -> np.ndarray:
