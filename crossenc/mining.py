@@ -110,7 +110,7 @@ def mine(
             at least 0.6 with the default retriever.
         threshold: Score from which on a pair is a duplicate; null takes the one that the model stored.
         dev: Labelled pairs like those to be found, a file or a name like those of fit. They tell how much the vectors'
-            similarity counts beside the model's logit, and the threshold. Null: the model decides alone.
+            similarity counts in a score beside the model's logit, and the threshold. Null: the model decides alone.
         index: `exact`, `ivf` or `hnsw` (faiss); `auto` is exact up to 100,000 questions, and ivf above.
         linkage: `components`: a question belongs to a group if it is a duplicate of one of it; `complete`: of each.
         column: The column of the questions; the usual names need no mention.
