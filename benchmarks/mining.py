@@ -13,7 +13,8 @@ r"""Mining: what the cross-encoder adds to a bi-encoder on groups that are known
     python benchmarks/mining.py floor
 
 `pairs` writes what the retriever finds in the sample's training groups: the model goes on with them, so that it
-has seen such candidates as it will be given. `quality` mines the test groups' questions, of which neither saw one.
+has seen such candidates as it will be given. `quality` mines the test groups' questions, of which neither saw one, by
+the model alone and with the dev pairs.
 `scale` mines real questions, blown up by sampling and light edits; its bi-encoder is the first two layers of
 all-MiniLM-L6-v2 and its cross-encoder one small layer, so that it ends within minutes. Each run is a process whose
 phases are told apart by what it leaves on the disk, and whose peak of memory is reset between them. `floor` tells how
