@@ -163,13 +163,13 @@ class LastCheckpoint(Checkpoint):
     def _obey(self, trainer: Trainer, number: int) -> None:
         if not number:
             return
-        if "SLURM_JOB_ID" in os.environ:
+        folder, environment = Path(trainer.default_root_dir), getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
             signal.signal(number, signal.SIG_IGN)  # a process may get it only now
             self.signal = 0
             self.handlers[number](number, None)
             return
         self.save(trainer)
-        folder, environment = Path(trainer.default_root_dir), getattr(trainer.strategy, "cluster_environment", None)
         external = environment is not None and not isinstance(environment, LightningEnvironment)
         raise StoppedError(
             f"{signal.Signals(number).name} at step {trainer.global_step}; go on with: "
