@@ -53,6 +53,10 @@ RECIPES = {
         f"{_SYMMETRIC} {_SHARED} --model.learning_rate 2e-4 --model.consistency 100 {_STILL} "
         f"--model.schedule constant_with_warmup {_EMA} 0.95"
     ),
+    "the same, consistency 125, head rate 20": (
+        f"{_SYMMETRIC} {_SHARED} --model.learning_rate 2e-4 --model.consistency 125 {_STILL} "
+        f"--model.schedule constant_with_warmup {_EMA} 0.95 --model.head_rate 20"
+    ),
 }
 # Those of ours that are called otherwise, at the best threshold of the very rows.
 OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}

@@ -42,7 +42,8 @@ class TrainSpeed(Callback):
         if (batch_idx + 1) % self.batches_between_figures == 0:
             now = time.perf_counter()
             size = len(batch["label"])
-            pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"], prog_bar=True, batch_size=size)
+            rate = trainer.optimizers[0].param_groups[0]["lr"] / pl_module.hparams["head_rate"]  # the head's come first
+            pl_module.log("train/lr", rate, prog_bar=True, batch_size=size)
             pl_module.log("train/pairs_per_second", self.pairs / (now - self.since), prog_bar=True, batch_size=size)
             self.pairs, self.since = 0, now
 

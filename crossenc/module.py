@@ -39,8 +39,10 @@ class CrossEncoderModule(LightningModule):
         warmup: Share of all steps over which the learning rate rises; from 1 on a number of steps.
         schedule: What the learning rate does then: a name that `transformers.get_scheduler` knows.
         optimizer: Name of an optimizer in `torch.optim`.
-        layer_decay: Each layer's learning rate is this share of the one above it, the head's is `learning_rate`;
+        layer_decay: Each layer's learning rate is this share of the one above it, the last one's of `learning_rate`;
             1 is the same rate for all.
+        head_rate: The head's learning rate is so many times `learning_rate`. A new head at the backbone's own rate has
+            hardly moved after a hundred steps; one that learns faster leaves the layers less to change.
         pos_weight: Weight of a duplicate's loss; a non-duplicate's is 1.
         label_smoothing: Labels are drawn this far towards 1/2, in training only: 0.1 makes 0.05 and 0.95 of 0 and 1.
         symmetric: Train on both orders of a pair's texts: at random on one of them, or with `consistency` on both.
@@ -78,6 +80,7 @@ class CrossEncoderModule(LightningModule):
         schedule: str = "linear",
         optimizer: str = "AdamW",
         layer_decay: float = 1.0,
+        head_rate: float = 1.0,
         pos_weight: float | None = None,
         label_smoothing: float = 0.0,
         symmetric: bool = False,
@@ -102,8 +105,8 @@ class CrossEncoderModule(LightningModule):
             raise UsageError(f"model.pos_weight {pos_weight} is not above 0")
         if dropout is not None and not 0 <= dropout < 1:
             raise UsageError(f"model.dropout {dropout} is not in [0, 1)")
-        if warmup < 0 or learning_rate <= 0:
-            raise UsageError("model.warmup must be at least 0 and model.learning_rate above 0")
+        if warmup < 0 or learning_rate <= 0 or head_rate <= 0:
+            raise UsageError("model.warmup must be at least 0, model.learning_rate and model.head_rate above 0")
         self.save_hyperparameters()
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.model: Any = load_model(backbone, attn_implementation, trust_remote_code, revision, backbone_sha256)
@@ -216,6 +219,7 @@ class CrossEncoderModule(LightningModule):
                 self.hparams["weight_decay"],
                 self.hparams["learning_rate"],
                 self.hparams["layer_decay"],
+                self.hparams["head_rate"],
             ),
             self.hparams["learning_rate"],
             fused=self.trainer.precision != "16-mixed",  # whose gradient scaler does not go with Lightning's clipping

@@ -49,22 +49,23 @@ def embeddings(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def parameter_groups(
-    model: PreTrainedModel, weight_decay: float, learning_rate: float, layer_decay: float = 1.0
+    model: PreTrainedModel, weight_decay: float, learning_rate: float, layer_decay: float = 1.0, head_rate: float = 1.0
 ) -> list[dict[str, Any]]:
     """Trainable parameters of each depth in two groups, the head's first: matrices, which decay, and vectors (biases,
     layer norms), which do not. So does the Hugging Face Trainer, which the reference recipe runs on.
 
-    With `layer_decay` under 1 the head learns at `learning_rate`, and every layer below at that share of the rate of
-    the one above (layer-wise learning-rate decay, as in BEiT, arXiv 2106.08254): what is general changes least.
+    With `layer_decay` under 1 every layer learns at that share of the rate of the one above, the last one of
+    `learning_rate` (layer-wise learning-rate decay, as in BEiT, arXiv 2106.08254): what is general changes least. The
+    head learns at `head_rate` times `learning_rate`.
     """
-    depths = _depths(model) if layer_decay != 1 else {}
+    depths = _depths(model) if (layer_decay, head_rate) != (1, 1) else {}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         depth, vector = depths.get(parameter, 0), parameter.ndim < 2
         start = {
             "params": [],
             "weight_decay": 0.0 if vector else weight_decay,
-            "lr": learning_rate * layer_decay**depth,
+            "lr": learning_rate * (layer_decay**depth if depth else head_rate),
         }
         groups.setdefault((depth, vector), start)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]

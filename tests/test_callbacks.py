@@ -29,7 +29,7 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
 ):
     monkeypatch.setattr(callbacks.PlainProgress, "seconds_between_lines", 0.0)
     with caplog.at_level(logging.INFO, logger="crossenc"):
-        assert main(arguments(pairs_file, tmp_path)) == 0
+        assert main([*arguments(pairs_file, tmp_path), "--model.head_rate=20"]) == 0
     said = "\n".join(caplog.messages)
     assert re.search(r"^step 1[0-2]/12  loss \d\.\d{4}  lr \d\.\d\de-\d\d  \d+ pairs/s$", said, re.MULTILINE)
     last = r"^step 12  val/loss \d\.\d{4}  val/average_precision \d\.\d{4}  val/f1 \d\.\d{4}$"
@@ -37,7 +37,9 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {"train/loss", "train/lr", "train/pairs_per_second"} <= set(rows[0])
-    assert next(row["step"] for row in rows if row["train/pairs_per_second"]) == "9"
+    told = next(row for row in rows if row["train/pairs_per_second"])
+    assert told["step"] == "9"
+    assert 0 < float(told["train/lr"]) <= 5e-5  # the layers' rate, and not the head's
     assert [row["step"] for row in rows if row["val/f1"]] == ["11"]
 
 

@@ -57,6 +57,7 @@ def test_the_module_ends_bad_input_in_one_line_without_traceback(tmp_path: Path)
         (["fit", "--model.backbone", "package:not_there/model"], "pip install not-there"),
         (["fit", "--model.backbone", BACKBONE, "--model.max_length", "9999"], "set --model.max_length"),
         (["fit", "--model.backbone", BACKBONE, "--model.label_smoothing", "2"], "label_smoothing 2.0 is not in [0, 1)"),
+        (["fit", "--model.backbone", BACKBONE, "--model.head_rate", "0"], "model.head_rate above 0"),
         (["fit", "--model.backbone", BACKBONE, "--model.backbone_sha256", "00"], "other weights"),
         (["fit", "--model.learning_rat", "1"], "learning_rat"),
         (["fit", "--data.batch_size", "many"], "batch_size"),

@@ -39,12 +39,12 @@ def test_schedule_rises_and_falls():
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["query"]}])
 def test_rates_fall_from_the_head_to_the_embeddings(lora: dict | None):
     module = CrossEncoderModule(BACKBONE, lora=lora)
-    groups = parameter_groups(module.model, 0.1, 1e-3, layer_decay=0.5)
+    groups = parameter_groups(module.model, 0.1, 1e-3, layer_decay=0.5, head_rate=3.0)
     rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
     names = {name: rates[p] for name, p in module.model.named_parameters() if p.requires_grad}
     assert len(rates) == len(names)
     for part, depth in ((".pooler.", 0), (".embeddings.", 7), (".layer.0.", 6), (".layer.5.", 1), ("classifier.", 0)):
         found = {rate for name, rate in names.items() if part in name}
-        assert found == ({1e-3 * 0.5**depth} if found else set())
+        assert found == ({1e-3 * (0.5**depth if depth else 3.0)} if found else set())
         assert found or lora
-    assert groups[0]["lr"] == 1e-3
+    assert groups[0]["lr"] == 3e-3
