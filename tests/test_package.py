@@ -53,6 +53,11 @@ def test_the_recipe_is_what_fit_does_without_arguments(capsys):
     assert recipe["data"]["source"] == "sentence-transformers/quora-duplicates"
     assert (recipe["trainer"]["max_epochs"], recipe["trainer"]["val_check_interval"]) == (1, 500)
     assert parsed("--config", str(ROOT / "configs" / "quickstart.yaml"))["data"]["source"] == "sample"
+    best, symmetric = (
+        parsed("--config", str(ROOT / "configs" / f"quora-{kind}.yaml")) for kind in ("best", "symmetric")
+    )
+    assert (best["model"]["consistency"], symmetric["model"]["consistency"]) == (30, 125)
+    assert symmetric["trainer"]["callbacks"][0]["init_args"]["decay"] == 0.95
     overlaid = parsed("--config", str(ROOT / "configs" / "quora.yaml"), "--config", str(ROOT / "configs" / "ddp.yaml"))
     assert overlaid["trainer"]["strategy"] == "ddp"
     assert overlaid["model"] == recipe["model"]
