@@ -33,6 +33,9 @@ METRICS = ("average_precision", "accuracy", "f1", "swap_flips", "swap_gap_mean",
 _SYMMETRIC, _RATE = "--model.symmetric true", "--model.learning_rate 1.5e-4"
 _SHARED, _STILL = "--model.shared_segments true", "--model.dropout 0"
 _EMA = "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay"
+_AVERAGED = (
+    f"{_SYMMETRIC} {_SHARED} {_STILL} --model.learning_rate 2e-4 --model.schedule constant_with_warmup {_EMA} 0.95"
+)
 RECIPES = {
     "plain": "",
     "symmetric": _SYMMETRIC,
@@ -50,13 +53,9 @@ RECIPES = {
         f"{_SYMMETRIC} {_SHARED} {_RATE} --model.consistency 30 {_STILL}"
     ),
     "as best, consistency 100, moving average 0.95 at a constant rate of 2e-4": (
-        f"{_SYMMETRIC} {_SHARED} --model.learning_rate 2e-4 --model.consistency 100 {_STILL} "
-        f"--model.schedule constant_with_warmup {_EMA} 0.95"
+        f"{_AVERAGED} --model.consistency 100"
     ),
-    "the same, consistency 125, head rate 20": (
-        f"{_SYMMETRIC} {_SHARED} --model.learning_rate 2e-4 --model.consistency 125 {_STILL} "
-        f"--model.schedule constant_with_warmup {_EMA} 0.95 --model.head_rate 20"
-    ),
+    "the same, consistency 125, head rate 20": f"{_AVERAGED} --model.consistency 125 --model.head_rate 20",
 }
 # Those of ours that are called otherwise, at the best threshold of the very rows.
 OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}

@@ -41,8 +41,8 @@ class CrossEncoderModule(LightningModule):
         optimizer: Name of an optimizer in `torch.optim`.
         layer_decay: Each layer's learning rate is this share of the one above it, the last one's of `learning_rate`;
             1 is the same rate for all.
-        head_rate: The head's learning rate is so many times `learning_rate`. A new head at the backbone's own rate has
-            hardly moved after a hundred steps; one that learns faster leaves the layers less to change.
+        head_rate: The head's learning rate is so many times `learning_rate`. Measured to help beside a large
+            `consistency`; `benchmarks/README.md` has the figures.
         pos_weight: Weight of a duplicate's loss; a non-duplicate's is 1.
         label_smoothing: Labels are drawn this far towards 1/2, in training only: 0.1 makes 0.05 and 0.95 of 0 and 1.
         symmetric: Train on both orders of a pair's texts: at random on one of them, or with `consistency` on both.

@@ -41,24 +41,22 @@ def test_the_public_names_are_these_and_import_loads_nothing_heavy():
 def test_the_recipe_is_what_fit_does_without_arguments(capsys):
     """`--print_config` is the real parser's own answer."""
 
-    def parsed(*arguments: str) -> dict:
+    def parsed(*configs: str) -> dict:
         capsys.readouterr()
         with pytest.raises(SystemExit):
-            main(["fit", *arguments, "--print_config"])
+            main(["fit", *(f"--config={ROOT / 'configs' / name}.yaml" for name in configs), "--print_config"])
         return yaml.safe_load(capsys.readouterr().out)
 
-    recipe = parsed("--config", str(ROOT / "configs" / "quora.yaml"))
+    recipe = parsed("quora")
     assert recipe == parsed()
     assert recipe["model"]["learning_rate"] == 5e-5
     assert recipe["data"]["source"] == "sentence-transformers/quora-duplicates"
     assert (recipe["trainer"]["max_epochs"], recipe["trainer"]["val_check_interval"]) == (1, 500)
-    assert parsed("--config", str(ROOT / "configs" / "quickstart.yaml"))["data"]["source"] == "sample"
-    best, symmetric = (
-        parsed("--config", str(ROOT / "configs" / f"quora-{kind}.yaml")) for kind in ("best", "symmetric")
-    )
+    assert parsed("quickstart")["data"]["source"] == "sample"
+    best, symmetric = parsed("quora-best"), parsed("quora-symmetric")
     assert (best["model"]["consistency"], symmetric["model"]["consistency"]) == (30, 125)
     assert symmetric["trainer"]["callbacks"][0]["init_args"]["decay"] == 0.95
-    overlaid = parsed("--config", str(ROOT / "configs" / "quora.yaml"), "--config", str(ROOT / "configs" / "ddp.yaml"))
+    overlaid = parsed("quora", "ddp")
     assert overlaid["trainer"]["strategy"] == "ddp"
     assert overlaid["model"] == recipe["model"]
 
