@@ -1,11 +1,12 @@
 """Training speed beside sentence-transformers' trainer: same pairs, model, seed, precision; in interleaved rounds.
 
     python benchmarks/train.py                                       # on the CPU, offline backbone
-    python benchmarks/train.py --device cuda --shape distilroberta --pairs 65536
+    python benchmarks/train.py --device cuda --shape distilroberta --pairs 12800 --skip 100 --precision bf16-mixed
 
-Each round trains every contender for one epoch on the first pairs of train.tsv, batch 64, from the first step to the
-end of the last. Ours reads tokens from its cache, as each epoch and each later run does; the peer tokenizes in every
-step. MFU is 6 x layer parameters x real tokens over the best matrix product of the same machine in the same precision.
+Each round trains every contender for one epoch on the first pairs of train.tsv, batch 64, from the first step (on a GPU
+the one after `--skip`, for graphs are made in the first ones) to the end of the last. Ours reads tokens from its cache,
+as each epoch and each later run does; the peer tokenizes in every step. MFU is 6 x layer parameters x real tokens over
+the best matrix product of the same machine in the same precision.
 Needs the extras `offline` and `peer`.
 """
 
@@ -30,37 +31,41 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, window 5": {"window": 5},
     "ours, by tokens, window 50": {"batch_by": "tokens", "window": 50},
 }
+OURS_ON_GPU: dict[str, dict[str, Any]] = {"ours": {}, "ours, without CUDA graphs": {"cuda_graphs": False}}
 
 
 def make_backbone(shape: str, folder: Path) -> str:
     """The offline backbone, or random weights in DistilRoBERTa's shape: speed depends on shape only."""
     if shape == "minilm":
         return BACKBONE
-    from transformers import RobertaConfig, RobertaForSequenceClassification
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
-    from crossenc.backbone import load_tokenizer
+    from crossenc.backbone import locate
 
-    tokenizer = load_tokenizer(BACKBONE)
+    names = ["input_ids", "attention_mask"]
+    tokenizer = AutoTokenizer.from_pretrained(locate(BACKBONE), model_input_names=names)
     config = RobertaConfig(
         vocab_size=50265, num_hidden_layers=6, max_position_embeddings=514, type_vocab_size=1, num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     RobertaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def ours(file: Path, backbone: str, precision: str, device: str, batch_size: int, options: dict[str, Any]) -> float:
-    """Seconds of one epoch."""
+def ours(
+    file: Path, backbone: str, precision: str, device: str, batch_size: int, skip: int, options: dict[str, Any]
+) -> float:
+    """Seconds of one epoch, after so many steps."""
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from crossenc import CrossEncoderModule, PairDataModule
 
     class Clock(Callback):
-        def on_train_start(self, *_: Any) -> None:
-            synchronize(device)
-            self.start = time.perf_counter()
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == skip:
+                synchronize(device)
+                self.start = time.perf_counter()
 
         def on_train_end(self, *_: Any) -> None:
             synchronize(device)
@@ -73,13 +78,15 @@ def ours(file: Path, backbone: str, precision: str, device: str, batch_size: int
         gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[clock],
     )  # fmt: skip
+    options = dict(options)
+    module = CrossEncoderModule(backbone, cuda_graphs=options.pop("cuda_graphs", None))
     data = PairDataModule(str(file), backbone=backbone, batch_size=batch_size, val_size=0, test_size=0, **options)
-    trainer.fit(CrossEncoderModule(backbone), data)
+    trainer.fit(module, data)
     return clock.seconds
 
 
-def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int) -> float:
-    """Seconds of one epoch with the settings of the peer's own script."""
+def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int, skip: int) -> float:
+    """Seconds of one epoch, after so many steps, with the settings of the peer's own script."""
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
@@ -89,9 +96,10 @@ def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int
     from crossenc.pairs import read
 
     class Clock(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            synchronize(device)
-            self.start = time.perf_counter()
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == skip:
+                synchronize(device)
+                self.start = time.perf_counter()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             synchronize(device)
@@ -129,6 +137,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=640)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--skip", type=int, default=0, help="steps of an epoch before the clock starts")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
     arguments = parser.parse_args()
     require_data(arguments.data)
@@ -138,26 +147,28 @@ def main() -> None:
         file, backbone = Path(folder) / "train.tsv", make_backbone(arguments.shape, Path(folder) / "backbone")
         rows = take_rows(arguments.data / "train.tsv", file, arguments.pairs)
         tokens, weights = count(file, backbone)
+        timed = 1 - arguments.skip * arguments.batch_size / rows  # share of the pairs, and of their tokens on average
+        rows, tokens = round(rows * timed), round(tokens * timed)
         contenders: dict[str, Callable[[str], float]] = {
-            "peer": lambda p: peer(file, backbone, p, arguments.device, arguments.batch_size)
+            "peer": lambda p: peer(file, backbone, p, arguments.device, arguments.batch_size, arguments.skip)
         }
-        for name, options in OURS.items():
+        for name, options in (OURS if arguments.device == "cpu" else OURS_ON_GPU).items():
             contenders[name] = lambda p, options=options: ours(  # type: ignore[misc]
-                file, backbone, p, arguments.device, arguments.batch_size, options
+                file, backbone, p, arguments.device, arguments.batch_size, arguments.skip, options
             )
         seconds: dict[tuple[str, str], list[float]] = {}
-        for number in range(arguments.rounds + 1):
+        for number in range(arguments.rounds + (not arguments.skip)):
             for precision in arguments.precision:
                 for name, run in contenders.items():
                     taken = run(precision)
                     gc.collect()
-                    if number:  # the first round fills caches
+                    if number or arguments.skip:  # the first round fills caches, as the first steps do
                         seconds.setdefault((precision, name), []).append(taken)
     dtypes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
     limits = {p: best_matrix_product(dtypes[p], arguments.device) for p in arguments.precision}
     record = {
-        "rows": rows,
-        "real_tokens": tokens,
+        "timed_pairs": rows,
+        "timed_tokens": tokens,
         "layer_parameters": weights,
         "best_matrix_product_tflops": {p: limit / 1e12 for p, limit in limits.items()},
         "seconds": {f"{p}, {name}": taken for (p, name), taken in seconds.items()},

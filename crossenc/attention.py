@@ -1,13 +1,17 @@
 """Attention over packed pairs: the tokens of all pairs in one row, without padding, and no pair sees another.
 
 The linear layers of a backbone, which take nearly all of its time, compute text and nothing else. Only here are pairs
-taken apart, in pieces: on a CPU one for each length, on a GPU few, padded to their longest pair. Registered with
-transformers' own interface; without a `packing` it is transformers' `sdpa`.
+taken apart, in pieces: on a CPU one for each length, on a GPU few, padded to their longest pair. CUDA graphs take a
+kernel that knows where each pair begins. Registered with transformers' own interface; without a `packing` it is
+transformers' `sdpa`.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +33,13 @@ class Packing:
     pieces: (pairs, tokens of the longest) of each piece; the pairs of all pieces follow each other in the row.
     starts: place of each pair's first token in the row, shape (pairs,).
     slots: place of each token among the pieces' places, padding included, shape (tokens,); None without padding.
+    bounds: `starts` and the end of the row, shape (pairs + 1,), where all pairs are attended by one kernel; else None.
     """
 
     pieces: list[tuple[int, int]]
     starts: Tensor
     slots: Tensor | None
+    bounds: Tensor | None = None
 
     def spread(self, values: Tensor) -> Tensor:
         """(tokens, ...) to (places, ...), zeros in the padding."""
@@ -100,6 +106,8 @@ def attend_packed(
         As `query`.
     """
     firsts = len(query) == len(packing.starts) != len(key)
+    if packing.bounds is not None:
+        return _attend_ragged(query, key, value, packing, firsts, dropout, scaling)
     pairs, places = [pairs for pairs, _ in packing.pieces], [pairs * longest for pairs, longest in packing.pieces]
     parts = [
         torch.split(query, pairs) if firsts else torch.split(packing.spread(query), places),
@@ -116,6 +124,38 @@ def attend_packed(
         found.append(context.transpose(1, 2).flatten(0, 1))
     context = torch.cat(found)
     return context if firsts else packing.gather(context)
+
+
+def _attend_ragged(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, firsts: bool, dropout: float, scaling: float | None
+) -> Tensor:
+    """All pairs at once: torch takes jagged tensors to the kernels for sequences of any length (flash attention's in
+    16 bits), which nothing has to be copied for."""
+    longest = max(longest for _, longest in packing.pieces)
+    ends = (torch.arange(len(query) + 1, device=query.device), 1) if firsts else (packing.bounds, longest)
+    q, k, v = (
+        # With its shortest and longest pair given, nobody waits for the GPU to tell them.
+        _jagged()(part, bounds, min_seqlen=1, max_seqlen=most).transpose(1, 2)
+        for part, (bounds, most) in (
+            (query, ends),
+            (key, (packing.bounds, longest)),
+            (value, (packing.bounds, longest)),
+        )
+    )
+    context: Tensor = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2).values()
+    return context
+
+
+@cache
+def _jagged() -> Callable[..., Tensor]:
+    """torch's maker of jagged tensors, whose first call logs a warning that is meant for torch's own code."""
+    make: Callable[..., Tensor] = torch.nested.nested_tensor_from_jagged
+    log = logging.getLogger("torch.fx._symbolic_trace")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    make(torch.zeros(1, 1), torch.tensor([0, 1]))
+    log.setLevel(level)
+    return make
 
 
 def _attend_piece(

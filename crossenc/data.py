@@ -342,7 +342,8 @@ class PairDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_group,
-            "pin_memory": torch.cuda.is_available(),
+            # With worker processes a thread would pin, and break a CUDA graph that is being made meanwhile.
+            "pin_memory": torch.cuda.is_available() and not self.num_workers,
             "generator": torch.Generator(),  # making an iterator takes no number from the dropout's generator
         }
 

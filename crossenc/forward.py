@@ -24,15 +24,26 @@ def pair_logits(model: Any, batch: PairBatch) -> Tensor:
         model: a sequence-classification model of transformers with one label; peft's wrapper of one.
         batch: as `PairCollator` makes it, on the model's device.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if inner.config.model_type not in _HEADS or getattr(inner.config, "_attn_implementation", None) != ATTENTION:
+    inner = base_model(model)
+    if not can_pack(inner):
         logits = _padded(model, batch)
     elif batch["input_ids"].device.type == "cpu" and not torch.is_grad_enabled() and _exact(batch):
         logits = _by_threads(inner, batch)
     else:
-        logits = _packed(inner, batch)
+        logits = packed_logits(inner, batch)
     # [:, 0] and no squeeze: a batch may be a single pair. fp32: a sigmoid in bf16 makes ties among the scores.
     return logits[:, 0].to(torch.float32, copy=True)  # no view, of which sharded weights warn
+
+
+def base_model(model: Any) -> Any:
+    """The model of transformers, where it is in peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def can_pack(model: Any) -> bool:
+    """Whether the pairs of a batch can stand in one row for this model of transformers."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    return model.config.model_type in _HEADS and attention == ATTENTION
 
 
 def _by_threads(model: Any, batch: PairBatch) -> Tensor:
@@ -46,7 +57,7 @@ def _by_threads(model: Any, batch: PairBatch) -> Tensor:
 
     def compute(part: PairBatch) -> Tensor:  # the modes belong to a thread
         with torch.inference_mode(mode), torch.no_grad(), torch.autocast("cpu", kind, enabled=mixed):
-            return _packed(model, part)
+            return packed_logits(model, part)
 
     if threads == 1 or len(parts) == 1:
         return torch.cat([compute(part) for part in parts])
@@ -104,9 +115,18 @@ def _padded(model: Any, batch: PairBatch) -> Tensor:
     return torch.cat(found)
 
 
-def _packed(model: Any, batch: PairBatch) -> Tensor:
+def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
+    """Logits of shape (pairs, 1) of a model that `can_pack`, in the precision that it computes in.
+
+    With `ragged` one kernel attends all pairs, which takes a GPU the least time and python the most: for graphs.
+    """
     base = model.base_model
-    packing = Packing(batch["pieces"], batch["starts"], None if _exact(batch) else batch["slots"])
+    bounds = slots = None
+    if ragged:
+        bounds = torch.cat([batch["starts"], batch["starts"].new_full((1,), len(batch["input_ids"]))])
+    elif not _exact(batch):
+        slots = batch["slots"]
+    packing = Packing(batch["pieces"], batch["starts"], slots, bounds)
     places = batch["position_ids"]
     if hasattr(base.embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from behind its padding
         places = places + base.embeddings.padding_idx + 1

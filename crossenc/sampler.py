@@ -71,6 +71,8 @@ def deal(rows: Rows, lengths: Rows, shares: int) -> list[Rows]:
     In rounds, each share gets one row of each: the share with the fewest tokens so far gets the longest. No two shares
     differ by more tokens than the longest row has.
     """
+    if shares == 1:
+        return [rows]
     tokens, owner = np.zeros(shares, dtype=np.int64), np.empty(len(rows), dtype=np.int64)
     for start in range(0, len(rows), shares):
         part = slice(start, min(start + shares, len(rows)))

@@ -1,0 +1,115 @@
+"""One epoch of as many pairs as Quora has, by `crossenc fit`, and where the time of its steps goes.
+
+    python benchmarks/epoch.py --shape distilroberta --batch-size 512                  # on a GPU
+    python benchmarks/epoch.py --rows 9000 --batch-size 64                             # on a CPU
+
+The real pairs, blown up to 404,290 rows: 384,290 to train on, 10,000 to validate with, 10,000 to test. Seconds are from
+the first step to the end of the last validation; those of the whole command include start-up, reading, tokenizing (no
+cache knows the pairs), another validation of the best weights, the test and the export. MFU is of the whole epoch:
+6 x layer parameters x real tokens over the best matrix product. Then some steps more under torch's profiler.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import best_matrix_product, make_parser, quiet, require_data, write_record
+from train import count, make_backbone, take_rows
+
+STEPS = 20  # under the profiler
+
+
+def fit(file: Path, backbone: str, folder: Path, options: list[str]) -> dict[str, float]:
+    """Seconds of the command and of its epoch, from a cold cache."""
+    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(folder), "--run", "epoch"]
+    command += ["--data.source", str(file), "--model.backbone", backbone, *options]
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - start
+    checkpoint = torch.load(next(folder.rglob("last.ckpt")), weights_only=True, map_location="cpu")
+    cost = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("Cost"))
+    metrics = json.loads((folder / "epoch" / "metrics.json").read_text())
+    return {"command_seconds": seconds, "epoch_seconds": cost["seconds"], "steps": checkpoint["global_step"]} | metrics
+
+
+def profile(file: Path, backbone: str, precision: str, batch_size: int) -> str:
+    """Torch's table of the operations that take most of the device's time, in steps after the first hundred."""
+    from lightning.pytorch import Callback, Trainer
+
+    from crossenc import CrossEncoderModule, PairDataModule
+
+    cuda = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
+
+    class Profile(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == trainer.max_steps - STEPS:
+                self.profiler = torch.profiler.profile(activities=activities)
+                self.profiler.start()
+
+        def on_train_end(self, *_: Any) -> None:
+            self.profiler.stop()
+
+    quiet()
+    watched = Profile()
+    trainer = Trainer(
+        max_steps=(100 if cuda else 5) + STEPS, precision=precision, accelerator="auto", devices=1, logger=False,  # type: ignore[arg-type]
+        gradient_clip_val=1.0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[watched],
+    )  # fmt: skip
+    data = PairDataModule(str(file), backbone=backbone, val_size=0, test_size=0, batch_size=batch_size)
+    trainer.fit(CrossEncoderModule(backbone), data)
+    key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    table: str = watched.profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)
+    return table
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
+    parser.add_argument("--rows", type=int, default=404_290)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
+    arguments = parser.parse_args()
+    require_data(arguments.data)
+    with tempfile.TemporaryDirectory() as space:
+        folder = Path(space)
+        backbone = make_backbone(arguments.shape, folder / "backbone")
+        file = folder / "pairs.tsv"
+        rows = take_rows(arguments.data / "train.tsv", file, arguments.rows)
+        options = ["--trainer.precision", arguments.precision, "--data.batch_size", str(arguments.batch_size)]
+        figures = fit(file, backbone, folder / "runs", options)
+        tokens, weights = count(file, backbone)
+        some = folder / "some.tsv"
+        take_rows(arguments.data / "train.tsv", some, arguments.batch_size * (120 if torch.cuda.is_available() else 25))
+        table = profile(some, backbone, arguments.precision, arguments.batch_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    best = best_matrix_product(torch.float32 if arguments.precision == "32-true" else torch.bfloat16, device)
+    trained = int(rows - 2 * (10_000 if rows >= 100_000 else rows // 10))
+    mfu = 6 * weights * tokens * trained / rows / figures["epoch_seconds"] / best
+    record = {
+        "trained_pairs": trained,
+        "batch_size": arguments.batch_size,
+        **figures,
+        "mfu": mfu,
+        "best_matrix_product_tflops": best / 1e12,
+        "profile": table.splitlines(),
+    }
+    write_record(arguments.out, record)
+    print(table)
+    print("| pairs | batch | steps | epoch with validation | pairs/s | MFU | the whole command |\n|" + "---|" * 7)
+    print(
+        f"| {trained:,} | {arguments.batch_size} | {figures['steps']:,.0f} | {figures['epoch_seconds']:.1f} s | "
+        f"{trained / figures['epoch_seconds']:,.0f} | {100 * mfu:.0f} % | {figures['command_seconds']:.1f} s |"
+    )
+
+
+if __name__ == "__main__":
+    main()
