@@ -24,8 +24,8 @@ class GraphedModel:
     """`packed_logits` of a model on an NVIDIA GPU, forward and backward, by a graph for each shape of batches.
 
     The first batch of a shape takes about half a second. There are up to 24 graphs, whose gradients take up to an
-    eighth of the memory; batches of further shapes run as they do without. The gradients of a batch are overwritten by
-    the next one of its shape: they cannot be accumulated.
+    eighth of the memory; batches of further shapes run as they do without. What a batch leaves for its backward pass,
+    and its gradients, are overwritten by the next batch of its shape: gradients cannot be accumulated.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
