@@ -56,6 +56,10 @@ RECIPES = {
         f"{_AVERAGED} --model.consistency 100"
     ),
     "the same, consistency 125, head rate 20": f"{_AVERAGED} --model.consistency 125 --model.head_rate 20",
+    "symmetric, rate 2.5e-3, layer decay 0.5, head rate 3, consistency 150, moving average 0.97": (
+        f"{_SYMMETRIC} {_SHARED} {_STILL} --model.schedule constant_with_warmup {_EMA} 0.97 "
+        "--model.learning_rate 2.5e-3 --model.layer_decay 0.5 --model.head_rate 3 --model.consistency 150"
+    ),
 }
 # Those of ours that are called otherwise, at the best threshold of the very rows.
 OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}

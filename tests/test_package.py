@@ -54,8 +54,8 @@ def test_the_recipe_is_what_fit_does_without_arguments(capsys):
     assert (recipe["trainer"]["max_epochs"], recipe["trainer"]["val_check_interval"]) == (1, 500)
     assert parsed("quickstart")["data"]["source"] == "sample"
     best, symmetric = parsed("quora-best"), parsed("quora-symmetric")
-    assert (best["model"]["consistency"], symmetric["model"]["consistency"]) == (30, 125)
-    assert symmetric["trainer"]["callbacks"][0]["init_args"]["decay"] == 0.95
+    assert (best["model"]["consistency"], symmetric["model"]["consistency"]) == (30, 150)
+    assert symmetric["trainer"]["callbacks"][0]["init_args"]["decay"] == 0.97
     overlaid = parsed("quora", "ddp")
     assert overlaid["trainer"]["strategy"] == "ddp"
     assert overlaid["model"] == recipe["model"]
