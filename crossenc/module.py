@@ -59,8 +59,8 @@ class CrossEncoderModule(LightningModule):
         freeze_layers: The embeddings and this many first layers are not trained; 0 trains all.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, about a third slower.
         cuda_graphs: Let an NVIDIA GPU start the operations of a training step all at once, several times as fast where
-            batches are small. Null does so with one device and a backbone like BERT, but with accumulated batches or
-            gradient checkpointing, which it does not go with.
+            batches are small. Null does so with one device, in `bf16-mixed`, with a backbone like BERT, but with
+            accumulated batches or gradient checkpointing, which it does not go with.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`; null lets transformers choose.
         lora: Arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`; then only the adapter and the head
             are trained, and the export holds the merged weights. Needs the extra `lora`.
@@ -153,7 +153,9 @@ class CrossEncoderModule(LightningModule):
         possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
         if self.hparams["cuda_graphs"] and not possible:
             raise UsageError("model.cuda_graphs does not go with accumulate_grad_batches or sharded weights")
-        wanted = self.hparams["cuda_graphs"] or (self.hparams["cuda_graphs"] is None and self.trainer.world_size == 1)
+        wanted = self.hparams["cuda_graphs"]
+        if wanted is None:  # where it has been measured
+            wanted = self.trainer.world_size == 1 and self.trainer.precision == "bf16-mixed"
         if self.device.type == "cuda" and possible and wanted:
             self.graphed = GraphedModel(base_model(self.model), self.device)
 
