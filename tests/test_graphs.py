@@ -26,7 +26,7 @@ def test_a_fixed_shape_has_room_for_short_fillers_and_there_are_few(lengths: lis
     assert 1 <= -(-room // fillers) <= 33 < longest
     assert fillers <= room
     assert max(lengths) <= longest <= max(128, 2 * max(lengths))
-    assert room <= max(256, sum(lengths) / 4) + fillers
+    assert room <= max(256, sum(lengths) / 8) + fillers
 
 
 def test_steps_of_as_many_pairs_come_in_few_shapes():
