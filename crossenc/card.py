@@ -118,6 +118,7 @@ SHOWN = {
     "accuracy_best": ("accuracy, own best", "{:.4f}"),
     "f1_best": ("F1, own best", "{:.4f}"),
     "calibration_error": ("calibration error", "{:.4f}"),
+    "calibration_error_chance": ("calibration error that true probabilities show by chance", "{:.4f}"),
     "calibration_error_raw": ("calibration error before calibration", "{:.4f}"),
     "brier": ("Brier score", "{:.4f}"),
     "brier_raw": ("Brier score before calibration", "{:.4f}"),

@@ -100,8 +100,9 @@ def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict
     """Figures of the columns of `score_columns`: those of `pair_figures`, and what calibration and order of texts do.
 
     `brier` (mean squared distance of score and label) and `calibration_error` of `score_crossed`, both with `_raw` of
-    `score_raw`; and of the distance of a pair's scores in both orders its mean `swap_gap_mean`, its 99th percentile
-    `swap_gap_p99`, and `swap_flips`, the number of pairs whose decision at the threshold the order changes.
+    `score_raw`, and the error that chance alone shows, `calibration_error_chance`; and of the distance of a pair's
+    scores in both orders its mean `swap_gap_mean`, its 99th percentile `swap_gap_p99`, and `swap_flips`, the number of
+    pairs whose decision at the threshold the order changes.
 
     `threshold` comes from other data; None takes the one with the best F1 here.
     """
@@ -110,6 +111,7 @@ def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict
     for name, column in (("", "score_crossed"), ("_raw", "score_raw")):
         figures[f"brier{name}"] = float(((columns[column] - columns["label"]) ** 2).mean())
         figures[f"calibration_error{name}"] = calibration_error(torch.from_numpy(columns[column]), labels)
+    figures["calibration_error_chance"] = chance_calibration_error(torch.from_numpy(columns["score_crossed"]))
     if "score_swapped" in columns:
         gaps, at = np.abs(columns["score"] - columns["score_swapped"]), figures["threshold"]
         figures["swap_gap_mean"] = float(gaps.mean())
@@ -124,10 +126,20 @@ BINS = 10
 def calibration_error(scores: Tensor, labels: Tensor) -> float:
     """Expected calibration error: how far the mean score of a bin lies from its share of duplicates, over all pairs.
 
-    In ten bins of equal width, as Naeini et al. (2015) have it. With n pairs, even scores that are true probabilities
-    show about sqrt(bins / n) / 4 by chance.
+    In ten bins of equal width, as Naeini et al. (2015) have it.
     """
     return binary_calibration_error(scores, (labels >= 0.5).long(), n_bins=BINS, norm="l1").item()
+
+
+def chance_calibration_error(scores: Tensor) -> float:
+    """What `calibration_error` shows by chance, on average, where the scores are true probabilities.
+
+    The sum of a bin's labels is then all but normally distributed around that of its scores p, with the variance
+    sum(p (1 - p)); and the mean distance of a normal distribution from its centre is sqrt(2 / pi) deviations.
+    """
+    bins = (scores * BINS).long().clamp(max=BINS - 1)
+    variances = torch.bincount(bins, weights=scores * (1 - scores), minlength=BINS)
+    return (math.sqrt(2 / math.pi) * variances.sqrt().sum() / len(scores)).item()
 
 
 RESAMPLES = 1_000

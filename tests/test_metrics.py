@@ -16,6 +16,7 @@ from crossenc.calibration import Calibration
 from crossenc.metrics import (
     PairMetrics,
     Scored,
+    calibration_error,
     decision_figures,
     evaluation_figures,
     intervals,
@@ -121,6 +122,15 @@ def test_calibration_figures_are_scikit_learns_and_the_definition():
     number = (scores * 10).astype(int)
     bins = [(scores[number == b].mean() - labels[number == b].mean(), (number == b).mean()) for b in range(10)]
     assert figures["calibration_error"] == pytest.approx(sum(abs(gap) * share for gap, share in bins), abs=1e-6)
+
+
+def test_what_chance_shows_is_the_mean_calibration_error_of_true_probabilities():
+    draw = np.random.default_rng(0)
+    scores = draw.beta(0.5, 0.8, 1_000)
+    labels = torch.from_numpy((draw.random((400, 1_000)) < scores).astype(float))
+    found = [calibration_error(torch.from_numpy(scores), some) for some in labels]
+    columns = {"score": scores, "score_raw": scores, "score_crossed": scores, "label": labels[0].numpy()}
+    assert evaluation_figures(columns)["calibration_error_chance"] == pytest.approx(np.mean(found), rel=0.04)
 
 
 def test_the_order_of_texts_is_measured():

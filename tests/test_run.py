@@ -27,7 +27,8 @@ def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     assert figures["checkpoint"] == "best.ckpt"
     assert (figures["val/rows"], figures["test/rows"]) == (6, 6)
     assert {"val/average_precision", "test/f1", "test/f1_best", "test/threshold", "test/loss"} <= set(figures)
-    new = ("calibration_error", "calibration_error_raw", "brier", "swap_gap_mean", "swap_gap_p99", "swap_flips")
+    swapped = ("swap_gap_mean", "swap_gap_p99", "swap_flips")
+    new = ("calibration_error", "calibration_error_raw", "calibration_error_chance", "brier", *swapped)
     assert {f"{split}/{name}" for split in ("val", "test") for name in (*new, "f1_low", "f1_high")} <= set(figures)
     assert figures["test/threshold"] == figures["val/threshold"]
     with (trained / "metrics.csv").open() as file:
