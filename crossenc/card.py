@@ -25,7 +25,8 @@ Accuracy, F1, precision and recall are taken at the threshold
 threshold that suits the very pairs it is measured on, as sentence-transformers reports it. In brackets stands the 95 %
 interval (bootstrap over pairs). "Unseen questions" are the pairs that share no question with the training pairs. The
 calibration error is the mean distance of score and share of duplicates in ten bins; on dev pairs it is cross-fitted, so
-that no pair judges its own fit. Swapped are the two texts of a pair.
+that no pair judges its own fit. "By chance" is what it would be on average if the scores were true probabilities.
+Swapped are the two texts of a pair.
 {%- else -%}
 None were measured.
 {%- endif %}
@@ -118,7 +119,7 @@ SHOWN = {
     "accuracy_best": ("accuracy, own best", "{:.4f}"),
     "f1_best": ("F1, own best", "{:.4f}"),
     "calibration_error": ("calibration error", "{:.4f}"),
-    "calibration_error_chance": ("calibration error that true probabilities show by chance", "{:.4f}"),
+    "calibration_error_chance": ("calibration error, by chance", "{:.4f}"),
     "calibration_error_raw": ("calibration error before calibration", "{:.4f}"),
     "brier": ("Brier score", "{:.4f}"),
     "brier_raw": ("Brier score before calibration", "{:.4f}"),
