@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import binary_precision_recall_curve
 
-from .metrics import BINS, Columns, decision_figures
+from .metrics import BINS, Columns, bin_numbers, decision_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def _reliability(columns: Columns, name: str) -> Figure:
             ("score_crossed", "calibrated", _BLUE, "o-"),
         ]
     for column, label, colour, style in series:
-        bins = np.minimum((columns[column] * BINS).astype(int), BINS - 1)
+        bins = bin_numbers(columns[column])
         counts = np.bincount(bins, minlength=BINS)
         filled = counts > 0
         means, shares = (

@@ -111,7 +111,7 @@ def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict
     for name, column in (("", "score_crossed"), ("_raw", "score_raw")):
         figures[f"brier{name}"] = float(((columns[column] - columns["label"]) ** 2).mean())
         figures[f"calibration_error{name}"] = calibration_error(torch.from_numpy(columns[column]), labels)
-    figures["calibration_error_chance"] = chance_calibration_error(torch.from_numpy(columns["score_crossed"]))
+    figures["calibration_error_chance"] = chance_calibration_error(columns["score_crossed"])
     if "score_swapped" in columns:
         gaps, at = np.abs(columns["score"] - columns["score_swapped"]), figures["threshold"]
         figures["swap_gap_mean"] = float(gaps.mean())
@@ -123,6 +123,11 @@ def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict
 BINS = 10
 
 
+def bin_numbers(scores: NDArray[Any]) -> NDArray[np.int64]:
+    """The bin of each score, shape (pairs,): `BINS` of equal width, the last with its upper end."""
+    return np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+
+
 def calibration_error(scores: Tensor, labels: Tensor) -> float:
     """Expected calibration error: how far the mean score of a bin lies from its share of duplicates, over all pairs.
 
@@ -131,15 +136,14 @@ def calibration_error(scores: Tensor, labels: Tensor) -> float:
     return binary_calibration_error(scores, (labels >= 0.5).long(), n_bins=BINS, norm="l1").item()
 
 
-def chance_calibration_error(scores: Tensor) -> float:
+def chance_calibration_error(scores: NDArray[Any]) -> float:
     """What `calibration_error` shows by chance, on average, where the scores are true probabilities.
 
     The sum of a bin's labels is then all but normally distributed around that of its scores p, with the variance
     sum(p (1 - p)); and the mean distance of a normal distribution from its centre is sqrt(2 / pi) deviations.
     """
-    bins = (scores * BINS).long().clamp(max=BINS - 1)
-    variances = torch.bincount(bins, weights=scores * (1 - scores), minlength=BINS)
-    return (math.sqrt(2 / math.pi) * variances.sqrt().sum() / len(scores)).item()
+    variances = np.bincount(bin_numbers(scores), weights=scores * (1 - scores))
+    return float(np.sqrt(2 / np.pi * variances).sum() / len(scores))
 
 
 RESAMPLES = 1_000

@@ -150,10 +150,10 @@ class CrossEncoderModule(LightningModule):
             shard(self, self.device.type, self.trainer.world_size)
 
     def on_fit_start(self) -> None:
-        possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
-        if self.hparams["cuda_graphs"] and not possible:
-            raise UsageError("model.cuda_graphs does not go with accumulate_grad_batches or sharded weights")
         wanted = self.hparams["cuda_graphs"]
+        possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
+        if wanted and not possible:
+            raise UsageError("model.cuda_graphs does not go with accumulate_grad_batches or sharded weights")
         if wanted is None:  # where it has been measured
             wanted = self.trainer.world_size == 1 and self.trainer.precision == "bf16-mixed"
         if self.device.type == "cuda" and possible and wanted:
