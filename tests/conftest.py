@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,35 @@ def collate(pairs: list[tuple[str, str]], backbone: str, piece_cost: int = 0, ma
     texts = [{"row": row, "text_a": a, "text_b": b, "label": row % 2.0} for row, (a, b) in enumerate(pairs)]
     encoded = encode(datasets.Dataset.from_list(texts), tokenizer, max_length)
     return PairCollator(tokenizer, piece_cost=piece_cost)(encoded.remove_columns("cut").with_format("arrow")[:])
+
+
+def run_all(commands: list[list[str]], **environment: str) -> list[tuple[int, str]]:
+    """Exit code and standard error of each, from one process with an environment that is read when things load."""
+    code = """
+import json, sys
+from crossenc.cli import main
+for words in json.loads(sys.argv[1]):
+    print(f"exit {main(words)}", file=sys.stderr)
+"""
+    call = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(call, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, *rest = re.split(r"^exit (\d+)\n", done.stderr, flags=re.MULTILINE)
+    assert len(rest) == 2 * len(commands), done.stderr
+    return list(zip(map(int, rest[::2]), [said, *rest[1:-1:2]], strict=True))
+
+
+def run_on(devices: int, words: list[str]) -> None:
+    """One command on the CPU: one device's in this process, since imports take longer than what is computed."""
+    words = [*words, "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
+    if devices == 1:
+        assert main(words) == 0
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "crossenc", *words]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "arning" not in done.stderr
 
 
 @pytest.fixture(scope="session", autouse=True)

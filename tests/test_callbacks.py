@@ -16,20 +16,22 @@ import pytest
 from crossenc import callbacks
 from crossenc.cli import main
 
-from .conftest import BACKBONE
 
-
-def arguments(pairs_file: Path, output: Path) -> list[str]:
-    named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": BACKBONE, "output": output}
+def arguments(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
+    named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": backbone, "output": output}
     return ["fit", *(f"--{name}={value}" for name, value in named.items()), "--trainer.precision=32-true"]
 
 
 def test_the_plain_log_tells_step_loss_rate_and_speed(
-    pairs_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    pairs_file: Path,
+    tiny_backbone: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(callbacks.PlainProgress, "seconds_between_lines", 0.0)
     with caplog.at_level(logging.INFO, logger="crossenc"):
-        assert main([*arguments(pairs_file, tmp_path), "--model.head_rate=20"]) == 0
+        assert main([*arguments(pairs_file, tiny_backbone, tmp_path), "--model.head_rate=20"]) == 0
     said = "\n".join(caplog.messages)
     assert re.search(r"^step 1[0-2]/12  loss \d\.\d{4}  lr \d\.\d\de-\d\d  \d+ pairs/s$", said, re.MULTILINE)
     last = r"^step 12  val/loss \d\.\d{4}  val/average_precision \d\.\d{4}  val/f1 \d\.\d{4}$"
@@ -43,11 +45,11 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
     assert [row["step"] for row in rows if row["val/f1"]] == ["11"]
 
 
-def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(pairs_file: Path, tmp_path: Path):
+def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
     """In a real pseudo-terminal, since the bar shows only there."""
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
-    command = [sys.executable, "-m", "crossenc", *arguments(pairs_file, tmp_path)]
+    command = [sys.executable, "-m", "crossenc", *arguments(pairs_file, tiny_backbone, tmp_path)]
     with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
         os.close(follower)
         shown = b""

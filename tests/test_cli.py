@@ -13,7 +13,7 @@ import pytest
 
 from crossenc.cli import COMMANDS, main
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, run_all
 
 
 def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -109,14 +109,14 @@ def test_a_backbone_with_three_labels_is_refused(capsys, tmp_path: Path):
 
 
 def test_a_hub_out_of_reach_says_what_was_asked_for(tmp_path: Path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(tmp_path / "runs")]
-    for extra, said in (
-        ([], "backbone distilbert/distilroberta-base"),
-        (["--model.backbone", BACKBONE], "data set sentence-transformers/quora-duplicates, subset pair-class"),
-    ):
-        done = subprocess.run([*command, *extra], capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 2
-        assert said in done.stderr.splitlines()[-1]
-        assert "configs/quickstart.yaml" in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+    fit = ["fit", "--output", str(tmp_path / "runs")]
+    told = [
+        "backbone distilbert/distilroberta-base",
+        "data set sentence-transformers/quora-duplicates, subset pair-class",
+    ]
+    ends = run_all([fit, [*fit, "--model.backbone", BACKBONE]], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    for (code, said), what in zip(ends, told, strict=True):
+        assert code == 2
+        assert what in said.splitlines()[-1]
+        assert "configs/quickstart.yaml" in said.splitlines()[-1]
+        assert "Traceback" not in said

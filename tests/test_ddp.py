@@ -5,35 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModel
 
-from crossenc.backbone import load_tokenizer, locate, quiet_transformers
-
-from .conftest import BACKBONE
-
-
-def run(command: str, devices: int, *arguments: str) -> None:
-    words = [sys.executable, "-m", "crossenc", command, "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
-    words += ["--trainer.precision=32-true", "--trainer.strategy=" + ("ddp" if devices > 1 else "auto"), *arguments]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "arning" not in done.stderr
-
-
-@pytest.fixture(scope="module")
-def without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two layers of the offline backbone."""
-    folder = tmp_path_factory.mktemp("backbone") / "model"
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    with quiet_transformers():
-        AutoModel.from_pretrained(locate(BACKBONE), num_hidden_layers=2, **still).save_pretrained(folder)
-    load_tokenizer(BACKBONE).save_pretrained(folder)
-    return folder
+from .conftest import run_on
 
 
 @pytest.mark.parametrize(
@@ -44,30 +20,31 @@ def without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_any_number_of_processes_makes_the_same_updates(
-    by: str, settings: list[tuple[int, int, int, str]], quora: Path, without_dropout: Path, tmp_path: Path
+    by: str, settings: list[tuple[int, int, int, str]], quora: Path, tiny_backbone: Path, tmp_path: Path
 ):
     """Losses of 30 unequal steps on real pairs. Settings: devices, batch size, accumulated batches, strategy."""
     steps: list[list[float]] = []
     dev: list[float] = []
     for number, (devices, batch_size, accumulated, strategy) in enumerate(settings):
-        run(
-            "fit",
-            devices,
-            f"--data.source={quora / 'train.tsv'}",
-            "--data.val_size=40",
-            "--data.test_size=0",
-            "--data.limit=235",
-            f"--data.batch_size={batch_size}",
-            f"--data.batch_by={by}",
-            f"--model.backbone={without_dropout}",
-            "--model.learning_rate=1e-4",
-            f"--trainer.strategy={strategy}",
-            f"--trainer.accumulate_grad_batches={accumulated}",
-            "--trainer.log_every_n_steps=1",
-            "--trainer.max_steps=30",
-            f"--output={tmp_path}",
-            f"--run={number}",
-        )
+        named = {
+            "data.source": quora / "train.tsv",
+            "data.val_size": 40,
+            "data.test_size": 0,
+            "data.limit": 235,
+            "data.batch_size": batch_size,
+            "data.batch_by": by,
+            "model.backbone": tiny_backbone,
+            "model.dropout": 0,
+            "model.learning_rate": 1e-3,
+            "trainer.strategy": strategy,
+            "trainer.precision": "32-true",
+            "trainer.accumulate_grad_batches": accumulated,
+            "trainer.log_every_n_steps": 1,
+            "trainer.max_steps": 30,
+            "output": tmp_path,
+            "run": number,
+        }
+        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())])
         with (tmp_path / str(number) / "metrics.csv").open() as file:
             losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
         if accumulated == 1:  # else it is the last batch's and not the step's
@@ -84,9 +61,10 @@ def test_evaluation_and_prediction_are_the_same_on_any_number_of_processes(train
     found, scores = [], []
     for devices in (1, 3):
         where = ["--config", str(trained / "config.yaml"), "--ckpt_path=best", "--data.eval_tokens=50"]
-        run("test", devices, *where, "--data.test_size=7")
+        where += ["--trainer.precision=32-true", "--trainer.strategy=" + ("ddp" if devices > 1 else "auto")]
+        run_on(devices, ["test", *where, "--data.test_size=7"])
         found.append(json.loads((trained / "metrics.json").read_text()))
-        run("predict", devices, *where)
+        run_on(devices, ["predict", *where])
         with (trained / "predictions.csv").open() as file:
             scores.append([(int(row["row"]), float(row["score"])) for row in csv.DictReader(file)])
     assert found[0]["test/rows"] == 7

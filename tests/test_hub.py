@@ -16,7 +16,7 @@ import pytest
 from crossenc.backbone import locate
 from crossenc.pairs import sample_pairs
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, run_all
 from .hub_server import COMMIT, TOKEN, HubServer, serve
 
 CARD = """---
@@ -47,16 +47,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield server
 
 
-def fit(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(home / "runs"), "--trainer.max_steps", "1"]
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "cache")}
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+def fit(home: Path, *arguments: str) -> list[str]:
+    return ["fit", "--output", str(home / "runs"), "--trainer.max_steps", "1", *arguments]
 
 
 def test_fit_without_arguments_reads_model_and_pairs_from_the_hub(hub: HubServer, tmp_path: Path):
-    done = fit(hub.endpoint, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "arning" not in done.stderr
+    ((code, said),) = run_all([fit(tmp_path)], HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "cache"))
+    assert code == 0, said
+    assert "arning" not in said
     figures = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
     assert (figures["val/rows"], figures["test/rows"]) == (10, 10)
     card = (tmp_path / "runs" / "run" / "model" / "README.md").read_text()
@@ -68,20 +66,19 @@ def test_fit_without_arguments_reads_model_and_pairs_from_the_hub(hub: HubServer
     assert "/pair/train-00000-of-00001.parquet" not in read
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--model.backbone", "owner/gone"], "backbone owner/gone could not be read from the Hugging Face Hub"),
-        (["--data.source", "owner/gone"], "data set owner/gone could not be read from the Hugging Face Hub"),
-        (["--data.subset", "pairs"], "subset pairs, split train: BuilderConfig 'pairs' not found"),
-        (["--data.source", "sentence-transformers/quora-duplicates:dev"], 'Unknown split "dev"'),
-    ],
-)
-def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, tmp_path: Path, arguments: list[str], said: str):
-    done = fit(hub.endpoint, tmp_path, *arguments)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, tmp_path: Path):
+    asked = {
+        "backbone owner/gone could not be read from the Hugging Face Hub": ["--model.backbone", "owner/gone"],
+        "data set owner/gone could not be read from the Hugging Face Hub": ["--data.source", "owner/gone"],
+        "subset pairs, split train: BuilderConfig 'pairs' not found": ["--data.subset", "pairs"],
+        'Unknown split "dev"': ["--data.source", "sentence-transformers/quora-duplicates:dev"],
+    }
+    commands = [fit(tmp_path, *arguments) for arguments in asked.values()]
+    ends = run_all(commands, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "cache"))
+    for (code, said), line in zip(ends, asked, strict=True):
+        assert code == 2
+        assert line in said.splitlines()[-1]
+        assert "Traceback" not in said
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -118,17 +115,13 @@ def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: 
 
 def test_a_model_on_the_hub_is_evaluated_and_scores_as_the_folder_does(trained: Path, pairs_file: Path, tmp_path: Path):
     with serve({"models/owner/cross": trained / "model"}) as server:
-        environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache")}
-        where = ["--data.val_source", str(pairs_file), "--accelerator", "cpu"]
+        commands = []
         for model, name in (("owner/cross", "hub"), (str(trained / "model"), "folder")):
-            for command in (
-                ["evaluate", model, *where, "--output", str(tmp_path / name)],
-                ["score", model, str(pairs_file), str(tmp_path / f"{name}.csv")],
-            ):
-                call = [sys.executable, "-m", "crossenc", *command]
-                done = subprocess.run(call, env=environment, capture_output=True, text=True)
-                assert done.returncode == 0, done.stderr
-                assert "arning" not in done.stderr
+            where = ["--data.val_source", str(pairs_file), "--accelerator", "cpu", "--output", str(tmp_path / name)]
+            commands += [["evaluate", model, *where], ["score", model, str(pairs_file), str(tmp_path / f"{name}.csv")]]
+        for code, said in run_all(commands, HF_ENDPOINT=server.endpoint, HF_HOME=str(tmp_path / "cache")):
+            assert code == 0, said
+            assert "arning" not in said
     figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("hub", "folder")]
     assert figures[0] == figures[1]
     assert (tmp_path / "hub" / "README.md").read_text().startswith("# Evaluation of owner/cross\n")

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from .conftest import run_on
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -22,19 +24,12 @@ def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, 
             "data.batch_size": 8 // devices,
             "model.backbone": tiny_backbone,
             "model.weight_decay": 0.01,
-            "trainer.accelerator": "cpu",
             "trainer.precision": "bf16-mixed",
-            "trainer.devices": devices,
             "trainer.strategy": strategy,
             "output": tmp_path,
             "run": strategy,
         }
-        words = [sys.executable, "-m", "crossenc", "fit", *(f"--{name}={value}" for name, value in named.items())]
-        done = subprocess.run(
-            words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr
-        assert "arning" not in done.stderr
+        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())])
         folder = tmp_path / strategy
         checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
         (optimizer,) = checkpoint["optimizer_states"]
