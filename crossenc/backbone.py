@@ -20,12 +20,13 @@ DEFAULT_BACKBONE = "distilbert/distilroberta-base"
 _NO_LIMIT = 1_000_000
 
 
-def locate(backbone: str) -> str:
+def locate(backbone: str | Path) -> str:
     """The Hub id or the folder that a backbone's name stands for.
 
     Raises:
         BackboneError: a package is not installed, or a folder is missing or holds no `config.json`.
     """
+    backbone = str(backbone)
     if backbone.startswith("package:"):
         name, _, path = backbone.removeprefix("package:").partition("/")
         spec = find_spec(name.replace("-", "_"))

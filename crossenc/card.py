@@ -357,8 +357,8 @@ def _data_text(data: dict[str, Any], source: str) -> str:
 
 
 def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Everything that differs from nothing: the model's arguments, the loader's, the Trainer's."""
-    ours = {name: value for name, value in settings.items() if value not in (None, False, 0) and name != "backbone"}
+    """All that is set: the model's arguments, the loader's, the Trainer's."""
+    ours = {name: value for name, value in settings.items() if value is not None and name != "backbone"}
     return {
         **ours,
         **{name: data["plan"][name] for name in ("batch_size", "batch_by", "window", "seed") if "plan" in data},

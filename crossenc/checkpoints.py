@@ -193,10 +193,12 @@ class LastCheckpoint(Checkpoint):
 
     def _validation_follows(self, trainer: Trainer, batch_idx: int) -> bool:
         """A checkpoint between a step and its validation would resume without the validation."""
-        if not trainer.enable_validation:
+        epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
+        if not trainer.enable_validation or (epochs and (trainer.current_epoch + 1) % epochs):
             return False
-        number = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx
-        return trainer.should_stop or (number + 1) % trainer.val_check_batch == 0  # type: ignore[operator]
+        number = batch_idx if epochs is not None else trainer.fit_loop.total_batch_idx
+        # None: validation comes after a time, which only the Trainer looks at.
+        return trainer.should_stop or (every is not None and (number + 1) % every == 0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = gather(trainer, _random_states())

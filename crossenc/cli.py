@@ -63,6 +63,7 @@ def _rerank(command: str, args: list[str]) -> None:
 
 def _evaluate(command: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser
+    from lightning.pytorch.utilities import rank_zero_only
 
     from .data import PairDataModule
     from .evaluating import evaluate, print_figures
@@ -76,8 +77,10 @@ def _evaluate(command: str, args: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     given = parser.parse_args(args).as_dict()
     given.pop("debug")
-    print_figures(evaluate(arguments=given.pop("data"), **given))
-    print(f"\nreport: {given['output']}")
+    figures = evaluate(arguments=given.pop("data"), **given)
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print_figures(figures)
+        print(f"\nreport: {given['output']}")
 
 
 # Arguments of the data module that an evaluation does not ask for.
@@ -121,7 +124,7 @@ def _call(
 def _spell_out(args: list[str], flags: set[str]) -> list[str]:
     """Underscores for the dashes in the names of options, and `=true` after a flag that stands alone."""
     words = []
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in zip(args, [*args, ""][1:], strict=True):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             name = "--" + name[2:].replace("-", "_")

@@ -53,7 +53,7 @@ class PairDataModule(LightningDataModule):
         source: A csv, tsv, jsonl or parquet file; a folder with `train.*` and maybe `dev.*` and `test.*`; a Hub data
             set `ID` or `ID:SPLIT`; or `sample`, the embedded pairs, which come with their own splits. Empty if there
             are only pairs to evaluate.
-        subset: The Hub data set's configuration.
+        subset: The Hub data sets' configuration.
         val_source: Where the dev pairs come from, named like `source`; null cuts them off `source`.
         test_source: Where the test pairs come from, named like `source`; null cuts them off `source`.
         columns: The source's own column names: `{text_a: left, text_b: right, label: same}`. The usual names
@@ -121,8 +121,8 @@ class PairDataModule(LightningDataModule):
                 raise UsageError(f"data.{name} {value} is not at least 1")
         if num_workers < 0:
             raise UsageError(f"data.num_workers {num_workers} is not at least 0")
-        self.source, self.val_source, self.test_source = source, val_source, test_source
-        self.subset = QUORA_SUBSET if source.partition(":")[0] == QUORA and subset is None else subset
+        self.source, self.val_source, self.test_source = (str(name or "") for name in (source, val_source, test_source))
+        self.subset = subset
         self.columns, self.split = columns, split
         self.val_size, self.test_size = val_size, test_size
         self.batch_size, self.batch_by, self.window = batch_size, batch_by, window
@@ -131,7 +131,7 @@ class PairDataModule(LightningDataModule):
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
-        self.backbone = backbone
+        self.backbone = str(backbone)
         self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
         self.model_type = load_config(backbone, trust_remote_code, revision).model_type
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
@@ -154,7 +154,7 @@ class PairDataModule(LightningDataModule):
             self.facts = {
                 "source": self.source,
                 "backbone": self.backbone,
-                "subset": self.subset,
+                "subset": self._subset(self.source),
                 "split": "group" if self.source == pairs.SAMPLE else self.split,
                 "limit": self.limit,
                 "rows": {name: len(part) for name, part in loaded.items()},
@@ -186,11 +186,9 @@ class PairDataModule(LightningDataModule):
     def _load(self) -> dict[str, Dataset]:
         function = self.trainer.state.fn if self.trainer else None
         if function == TrainerFn.PREDICTING:
-            parts = {"predict": self._read(self.source, labelled=False)}
+            parts = {"predict": self._first(self._read(self.source, labelled=False))}
         else:
             parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING])
-        if self.limit:
-            parts = {name: part.take(min(self.limit, len(part))) for name, part in parts.items()}
         if self.transitive and "train" in parts:
             parts["train"] = pairs.add_transitive(parts["train"])
         self.tables |= parts
@@ -200,14 +198,17 @@ class PairDataModule(LightningDataModule):
         return {name: encode(part, self.tokenizer, self.max_length, self.num_proc) for name, part in parts.items()}
 
     def _read(self, source: str, labelled: bool = True) -> Dataset:
-        return pairs.read(source, self.subset, self.columns, labelled)
+        return pairs.read(source, self._subset(source), self.columns, labelled)
+
+    def _subset(self, source: str) -> str | None:
+        return QUORA_SUBSET if self.subset is None and source.partition(":")[0] == QUORA else self.subset
 
     def read_split(self, split: str) -> Dataset:
         """The pairs of one split as texts, with their labels; raises `DataError` if there are none."""
         parts = self._read_splits((split,))
         if split not in parts:
             raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
-        return parts[split].take(min(self.limit or sys.maxsize, len(parts[split])))
+        return parts[split]
 
     def _sources(self) -> dict[str, str]:
         """Where each split is read; those that are not named are cut off `train`."""
@@ -230,7 +231,10 @@ class PairDataModule(LightningDataModule):
             table = self._read(sources["train"])
             rows = self._cut(table, sources)
             parts |= {split: table.select(rows[split]) for split in rest if len(rows[split])}
-        return {split: parts[split] for split in needed if split in parts}
+        return {split: self._first(parts[split]) for split in needed if split in parts}
+
+    def _first(self, part: Dataset) -> Dataset:
+        return part.take(min(self.limit or sys.maxsize, len(part)))
 
     def _cut(self, table: Dataset, sources: dict[str, str]) -> dict[str, Sequence[int]]:
         """The rows of each split within one table. A split that has a source of its own gets none of them."""
@@ -246,20 +250,22 @@ class PairDataModule(LightningDataModule):
         """The splits that the source holds or leaves."""
         return set(self._read_splits(pairs.SPLITS))
 
-    def texts(self, split: str) -> dict[str, NDArray[Any]]:
-        """`text_a` and `text_b` of each pair of a split that was loaded, in the order of its rows."""
-        return {name: np.array(self.tables[split][name][:], dtype=object) for name in ("text_a", "text_b")}
+    def texts(self, split: str, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """`text_a` and `text_b` of the pairs with these rows, which rise, in a split that was loaded."""
+        table = self._pairs(split, rows)
+        return {name: np.array(table[name][:], dtype=object) for name in ("text_a", "text_b")}
 
-    def unseen(self, split: str) -> NDArray[np.bool_]:
-        """Of each pair of a split whether neither of its questions stands in the training pairs, shape (pairs,).
+    def _pairs(self, split: str, rows: NDArray[np.int64]) -> Dataset:
+        return self.tables[split].select(np.flatnonzero(np.isin(self.tables[split]["row"][:], rows)))
 
-        All True where the source leaves no training pairs.
+    def unseen(self, split: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Of the pairs with these rows, which rise, in a split that was loaded: whether neither question stands in the
+        training pairs, shape (rows,). All True where the source leaves no training pairs.
         """
         train = self.tables.get("train")
         if train is None:
             train = self._read_splits(("train",)).get("train")
-        table = self.tables[split]
-        return pairs.unseen(table, train) if train is not None else np.ones(len(table), dtype=bool)
+        return pairs.unseen(self._pairs(split, rows), train) if train is not None else np.ones(len(rows), dtype=bool)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         rank, ranks = self._share()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+from typing import get_args
 
 
 class CrossencError(Exception):
@@ -69,6 +70,12 @@ class StoppedError(CrossencError):
 
 class MissingExtraError(CrossencError):
     """An optional package is not installed."""
+
+
+def require_choice(name: str, value: object, choices: object) -> None:
+    """Raise `UsageError` where a value is none of a `Literal`'s, which the command line alone would look at."""
+    if value not in get_args(choices):
+        raise UsageError(f"{name} {value!r} is not one of {', '.join(get_args(choices))}")
 
 
 def offline_remedy(asked_for: str, reason: object) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .backbone import load_config
 from .card import metric_table, worst_errors, write_report
 from .data import PairDataModule
-from .errors import DataError, UsageError
+from .errors import DataError, OutputError, UsageError
 from .figures import draw, save
 from .loading import find, load_checkpoint, read_threshold, require_head
 from .metrics import evaluation_figures, intervals
@@ -20,7 +20,7 @@ from .records import write_figures, write_scores
 
 
 def evaluate(
-    model: str,
+    model: str | Path,
     arguments: dict[str, Any],
     output: str,
     accelerator: str = "auto",
@@ -45,13 +45,16 @@ def evaluate(
     Raises:
         BackboneError: The model cannot be loaded, or has another number of labels than one.
         CheckpointError: The checkpoint is missing or was not written by crossenc.
+        OutputError: The output holds a model.
     """
     if not any(arguments.get(name) for name in ("source", "val_source", "test_source")):
         raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
+    if (Path(output) / "config.json").is_file():
+        raise OutputError(f"{output} holds a model, whose card the report would replace; name another folder: --output")
     module = load_module(model)
     hparams = module.hparams
     data = PairDataModule(
-        **arguments,
+        **{"source": "", **arguments},
         backbone=hparams["backbone"],
         max_length=module.max_length,
         trust_remote_code=hparams["trust_remote_code"],
@@ -79,16 +82,16 @@ def evaluate(
         pictures = draw(columns, module.threshold)
         save(pictures, Path(output) / "figures")
         errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
-        write_report(Path(output), model, module.figures, module.threshold, pictures, errors)
+        write_report(Path(output), str(model), module.figures, module.threshold, pictures, errors)
     return module.figures
 
 
-def load_module(model: str) -> CrossEncoderModule:
+def load_module(model: str | Path) -> CrossEncoderModule:
     """The module of an export, a Hub id or a checkpoint, which scores as the model itself does."""
     path = find(model)
     if path.is_file():
         return load_checkpoint(path)[1]
-    require_head(model, load_config(str(path)).architectures)
+    require_head(str(model), load_config(str(path)).architectures)
     module = CrossEncoderModule(str(path))
     module.threshold, module.folds = read_threshold(model), False
     return module
@@ -104,7 +107,7 @@ def finish(
     """
     figures = dict(module.figures)
     for split, columns in module.scored.items():
-        unseen = data.unseen(split)
+        unseen = data.unseen(split, columns["row"])
         parts = {split: columns}
         if unseen.any() and not unseen.all():
             parts[f"{split}_unseen"] = {name: values[unseen] for name, values in columns.items()}
@@ -115,7 +118,7 @@ def finish(
     module.figures = figures
     folder.mkdir(parents=True, exist_ok=True)
     write_figures(folder, checkpoint, figures)
-    evaluated = {split: columns | data.texts(split) for split, columns in module.scored.items()}
+    evaluated = {split: columns | data.texts(split, columns["row"]) for split, columns in module.scored.items()}
     write_scores(folder, checkpoint, evaluated)
     return evaluated
 

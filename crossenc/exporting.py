@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .backbone import load_tokenizer, quiet_transformers
 from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint, plain_model
 
@@ -100,6 +101,7 @@ def export(
         if target.exists():
             target.rename(Path(space) / "old")
         unfinished.rename(target)
+    load_tokenizer.cache_clear()  # of the export that was in its place
     if push_to_hub:
         log.info("uploaded: %s", upload(target, push_to_hub, private))
     return target
@@ -108,13 +110,12 @@ def export(
 def upload(folder: Path, repository: str, private: bool = False) -> str:
     """Upload an export to the Hub; returns the repository's address. Raises `HubError`, which says how to repeat it."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by crossenc")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # the HTTP library's own too, which is another from version to version of the client
         command = ["hf", "upload", repository, str(folder), *["--private"] * private]
         raise HubError(
             f"{folder} is written, but its upload to {repository} was refused ({one_line(error)}); log in with "
@@ -187,8 +188,6 @@ def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[fl
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from .backbone import quiet_transformers
-
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
@@ -216,8 +215,6 @@ def _module_scores(
 
 
 def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast) -> None:
-    from .backbone import quiet_transformers
-
     model = plain_model(module)
     versions = {
         "sentence_transformers": _version("sentence-transformers") or _ST_VERSION,

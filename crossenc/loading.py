@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from .module import CrossEncoderModule
 
-# What a model consists of; a repository may hold its weights in other forms too.
-_MODEL_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
+# What a model consists of, also in a bi-encoder's folders of further layers (patterns are of whole paths); a repository
+# may hold its weights in other forms too.
+_MODEL_FILES = ("*.json", "*.txt", "*.model", "*model*.safetensors")
 _ONNX_FILES = ("onnx/*",)
 
 
@@ -37,7 +38,7 @@ class LoadedModel:
     threshold: float | None
 
 
-def load(model: str) -> LoadedModel:
+def load(model: str | Path) -> LoadedModel:
     """Load a model that gives one logit to a pair.
 
     Args:
@@ -53,7 +54,7 @@ def load(model: str) -> LoadedModel:
         _, module, tokenizer = load_checkpoint(path)
         return LoadedModel(plain_model(module).train(False), tokenizer, module.max_length, module.threshold)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    require_head(model, config.get("architectures"))
+    require_head(str(model), config.get("architectures"))
     folder = str(path)
     return LoadedModel(
         load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None), _threshold(config)
@@ -67,17 +68,25 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
     return plain  # type: ignore[no-any-return]
 
 
+def has_head(architectures: list[str] | None) -> bool:
+    """Whether a `config.json` names a sequence classifier among its architectures."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
+
+
 def require_head(model: str, architectures: list[str] | None) -> None:
-    """Raise `BackboneError` where a `config.json` names no sequence classifier among its architectures."""
-    if not any(name.endswith("ForSequenceClassification") for name in architectures or ()):
+    """Raise `BackboneError` where there is none."""
+    if not has_head(architectures):
         raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
 
 
-def find(model: str, onnx: bool = False) -> Path:
+def find(model: str | Path, onnx: bool = False) -> Path:
     """The checkpoint's file or the model's folder; a Hub id is downloaded first, with its ONNX files if asked for."""
+    model = str(model)
     if model.endswith(".ckpt"):
         if not Path(model).is_file():
             raise CheckpointError(f"{model}: no such checkpoint")
+        if onnx:
+            raise BackboneError(f"{model} is a checkpoint; write its ONNX files with: crossenc export --onnx")
         return Path(model)
     located = locate(model)
     if Path(located).is_dir():
@@ -106,11 +115,14 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_threshold(model: str) -> float | None:
+def read_threshold(model: str | Path) -> float | None:
     """The threshold that a model stored, without loading its weights where that can be."""
     path = find(model)
     if path.is_file():
-        return load(model).threshold
+        from .checkpoints import read_checkpoint
+
+        stored: float | None = read_checkpoint(path, mmap=True)["crossenc"]["threshold"]
+        return stored
     return _threshold(json.loads((path / "config.json").read_text(encoding="utf-8")))
 
 

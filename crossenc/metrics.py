@@ -57,19 +57,26 @@ class PairMetrics(Metric):
         for name, values in {"rows": rows, "logits": logits, "labels": labels, "losses": losses}.items():
             getattr(self, name).append(values)
 
-    def compute(self) -> tuple[Scored, float]:
+    def gather(self) -> tuple[Scored, float]:
         """All pairs, and their mean loss."""
+        scored, loss = self.compute()
+        # torchmetrics makes a number of a single pair.
+        return Scored(*(None if part is None else part.reshape(-1) for part in scored)), loss  # type: ignore[arg-type]
+
+    def compute(self) -> tuple[Scored, float]:
+        """As `gather`, which is what to call."""
         rows, logits, labels, losses = (
             dim_zero_cat(getattr(self, name)).cpu() for name in ("rows", "logits", "labels", "losses")
         )
         order = rows.argsort()
         backward = order[rows[order] < 0].flip(0)  # ~0 is the last of them
         forward = order[rows[order] >= 0]
+        both = torch.equal(~rows[backward], rows[forward])  # not where `limit_test_batches` ends an evaluation early
         scored = Scored(
             rows[forward],
             labels[forward].float(),
             logits[forward].double(),
-            logits[backward].double() if len(backward) else None,
+            logits[backward].double() if both else None,
         )
         return scored, losses[forward].mean().item()
 

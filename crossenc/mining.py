@@ -14,20 +14,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError, UsageError, require
+from .errors import DataError, UsageError, require, require_choice
 from .loading import find, fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of_index
 from .pairs import SUFFIXES, read
 from .parts import Parts
 from .scorer import Backend, Precision, Scoring, score_chunks
-from .scoring import decimals, score_into, sigmoid
+from .scoring import OnError, decimals, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
 
 if TYPE_CHECKING:
@@ -40,6 +39,9 @@ _PAIR_COLUMNS |= {"found_by": "string"}
 _GROUP_COLUMNS = {"group": "int64", "id": "", "text": "string", "representative": "bool_"}
 # A component's table of distances between all its questions: 20,000 take 1.6 GB.
 _LARGEST_COMPONENT = 20_000
+
+
+Linkage: TypeAlias = Literal["components", "complete"]
 
 
 class Mined(NamedTuple):
@@ -74,7 +76,7 @@ class MinedFiles(NamedTuple):
 
 
 def mine(
-    model: str,
+    model: str | Path,
     questions: Any,
     output: str | None = None,
     *,
@@ -84,13 +86,13 @@ def mine(
     threshold: float | None = None,
     dev: str | None = None,
     index: Index = "auto",
-    linkage: Literal["components", "complete"] = "components",
+    linkage: Linkage = "components",
     column: str | None = None,
     both_orders: bool = False,
     precision: Precision = "32-true",
     backend: Backend = "torch",
     devices: int = 1,
-    on_error: Literal["stop", "skip"] = "stop",
+    on_error: OnError = "stop",
     work: str | None = None,
     overwrite: bool = False,
 ) -> Mined | MinedFiles:
@@ -135,8 +137,14 @@ def mine(
         UsageError: A number is out of its range, or the model has no threshold and none is given.
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
-    if top_k < 1 or not -1 <= min_similarity <= 1:
-        raise UsageError("top_k must be at least 1, and min_similarity from -1 to 1")
+    for name, value, choices in (
+        ("linkage", linkage, Linkage),
+        ("on_error", on_error, OnError),
+        ("index", index, Index),
+    ):
+        require_choice(name, value, choices)
+    if top_k < 1 or not -1 <= min_similarity <= 1 or not 0 <= (threshold or 0) <= 1:
+        raise UsageError("top_k must be at least 1, min_similarity from -1 to 1, and threshold from 0 to 1")
     if output == STANDARD:
         raise UsageError("mine writes two files; name the one of the pairs")
     if output is not None:
@@ -175,11 +183,13 @@ def mine(
     pairs = _duplicates(candidates, judge(logits, candidates["similarity"]), first, threshold)
     groups, representatives = group(pairs, len(texts), linkage, threshold)
     log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
+    kind = "int64" if all(isinstance(item, int) and abs(item) < 2**63 for item in ids) else "string"
+    if kind == "string" and output is not None and output.lower().endswith(".parquet"):
+        ids = [str(item) for item in ids]
     rows = (_pair_row(pair, score, ids, texts) for pair, score in zip(pairs, decimals(pairs["score"]), strict=True))
     members = _group_rows(groups, representatives, ids, texts)
     if output is None:
         return Mined(list(rows), members)
-    kind = "int64" if all(isinstance(item, int) for item in ids) else "string"
     _write(output, rows, _PAIR_COLUMNS, kind)
     _write(_groups_file(output), members, _GROUP_COLUMNS, kind)
     tell_skipped(skipped, output)
@@ -255,7 +265,7 @@ def _duplicates(
 
 
 def group(
-    pairs: NDArray[Any], count: int, linkage: Literal["components", "complete"], threshold: float
+    pairs: NDArray[Any], count: int, linkage: Linkage, threshold: float
 ) -> tuple[NDArray[np.int64], dict[int, int]]:
     """Groups of rows that are duplicates, and of each the row that stands for it.
 
@@ -340,8 +350,7 @@ def _write(output: str, rows: Any, columns: dict[str, str], kind: str) -> None:
     import pyarrow
 
     schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
-    with ExitStack() as stack:
-        take = stack.enter_context(write_table(output, list(columns), schema))
+    with write_table(output, list(columns), schema) as take:
         for chunk in chunked(rows):
             take(chunk)
 

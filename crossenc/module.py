@@ -110,8 +110,11 @@ class CrossEncoderModule(LightningModule):
             raise UsageError(f"model.pos_weight {pos_weight} is not above 0")
         if dropout is not None and not 0 <= dropout < 1:
             raise UsageError(f"model.dropout {dropout} is not in [0, 1)")
-        if warmup < 0 or learning_rate <= 0 or head_rate <= 0:
-            raise UsageError("model.warmup must be at least 0, model.learning_rate and model.head_rate above 0")
+        if min(warmup, weight_decay) < 0 or min(learning_rate, head_rate) <= 0:
+            raise UsageError(
+                "model.warmup and weight_decay must be at least 0, model.learning_rate and model.head_rate above 0"
+            )
+        backbone = str(backbone)  # a Path from Python
         self.save_hyperparameters()
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.model: Any = load_model(backbone, attn_implementation, trust_remote_code, revision, backbone_sha256)
@@ -207,7 +210,7 @@ class CrossEncoderModule(LightningModule):
         if self.trainer.sanity_checking:  # a look at two batches is no evaluation
             self.val_metrics.reset()
             return
-        scored, loss = self.val_metrics.compute()
+        scored, loss = self.val_metrics.gather()
         crossed, self.fitted = None, Calibration()
         layer = last_layer(self.model)
         if self.hparams["calibrate"] and layer is not None:
@@ -217,7 +220,7 @@ class CrossEncoderModule(LightningModule):
         self.val_metrics.reset()
 
     def on_test_epoch_end(self) -> None:
-        scored, loss = self.test_metrics.compute()
+        scored, loss = self.test_metrics.gather()
         # Never the test pairs' own best; one half where no dev pairs have chosen a threshold.
         threshold = 0.5 if self.threshold is None else self.threshold
         self._report("test", score_columns(scored, self.calibration, self.fitted), threshold, loss)

@@ -99,6 +99,7 @@ def make_search(vectors: Vectors, index: Index) -> Search:
         # faiss's guidelines: between 4 and 16 sqrt(n) lists.
         lists = max(1, min(round(4 * math.sqrt(count)), count // 40))
         made = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, lists, faiss.METRIC_INNER_PRODUCT)
+        made.cp.min_points_per_centroid = 1  # so that few questions are no warning
         made.nprobe = max(16, lists // 32)
         log.info("index: %s lists of like questions, of which %s are looked at", f"{lists:,}", made.nprobe)
         made.train(vectors)

@@ -5,6 +5,7 @@ sentence-transformers (`backend="onnx"`, `model_kwargs={"file_name": ...}`) and 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -46,6 +47,9 @@ def write_onnx(folder: Path, int8: bool) -> None:
     file = folder / FILES["onnx"]
     file.parent.mkdir(exist_ok=True)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
+    notes = logging.getLogger("torch.onnx")
+    level = notes.level
+    notes.setLevel(logging.ERROR)  # of operators in packages that are not installed
     try:
         with warnings.catch_warnings():
             # The exporter's own notes: on pytrees that it calls in an old way, on axes that share a name.
@@ -63,6 +67,8 @@ def write_onnx(folder: Path, int8: bool) -> None:
             )
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
         raise ExportError(f"torch cannot export {model.config.model_type} to ONNX: {one_line(error)[:300]}") from error
+    finally:
+        notes.setLevel(level)
     if int8:
         with tempfile.TemporaryDirectory(dir=folder) as space:
             prepared = Path(space) / "prepared.onnx"

@@ -6,7 +6,7 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .errors import BackboneError, UsageError
+from .errors import BackboneError, UsageError, one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +96,10 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
     make: Any = kind  # every optimizer of torch takes lr, but their base class does not
     if fused and "fused" in inspect.signature(kind).parameters:
         make = partial(make, fused=True)
-    optimizer: Optimizer = make(groups, lr=learning_rate)
+    try:
+        optimizer: Optimizer = make(groups, lr=learning_rate)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"model.optimizer: {name} cannot train these weights: {one_line(error)}") from error
     return optimizer
 
 
@@ -112,14 +115,17 @@ def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) 
     """
     from transformers import SchedulerType, get_scheduler
 
-    names = [kind.value for kind in SchedulerType]
+    names = [kind.value for kind in SchedulerType if kind != SchedulerType.REDUCE_ON_PLATEAU]  # which needs a metric
     if name not in names:
         raise UsageError(f"model.schedule: there is no schedule {name!r}; choose one of {', '.join(names)}")
     if steps == float("inf"):
         raise UsageError("a schedule needs the number of steps; set --trainer.max_epochs or --trainer.max_steps")
     # Rounded up, as the Hugging Face Trainer does.
     warmup_steps = -int(-warmup * steps // 1) if warmup < 1 else int(warmup)
-    scheduler: LRScheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(steps)
-    )
+    try:
+        scheduler: LRScheduler = get_scheduler(
+            name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(steps)
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model.schedule: {name} asks for more than the steps: {one_line(error)}") from error
     return scheduler

@@ -69,8 +69,6 @@ def read(
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
-    if unknown := set(columns or ()) - set(ALIASES):
-        raise DataError(f"columns: {sorted(unknown)} is not one of {list(ALIASES)}; write `text_a: NAME_IN_THE_FILE`")
     origin: dict[str, Any]
     if is_local(source):
         path = Path(source)
@@ -197,8 +195,8 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
         for line in filter(str.strip, lines):
             try:
                 item = json.loads(line)
-            except json.JSONDecodeError as error:
-                item = error.msg
+            except ValueError:  # no JSON, or a number of more digits than Python reads
+                item = None
             if not isinstance(item, dict):
                 item = f"not a JSON object: {line.strip()[:60]!r}"
             # An escape such as \ud800 is no character either.
@@ -206,11 +204,14 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
                 item = _NOT_UTF8
             yield item
         return
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
     try:
         header = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{where}, header: {error}") from error
+    if not _is_utf8("".join(header)):
+        raise DataError(f"{where}, header: {_NOT_UTF8}")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise DataError(f"{where} has more than one column {twice[0]!r}; rename one")
     while True:
@@ -231,6 +232,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             yield f"{len(fields)} fields where the header has {len(header)}; quote fields that hold the separator"
 
 
+_LONGEST_FIELD = 2**31 - 1  # Python's own limit would not let a long text pass beside the questions
 _NOT_UTF8 = "not UTF-8; save the file as UTF-8"
 
 
@@ -273,6 +275,8 @@ def what_is_wrong(values: Mapping[str, Any], names: Mapping[str, str]) -> str | 
 
 def match_columns(found: list[str], where: str, columns: Mapping[str, str], labelled: bool) -> dict[str, str]:
     """The source's own name of each of our columns; raises `DataError` if one is missing."""
+    if unknown := set(columns) - set(ALIASES):
+        raise DataError(f"columns: {sorted(unknown)} is not one of {list(ALIASES)}; write `text_a: NAME_IN_THE_FILE`")
     names: dict[str, str] = {}
     for ours, aliases in ALIASES.items():
         if ours == "label" and not labelled:
@@ -282,7 +286,7 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
         if match is None:
             raise DataError(
                 f"{where} has no column {' or '.join(map(repr, wanted[:3]))} for {ours}; it has {found}; "
-                f"name it with --data.columns.{ours} NAME"
+                f"name it in the option columns: --data.columns.{ours} NAME, --columns.{ours} NAME in score"
             )
         names[ours] = match
     return names
@@ -305,7 +309,7 @@ def sizes(rows: int, val_size: float | None, test_size: float | None, where: str
     a tenth of a source with fewer than 100,000 rows. Raises `DataError` when nothing is left for training."""
     wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
     val, test = (round(size * rows) if 0 < size < 1 else int(size) for size in wanted)
-    if min(val, test) < 0 or val + test >= rows:
+    if min(wanted) < 0 or val + test >= rows:
         raise DataError(
             f"{where} has {rows:,} rows; {val:,} for dev and {test:,} for test leave none for training; "
             "set --data.val_size and --data.test_size"

@@ -24,7 +24,7 @@ class Parts:
     """Numbered arrays of one piece of work: files in a folder, or without a folder in memory.
 
     Args:
-        folder: where they lie; made if it is missing. Parts that lie there already are taken over.
+        folder: where they lie; made for the first of them. Parts that lie there already are taken over.
         facts: what the arrays depend on, in plain types; parts of other facts are refused.
         overwrite: drop parts of other facts instead.
 
@@ -33,7 +33,7 @@ class Parts:
     """
 
     def __init__(self, folder: Path | None, facts: dict[str, Any], overwrite: bool = False) -> None:
-        self.folder = folder
+        self.folder, self.facts = folder, facts
         self.kept: dict[int, NDArray[Any]] = {}
         if folder is None:
             return
@@ -47,9 +47,6 @@ class Parts:
                     "go on with the same, or drop it with --overwrite"
                 )
             shutil.rmtree(folder)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(file, (json.dumps(facts, indent=2) + "\n").encode())
 
     def __contains__(self, number: int) -> bool:
         return number in self.kept if self.folder is None else self._file(number).is_file()
@@ -65,6 +62,9 @@ class Parts:
         content = io.BytesIO()
         np.save(content, array)
         with writing(self.folder):
+            if not (facts := self.folder / FACTS_FILE).is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write(facts, (json.dumps(self.facts, indent=2) + "\n").encode())
             _write(self._file(number), content.getbuffer())
 
     def all(self, count: int) -> Iterator[NDArray[Any]]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,6 @@ def _lines(what: str, total: int, done: int) -> Callable[[int], None]:
         if now - written >= SECONDS_BETWEEN_LINES and done > before:
             written = now
             left = (now - start) / (done - before) * (total - done)
-            log.info("%s: %s of %s, %s left", what, f"{done:,}", f"{total:,}", _duration(left))
+            log.info("%s: %s of %s, %s left", what, f"{done:,}", f"{total:,}", timedelta(seconds=round(left)))
 
     return advance
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

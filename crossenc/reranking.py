@@ -6,6 +6,7 @@ Candidates come from a run file, or from a bi-encoder; without either every text
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .errors import DataError, UsageError, require
+from .errors import DataError, UsageError, require, require_choice
 from .neighbors import BLOCK, Index, embed, make_search
 from .parts import Parts, writing
 from .scorer import Backend, Precision, Scoring
@@ -28,7 +29,7 @@ Ranking: TypeAlias = list[list[tuple[int, float]]]
 
 
 def rerank(
-    model: str,
+    model: str | Path,
     queries: Any,
     corpus: Any,
     output: str | None = None,
@@ -80,6 +81,7 @@ def rerank(
     scoring = Scoring(model, precision, backend, both_orders, devices)
     if candidates is not None and retriever is not None:
         raise UsageError("give candidates, or a retriever that finds them, and not both")
+    require_choice("index", index, Index)
     if top_k < 1 or retrieve_k < 1:
         raise UsageError("top_k and retrieve_k must be at least 1")
     if qrels is not None:
@@ -90,7 +92,12 @@ def rerank(
         query_ids, query_texts, _ = read_texts(table, None)
     with open_table(corpus, ["text"]) as table:
         corpus_ids, corpus_texts, _ = read_texts(table, None, titled=True)
+    spaced = [item for item in [*query_ids, *corpus_ids] if len(str(item).split()) != 1]
+    if spaced and output is not None and Path(output).suffix.lower() != ".jsonl":
+        raise UsageError(f"a TREC run cannot hold the id {spaced[0]!r}; write .jsonl")
     relevant = None if qrels is None else read_qrels(qrels)
+    if relevant is not None and not relevant.keys() & set(map(str, query_ids)):
+        raise DataError("the qrels tell of none of the queries; look at the ids of both")
     if candidates is not None:
         before = _read_candidates(candidates, query_ids, corpus_ids)
     elif retriever is not None:
@@ -170,7 +177,7 @@ _NUMBER = ("score", "relevance", "rel", "label")
 
 def _triples(source: Any, fields: int, places: tuple[int, int, int]) -> Iterator[tuple[str, str, str, float]]:
     """Query, text and number of each row, and what to call the row: of a TREC file with so many fields, or a table."""
-    trec = isinstance(source, str) and Path(source).suffix.lower() in (*RUN_SUFFIXES, ".qrels")
+    trec = isinstance(source, str | Path) and Path(source).suffix.lower() in (*RUN_SUFFIXES, ".qrels")
     if trec and not Path(source).is_file():
         raise DataError(f"{source}: no such file")
     with ExitStack() as stack:
@@ -181,8 +188,10 @@ def _triples(source: Any, fields: int, places: tuple[int, int, int]) -> Iterator
         else:
             table: Table = stack.enter_context(open_table(source, ["query_id", "corpus_id", "score"]))
             rows, where = iter(table), table.where
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(_utf8(rows, where), start=1):
             place = f"{where}, row {number}"
+            if row == []:  # a blank line
+                continue
             if isinstance(row, str):
                 raise DataError(f"{place}: {row}")
             if isinstance(row, Mapping):
@@ -195,9 +204,19 @@ def _triples(source: Any, fields: int, places: tuple[int, int, int]) -> Iterator
             else:
                 values = [row[i] for i in places]
             try:
-                yield place, str(values[0]), str(values[1]), float(values[2])
+                value = float(values[2])
             except (TypeError, ValueError):
-                raise DataError(f"{place}: {values[2]!r} is no number") from None
+                value = math.nan
+            if not math.isfinite(value):
+                raise DataError(f"{place}: {values[2]!r} is no number")
+            yield place, str(values[0]), str(values[1]), value
+
+
+def _utf8(rows: Iterator[Any], where: str) -> Iterator[Any]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8") from error
 
 
 def evaluate(
@@ -228,8 +247,6 @@ def _write(output: str, rows: list[list[Row]]) -> None:
             for own in rows:
                 take(own)
         return
-    if spaced := [item for own in rows for row in own for item in row.values() if len(str(item).split()) != 1]:
-        raise UsageError(f"a TREC run cannot hold the id {spaced[0]!r}; write .jsonl")
     lines = [
         f"{row['query_id']} Q0 {row['corpus_id']} {rank} {row['score']:.8f} crossenc\n"
         for own in rows

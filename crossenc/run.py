@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from itertools import count
 from pathlib import Path
@@ -24,9 +25,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from .callbacks import Cost, Pictures, PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
 from .checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_newest, read_checkpoint
 from .data import PairDataModule
-from .errors import CheckpointError, LostProcessError, one_line
+from .errors import CheckpointError, LostProcessError, UsageError, one_line
 from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
+from .loading import has_head
 from .module import CrossEncoderModule
 
 log = logging.getLogger(__name__)
@@ -107,7 +109,10 @@ class RunCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder (default: run).")
         parser.add_argument("--output", type=str, default="checkpoints", help="Folder that holds the runs.")
         parser.add_argument(
-            "--examples", type=list[list[str]], default=[], help="Pairs of texts to score with the export after fit."
+            "--examples",
+            type=list[tuple[str, str]],
+            default=[],
+            help="Pairs of texts to score with the export after fit.",
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         # For all commands, since they take the config.yaml that fit wrote.
@@ -153,6 +158,8 @@ class RunCLI(LightningCLI):
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
             native = "multiplies" if config.trainer.precision == "bf16-mixed" else "does not multiply"
             log.info("precision %s: this hardware %s bf16 itself", config.trainer.precision, native)
+        if config.trainer.overfit_batches:
+            raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             config.trainer.devices, config.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
@@ -185,7 +192,10 @@ class RunCLI(LightningCLI):
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] * (given.plugins is not None)
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise UsageError(f"trainer: {one_line(error)}") from error
 
     def _callbacks(self, given: Any) -> list[Any]:
         callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd(), Pictures()] if self.command == "fit" else []
@@ -204,6 +214,12 @@ class RunCLI(LightningCLI):
             callbacks.append(PredictionFile(self.folder / "predictions.csv"))
         return callbacks
 
+    def before_validate(self) -> None:
+        if self.checkpoint is None and not has_head(self.model.model.config.architectures):
+            log.info("there is no --ckpt_path: the head is new, and its scores mean nothing")
+
+    before_test = before_predict = before_validate
+
     def before_fit(self) -> None:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
@@ -217,6 +233,10 @@ class RunCLI(LightningCLI):
             discard_if_empty(self.folder)
             return
         if self.trainer.interrupted:
+            return
+        if not self.trainer.checkpoint_callbacks or not self.trainer.global_step:
+            log.info("no step was taken, or no checkpoint is to be written: there is none to test and to export")
+            discard_if_empty(self.folder)
             return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if not best:  # without validation no checkpoint was chosen
@@ -316,14 +336,14 @@ def _is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
-def _print_examples(folder: Path, examples: list[list[str]]) -> None:
+def _print_examples(folder: Path, examples: list[tuple[str, str]]) -> None:
     if examples:
         print("scores that it gives:")
-        for (a, b), score in zip(examples, score_pairs(folder, [(a, b) for a, b in examples]), strict=True):
+        for (a, b), score in zip(examples, score_pairs(folder, examples), strict=True):
             print(f"  {score:.3f}  {a} | {b}")
 
 
 def discard_if_empty(folder: Path) -> None:
-    """Remove a run's folder in which nothing was written, so that bad input leaves no trace."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove a run's folder in which nothing was written but a log's beginning, so that bad input leaves no trace."""
+    if folder.is_dir() and all("tfevents" in path.name for path in folder.iterdir()):
+        shutil.rmtree(folder)

@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .backbone import load_tokenizer, resolve_max_length
-from .errors import CrossencError, UsageError
+from .errors import CrossencError, UsageError, require_choice
 from .loading import find, fingerprint, load
 from .onnx_model import OnnxModel
 
@@ -38,13 +39,15 @@ _TOKENS = {"cpu": 4_096, "cuda": 65_536}
 class Scoring:
     """What decides a pair's score: the model and how it is computed; and on how many devices."""
 
-    model: str
+    model: str | Path
     precision: Precision = "32-true"
     backend: Backend = "torch"
     both_orders: bool = False
     devices: int = 1
 
     def __post_init__(self) -> None:
+        require_choice("precision", self.precision, Precision)
+        require_choice("backend", self.backend, Backend)
         if self.devices < 1:
             raise UsageError(f"devices {self.devices} is not at least 1")
         if self.backend != "torch" and self.precision != "32-true":
@@ -85,6 +88,10 @@ class Scorer:
         loaded = load(scoring.model)
         self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, loaded.max_length
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda" and rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"devices {scoring.devices} are more than the {torch.cuda.device_count()} GPUs that there are"
+            )
         if self.device.type == "cpu" and scoring.devices > 1:
             torch.set_num_threads(threads)
         self.model.to(self.device, torch.bfloat16 if scoring.precision == "bf16-true" else torch.float32)
@@ -134,8 +141,11 @@ class Scorer:
         mixed = self.scoring.precision == "bf16-mixed"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             for batch in batches:
-                batch = _on(batch, self.device)
-                found[batch["row"]] = pair_logits(self.model, batch)
+                there: Any = {
+                    name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                    for name, value in batch.items()
+                }
+                found[there["row"]] = pair_logits(self.model, there)
         logits: Logits = found.cpu().numpy()
         return logits
 
@@ -144,15 +154,6 @@ class Scorer:
         for rows, inputs in batches:
             found[rows] = self.model(inputs)
         return found
-
-
-def _on(item: Any, device: Any) -> Any:
-    """A batch on a device, whatever its tensors stand in."""
-    if isinstance(item, dict):
-        return {name: _on(value, device) for name, value in item.items()}
-    if isinstance(item, list | tuple):
-        return type(item)(_on(value, device) for value in item)
-    return item.to(device, non_blocking=True) if hasattr(item, "to") else item
 
 
 def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
@@ -195,8 +196,10 @@ def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[t
             yield _next_result(results, workers)
             underway -= 1
     finally:
+        tasks.cancel_join_thread()  # after an error nobody takes what is left, and the end would wait for that
         for worker in workers:
-            worker.kill()
+            if worker.pid:
+                worker.kill()
 
 
 def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:

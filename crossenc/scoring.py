@@ -14,14 +14,14 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, UsageError, one_line, require_choice
 from .pairs import SUFFIXES, match_columns, what_is_wrong
 from .parts import Parts
 from .progress import progress
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIDES = ("text_a", "text_b")
+OnError: TypeAlias = Literal["stop", "skip"]
 
 
 def score(
-    model: str,
+    model: str | Path,
     pairs: Any,
     output: str | None = None,
     *,
@@ -49,7 +50,7 @@ def score(
     precision: Precision = "32-true",
     backend: Backend = "torch",
     devices: int = 1,
-    on_error: Literal["stop", "skip"] = "stop",
+    on_error: OnError = "stop",
     overwrite: bool = False,
 ) -> Path | pandas.DataFrame | Logits:
     """Score pairs, from 0 (they ask different things) to 1 (the same).
@@ -80,14 +81,18 @@ def score(
         BackboneError, CheckpointError, HubError: The model cannot be loaded.
         DataError: The input cannot be read, or a row is broken.
         OutputError: The output is there already, or cannot be written.
+        UsageError: Options do not go together.
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
+    require_choice("on_error", on_error, OnError)
+    new = ["logit"] * logit + [column]
+    if not all(new) or len(set(new)) < len(new):
+        raise UsageError(f"column {column!r} cannot be the score's; give it a name of its own with --column")
     with ExitStack() as stack:
         table = stack.enter_context(open_table(pairs, SIDES))
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
-        new = ([("logit")] if logit else []) + [column]
-        checked = _check(table, columns or {}, new, on_error, _schema_needed(output))
+        checked = _check(table, columns or {}, new, on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else _parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
         parts = Parts(folder, facts | scoring.facts(), overwrite)
@@ -147,7 +152,10 @@ class _Checked:
 
 def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str, infer: bool) -> _Checked:
     """Read every row once; raises `DataError` if one is broken and `on_error` is `stop`, or if there is none."""
-    found = _Checked(schema=table.schema() if infer else None)
+    found = _Checked()
+    if infer:
+        with _for_parquet(table.where):
+            found.schema = table.schema()
     broken: list[tuple[int, str]] = []
     infer = infer and found.schema is None
     for chunk in chunked(table):
@@ -164,6 +172,9 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
                 broken.append((found.rows, wrong))
         if infer:
             found.schema = _widen(found.schema, whole, table.where)
+    if found.schema is not None:
+        with _for_parquet(table.where):
+            _try_schema(found.schema)
     if broken and on_error == "stop":
         row, wrong = broken[0]
         others = f" (and {found.rows - found.good - 1:,} more rows)" if found.rows - found.good > 1 else ""
@@ -178,13 +189,26 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
 def _widen(schema: pyarrow.Schema | None, rows: list[Row], where: str) -> pyarrow.Schema:
     import pyarrow
 
-    try:
+    with _for_parquet(where):
         more = pyarrow.Table.from_pylist([dict(row) for row in rows]).schema
         return more if schema is None else pyarrow.unify_schemas([schema, more], promote_options="permissive")
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{where} has columns of mixed types, which parquet cannot hold: {error}; write jsonl"
-        ) from error
+
+
+def _try_schema(schema: pyarrow.Schema) -> None:
+    """Write no rows: what parquet cannot hold shows before the work, and not after it."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(schema.empty_table(), pyarrow.BufferOutputStream())
+
+
+@contextmanager
+def _for_parquet(where: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise DataError(f"{where} has values that parquet cannot hold: {one_line(error)}; write jsonl") from error
 
 
 def _good_rows(table: Table, names: dict[str, str], broken: Any = None) -> Iterator[tuple[int, Row]]:
@@ -195,10 +219,6 @@ def _good_rows(table: Table, names: dict[str, str], broken: Any = None) -> Itera
             yield number, row  # type: ignore[misc]
         elif broken:
             broken(number, wrong)
-
-
-def _schema_needed(output: str | None) -> bool:
-    return output is not None and Path(output).suffix.lower() == ".parquet"
 
 
 def _parts_folder(output: str) -> Path:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import DataError, OutputError, UsageError
+from .errors import DataError, OutputError, UsageError, one_line
 from .pairs import SUFFIXES, is_local, rows_of_file
 from .parts import writing
 
@@ -50,7 +50,8 @@ class Table:
             yield from self.source
         else:
             for start in range(0, len(self.source), CHUNK):
-                yield from self.source.iloc[start : start + CHUNK].to_dict("records")
+                chunk = self.source.iloc[start : start + CHUNK]
+                yield from chunk.astype(object).where(chunk.notna(), None).to_dict("records")  # NaN is no JSON
 
     def digest(self) -> str:
         """A hash of all that the table holds."""
@@ -62,14 +63,17 @@ class Table:
         return digest.hexdigest()
 
     def schema(self) -> pyarrow.Schema | None:
-        """The types of the columns where the source has them; text in csv and tsv; else None."""
+        """The types of the columns where the source has them: a parquet file, a DataFrame; else None."""
         import pyarrow
         import pyarrow.parquet
 
         if not isinstance(self.source, Path):
             return None if isinstance(self.source, Sequence) else pyarrow.Schema.from_pandas(self.source, False)
         if self.source.suffix.lower() == ".parquet":
-            return pyarrow.parquet.read_schema(self.source).remove_metadata()
+            try:
+                return pyarrow.parquet.read_schema(self.source).remove_metadata()
+            except pyarrow.ArrowInvalid as error:
+                raise DataError(f"{self.where} cannot be read as parquet: {one_line(error)}") from error
         return None
 
 
@@ -200,14 +204,14 @@ ID_NAMES = ("id", "_id", "qid", "query_id", "query-id", "doc_id", "docid", "pid"
 
 
 def read_texts(
-    table: Table, column: str | None, on_error: str = "stop", titled: bool = False
+    table: Table, column: str | None, on_error: str | None = None, titled: bool = False
 ) -> tuple[list[Any], list[str], list[Row]]:
     """Ids (or row numbers from 0), texts, and the broken rows that were skipped.
 
     Args:
         table: what to read.
         column: the column of the texts; None takes one of the usual names.
-        on_error: `stop` or `skip`.
+        on_error: `stop` or `skip`; None stops, and its messages name no options, which the caller doesn't have.
         titled: put a `title`, where a row has one, before its text.
 
     Raises:
@@ -216,31 +220,34 @@ def read_texts(
     ids: list[Any] = []
     texts: list[str] = []
     skipped: list[Row] = []
-    name, key = column, None
+    advice = ("; name it with --column", "; --on_error skip leaves out such rows") if on_error else ("", "")
+    name: str | None = None
+    key: str | None = None
     for number, row in enumerate(table):
         wrong = row if isinstance(row, str) else None
         if isinstance(row, Mapping):
-            if not texts and not skipped:
+            if name is None:
                 name = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None)
                 key = next((name for name in ID_NAMES if name in row), None)
                 if name is None:
                     asked = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
-                    raise DataError(f"{table.where} has no column {asked}; it has {list(row)}; name it with --column")
-            text, known = row.get(name or ""), row.get(key) if key else number
-            if not isinstance(text, str) or known is None:
+                    raise DataError(f"{table.where} has no column {asked}; it has {list(row)}{advice[0]}")
+            text, known = row.get(name), row.get(key) if key else number
+            if not isinstance(text, str) or known is None or isinstance(known, dict | list):
                 wrong = f"{name if not isinstance(text, str) else key} is null or no text"
             else:
                 ids.append(known)
                 texts.append(f"{row['title']} {text}" if titled and row.get("title") else text)
         if wrong:
-            if on_error == "stop":
-                raise DataError(f"{table.where}, row {number + 1}: {wrong}; --on_error skip leaves out such rows")
+            if on_error != "skip":
+                raise DataError(f"{table.where}, row {number + 1}: {wrong}{advice[1]}")
             skipped.append({"row": number + 1, "error": wrong})
     if not texts:
         raise DataError(f"{table.where} has no texts")
-    if len(set(ids)) < len(ids):
-        seen: set[Any] = set()
-        twice = next(item for item in ids if item in seen or seen.add(item))  # type: ignore[func-returns-value]
+    names = [str(item) for item in ids]  # which is all that most files can hold
+    if len(set(names)) < len(names):
+        seen: set[str] = set()
+        twice = next(item for item in names if item in seen or seen.add(item))  # type: ignore[func-returns-value]
         raise DataError(f"{table.where} has the {key} {twice!r} more than once")
     return ids, texts, skipped
 
