@@ -25,6 +25,7 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     low, high = (figures[f"val/f1_{end}"] for end in ("low", "high"))
     assert f"| F1 | {figures['val/f1']:.4f} ({low:.4f} to {high:.4f}) |" in card.text
     assert "| learning_rate | 5e-05 |" in card.text
+    assert "| weight_decay | 0.0 |" in card.text
     assert "| duration | " in card.text
     assert "| hardware | " in card.text
     assert f"Of 6 test pairs, {100 * figures['test/duplicates']:.1f} % of them duplicates" in card.text

@@ -48,6 +48,11 @@ def test_the_module_ends_bad_input_in_one_line_without_traceback(tmp_path: Path)
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("fit", "validate", "test", "predict")])
+def test_arguments_that_are_missing_are_named(capsys, command: str):
+    assert "required" in fail(capsys, command)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

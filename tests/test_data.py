@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
@@ -37,6 +38,11 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
     sample = rows_of(PairDataModule("sample", **make))
     assert sample["train"] > 4000
     assert min(sample["val"], sample["test"]) > 900
+    # Evaluated by itself or after training, a split is measured against the same training pairs.
+    fresh = PairDataModule(str(pairs_file), val_source=str(pairs_file), limit=50, **make)
+    fresh.tables["val"] = one.tables["val"]
+    rows = np.arange(0, 50, 7)
+    assert fresh.unseen("val", rows).tolist() == one.unseen("val", rows).tolist() == [False] * 8
     with pytest.raises(DataError, match="leaves no test pairs"):
         one.test_dataloader()
     with pytest.raises(UsageError, match=r"data\.batch_size"):

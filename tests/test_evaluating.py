@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from crossenc import evaluate
 from crossenc.cli import main
+from crossenc.errors import OutputError
 
 from .conftest import BACKBONE
 
@@ -72,6 +74,13 @@ def test_what_cannot_be_evaluated_is_one_line(pairs_file: Path, tmp_path: Path, 
     assert main(["evaluate", model, "--data.test_source", str(pairs_file), "--output", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_models_own_card_is_not_replaced(trained: Path, pairs_file: Path):
+    card = (trained / "model" / "README.md").read_text()
+    with pytest.raises(OutputError, match="holds a model"):
+        evaluate(trained / "model", {"val_source": str(pairs_file)}, str(trained / "model"))
+    assert (trained / "model" / "README.md").read_text() == card
 
 
 def test_unseen_questions_are_those_of_no_training_pair(write):

@@ -200,6 +200,8 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(DataError, "has no column 'text' or .* name it with --column", str(write("s.csv", "x,y\n1,a\n")))
     refused(DataError, "has no texts", [])
     refused(UsageError, "top_k must be", top_k=0)
+    refused(UsageError, "threshold from 0 to 1", threshold=5)
+    refused(UsageError, "linkage 'best' is not one of", linkage="best")
     with pytest.raises(UsageError, match="name the one"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)
     found = mine(
@@ -212,3 +214,13 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     )
     assert read(found.pairs) == []
     assert json.loads((tmp_path / "out.csv.skipped.jsonl").read_text())["row"] == 2
+
+
+def test_ids_of_any_kind_and_a_broken_first_row(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    lines = ['{"id": 0, "text": null}', '{"id": 1, "text": "What is it?"}', '{"id": "x", "text": "what is it?"}']
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    options = {"retriever": BACKBONE, "index": "ivf", "on_error": "skip"}
+    found = mine(tiny, tmp_path / "q.jsonl", str(tmp_path / "out.parquet"), **options)
+    assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["1", "x"]]
+    assert json.loads((tmp_path / "out.parquet.skipped.jsonl").read_text())["row"] == 1
+    assert "WARNING" not in capfd.readouterr().err  # faiss's, of few questions

@@ -12,6 +12,16 @@ from crossenc.parts import Parts
 from .conftest import BACKBONE
 
 
+def test_a_bi_encoders_further_layers_are_read_from_the_hub_too():
+    from huggingface_hub.utils import filter_repo_objects
+
+    from crossenc.loading import _MODEL_FILES
+
+    kept = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "2_Dense/model.safetensors"]
+    other = ["pytorch_model.bin", "onnx/model.onnx", "adapter.safetensors"]
+    assert list(filter_repo_objects([*kept, *other], allow_patterns=list(_MODEL_FILES))) == kept
+
+
 def unit_vectors(count: int, dimensions: int = 16) -> np.ndarray:
     """Clusters of like vectors, as edited questions make them."""
     draw = np.random.default_rng(0)

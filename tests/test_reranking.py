@@ -67,6 +67,8 @@ def test_the_command_retrieves_reranks_and_reports(trained: Path, files: dict[st
     assert len(lines) == 12 * len(QUERIES)
     assert [line[3] for line in lines[:12]] == [str(rank) for rank in range(1, 13)]
     # The run is itself a file of candidates: the same pairs, the same order.
+    with Path(files["run"]).open("a") as run:
+        run.write("\n")  # as editors leave it
     again = ["--candidates", files["run"], "--top-k", "12", "--qrels", files["trec"], "--output", files["again"]]
     assert main([*arguments, *again]) == 0
     rows = [json.loads(line) for line in Path(files["again"]).read_text().splitlines()]
@@ -110,6 +112,14 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "'high' is no number", candidates=str(write("d.run", "q0 Q0 d0 1 high x\n")))
     refused(DataError, "needs the columns query_id", candidates=str(write("e.jsonl", '{"q": 1}\n')))
     refused(DataError, "no such file", candidates="gone.run")
+    refused(DataError, "'nan' is no number", candidates=str(write("f.run", "q0 Q0 d0 1 nan x\n")))
+    (tmp_path / "g.run").write_bytes(b"q0 Q0 d\xe9 1 1 x\n")
+    refused(DataError, "is not UTF-8", candidates=tmp_path / "g.run")
+    refused(DataError, "tell of none of the queries", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
+    refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
+    refused(DataError, r"row 1: id is null or no text$", corpus=[{"id": [1], "text": "a"}])
+    refused(DataError, r"row 1: text is null or no text$", queries=[{"id": 1, "text": None}])
+    refused(UsageError, "index 'fast' is not one of", index="fast")
     refused(UsageError, "not both", candidates=str(tmp_path / "a.run"), retriever=BACKBONE)
     refused(UsageError, "top_k and retrieve_k", top_k=0)
     refused(UsageError, "cannot hold the id 'q 1'", queries=[{"id": "q 1", "text": "a"}])

@@ -17,6 +17,8 @@ from crossenc.cli import main
 from crossenc.exporting import score_pairs
 from crossenc.run import native_precision
 
+from .conftest import BACKBONE
+
 
 def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     names = {path.name for path in trained.iterdir()}
@@ -115,3 +117,69 @@ def test_precision_is_what_the_hardware_does():
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     assert native_precision("cpu") == ("bf16-mixed" if native else "32-true")
     assert native_precision("mps") == "32-true"
+
+
+def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]:
+    named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": backbone, "output": output}
+    named |= {"trainer.precision": "32-true", "trainer.accelerator": "cpu"}
+    return ["fit", *(f"--{name}={value}" for name, value in named.items()), *more]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=2", "--data.eval_tokens=100"],
+        ["--trainer.val_check_interval=00:00:00:01"],
+        ["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0", "--trainer.max_epochs=3"],
+        ["--data.val_size=1", "--data.test_size=1"],
+    ],
+)
+def test_evaluations_may_be_short_rare_and_timed(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, limits: list[str]
+):
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *limits)) == 0
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 1 <= figures["val/rows"] <= 6
+    assert 1 <= figures["test/rows"] <= 6
+    assert (figures["test/rows"] < 6) == ("limit" in limits[0] or "size" in limits[0])
+    assert (tmp_path / "run" / "model" / "modules.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "left"), [(["--trainer.enable_checkpointing=false"], True), (["--trainer.max_steps=0"], False)]
+)
+def test_without_a_checkpoint_nothing_is_tested_and_exported(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, caplog, options: list[str], left: bool
+):
+    with caplog.at_level("INFO", logger="crossenc"):
+        assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
+    assert "there is none to test and to export" in caplog.text
+    assert (tmp_path / "run" / "metrics.csv").is_file() == left
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--examples=[[one]]"], "examples"),
+        (["--trainer.overfit_batches=2"], "set --data.limit instead"),
+        (["--trainer.accelerator=abacus"], "trainer: "),
+        (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
+        (["--model.schedule=cosine_with_min_lr"], "model.schedule: cosine_with_min_lr asks for more"),
+        (["--model.weight_decay=-1"], "model.warmup and weight_decay must be"),
+        (["--data.val_size=-0.5"], "leave none for training"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys, options: list[str], said: str
+):
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_a_new_head_are_told(pairs_file: Path, tmp_path: Path, caplog):
+    where = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--output", str(tmp_path)]
+    with caplog.at_level("INFO", logger="crossenc"):
+        assert main(["predict", *where]) == 0
+    assert "the head is new" in caplog.text

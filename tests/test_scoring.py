@@ -225,6 +225,7 @@ def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
         ("p.csv", "question1,question2,score\na,b,1\n", "has a column score already; name the new one with --column"),
         ("p.jsonl", '{"text1": "a", "text2": "\\ud800"}\n', "row 1: not UTF-8"),
         ("p.jsonl", '{"text1": "a", "text2": 3}\n', "row 1: text2 is not text but int"),
+        ("p.jsonl", f'{{"text1": "a", "text2": {"1" * 5_000}}}\n', "row 1: not a JSON object"),
         ("p.parquet", "no parquet", "cannot be read as parquet"),
         ("p.txt", "", "cannot tell its format"),
     ],
@@ -244,6 +245,14 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
         score(str(tiny), path, path)
     with pytest.raises(OutputError, match="cannot be written"):
         score(str(tiny), path, f"{path}/out.csv")
+    with pytest.raises(DataError, match=r"columns: .'texta'. is not one of"):
+        score(str(tiny), path, columns={"texta": "question1"})
+    for column in ("logit", ""):
+        with pytest.raises(UsageError, match="cannot be the score's"):
+            score(str(tiny), path, column=column, logit=True)
+    for name in ("precision", "backend", "on_error"):
+        with pytest.raises(UsageError, match=f"{name} 'best' is not one of"):
+            score(str(tiny), path, **{name: "best"})
     with pytest.raises(UsageError, match="devices 0"):
         score(str(tiny), path, devices=0)
     with pytest.raises(UsageError, match="precision"):
@@ -254,3 +263,39 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
     assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--both-orders", "--on-error", "skip"]) == 0
     assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--overwrite", "--logit"]) == 0
     assert (tmp_path / "out.csv").read_text().startswith("question1,question2,logit,score\n")
+
+
+def test_an_error_in_a_scoring_process_ends_all_and_leaves_nothing(trained, tmp_path):
+    """More rows than the queue of the processes takes: what is left in it must not be waited for."""
+    path = write_frame(pd.DataFrame({"text1": ["a" * 200] * 60_000, "text2": "b"}), tmp_path / "long.csv")
+    command = [sys.executable, "-m", "crossenc", "score", str(trained / "model"), str(path), str(tmp_path / "out.csv")]
+    call = [*command, "--devices=2", "--backend=onnx"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "there is no" in done.stderr.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == ["long.csv"]
+
+
+def test_a_path_names_a_model_and_missing_values_are_null(tiny, tmp_path):
+    frame = pd.DataFrame({"text1": ["a", "b"], "text2": ["c", "d"], "n": [1.5, None], "at": [pd.Timestamp(0), pd.NaT]})
+    score(tiny, frame, tmp_path / "out.jsonl")
+    assert [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1.5, None]
+    assert "NaN" not in (tmp_path / "out.jsonl").read_text()
+    score(tiny, frame, tmp_path / "out.parquet")
+    assert read_frame(tmp_path / "out.parquet")["at"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.csv", b"text1,text2,caf\xe9\na,b,c\n", "header: not UTF-8"),
+        ("p.jsonl", b'{"text1": "a", "text2": "b", "n": 1180591620717411303424}\n', "values that parquet cannot hold"),
+        ("p.jsonl", b'{"text1": "a", "text2": "b", "n": {}}\n', "values that parquet cannot hold"),
+        ("p.parquet", b"no parquet", "cannot be read as parquet"),
+    ],
+)
+def test_what_parquet_cannot_hold_is_known_before_the_work(tiny, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        score(tiny, tmp_path / name, tmp_path / "out.parquet")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
