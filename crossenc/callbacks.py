@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from .checkpoints import gather
 from .figures import draw
+from .parts import replacing
 
 log = logging.getLogger(__name__)
 
@@ -192,9 +193,7 @@ class PredictionFile(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows = [row for share in gather(trainer, self.rows) for row in share]
         if trainer.is_global_zero:
-            unfinished = self.path.with_name(f".{self.path.name}")
-            with unfinished.open("w", newline="", encoding="utf-8") as file:
+            with replacing(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(("row", "logit", "score"))
                 writer.writerows(sorted(rows))
-            unfinished.replace(self.path)

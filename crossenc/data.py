@@ -4,7 +4,7 @@
 2 split   by position or question -> train, val, test; `limit` keeps the first rows of each
 3 encode  encode.encode           token ids (Arrow, cached), in `prepare_data`: once a machine, before other ranks read
 4 order   sampler                 which pairs make a step, and which device takes them
-5 load    DataLoader              batches, padded to their longest pair
+5 load    DataLoader              batches, packed without padding
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PairDataModule(LightningDataModule):
         window: So many steps' pairs are sorted by length together before they are cut into steps: faster, but steps are
             less alike, which can cost quality. 1 shuffles plainly; `benchmarks/README.md` has the figures.
         eval_tokens: Tokens in a batch of evaluation, padding included. Null: 4,096 on a CPU, 65,536 elsewhere.
-        num_workers: Processes that pad batches; 0 does it in the main process, which is enough for cached tokens.
+        num_workers: Processes that make batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
         transitive: Add the training pairs that follow from others: if a and b are duplicates, a is to c as b is to c.
         limit: Keep only the first rows of each split, for a quick try.

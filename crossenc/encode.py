@@ -1,4 +1,4 @@
-"""Texts to token ids, kept in Arrow files by `datasets`; and batches of them, padded."""
+"""Texts to token ids, kept in Arrow files by `datasets`; and batches of them, packed."""
 
 from __future__ import annotations
 

@@ -328,17 +328,11 @@ def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, 
     Pairs that share a question, directly or through others, form a component; whole components are dealt, in an order
     that is random but always the same, to dev and test as long as they fit. The largest ones stay in training.
     """
-    import numpy as np
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    numbers: dict[str, int] = {}
-    ends = [[numbers.setdefault(_normalized(text), len(numbers)) for text in side] for side in (texts_a, texts_b)]
-    graph = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(len(numbers), len(numbers)))
-    component = connected_components(graph, directed=False)[1][ends[0]]
+    ends = [(_normalized(a), _normalized(b)) for a, b in zip(texts_a, texts_b, strict=True)]
+    component = _components(dict.fromkeys(text for pair in ends for text in pair), ends)
     members: dict[int, list[int]] = {}
-    for row, number in enumerate(component.tolist()):
-        members.setdefault(number, []).append(row)
+    for row, (text, _) in enumerate(ends):
+        members.setdefault(component[text], []).append(row)
     order = list(members)
     random.Random(0).shuffle(order)
     split: dict[str, list[int]] = {"val": [], "test": [], "train": []}
@@ -348,6 +342,18 @@ def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, 
         target = next((name for name in room if len(rows) <= room[name] - len(split[name])), "train")
         split[target] += rows
     return {name: sorted(rows) for name, rows in split.items()}
+
+
+def _components(nodes: Iterable[str], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The number of each node's component."""
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    numbers = {node: number for number, node in enumerate(nodes)}
+    ends = [[numbers[edge[side]] for edge in edges] for side in (0, 1)]
+    graph = coo_array((np.ones(len(edges), dtype=bool), ends), shape=(len(numbers), len(numbers)))
+    return dict(zip(numbers, connected_components(graph, directed=False)[1].tolist(), strict=True))
 
 
 def unseen(pairs: Dataset, others: Dataset) -> NDArray[np.bool_]:
@@ -368,28 +374,22 @@ def add_transitive(pairs: Dataset) -> Dataset:
     """
     import datasets
 
-    texts: dict[str, str] = {}
-    parent: dict[str, str] = {}
-
-    def group(key: str) -> str:
-        while parent[key] != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
     columns = pairs[:]
+    texts: dict[str, str] = {}
     known: dict[tuple[str, str], bool] = {}
+    same: list[tuple[str, str]] = []
     for a, b, label in zip(columns["text_a"], columns["text_b"], columns["label"], strict=True):
         one, two = (_normalized(text) for text in (a, b))
         for key, text in ((one, a), (two, b)):
             texts.setdefault(key, text)
-            parent.setdefault(key, key)
         known[min(one, two), max(one, two)] = label >= 0.5
         if label >= 0.5:
-            parent[group(one)] = group(two)
-    members: dict[str, list[str]] = {}
+            same.append((one, two))
+    group = _components(texts, same)
+    members: dict[int, list[str]] = {}
     for key in texts:
-        members.setdefault(group(key), []).append(key)
-    apart = {(group(a), group(b)) for (a, b), same in known.items() if not same}
+        members.setdefault(group[key], []).append(key)
+    apart = {(group[a], group[b]) for (a, b), duplicate in known.items() if not duplicate}
     torn = {one for one, two in apart if one == two}
     apart = {(one, two) for one, two in apart if not {one, two} & torn}
     follow = [(pair, 1.0) for one in members.keys() - torn for pair in combinations(members[one], 2)]

@@ -84,6 +84,17 @@ def _write(file: Path, content: bytes | memoryview) -> None:
 
 
 @contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """The name to write a file under, which takes the file's place when it is whole and is gone if something fails."""
+    unfinished = file.with_name(f".{file.name}-unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
 def writing(what: object) -> Iterator[None]:
     """Turn a full disk, a read-only one and the like into one line: what could not be written, and what is kept."""
     try:

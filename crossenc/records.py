@@ -13,6 +13,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from .parts import replacing
+
 FIGURES_FILE = "metrics.json"
 
 
@@ -25,9 +27,8 @@ def write_figures(folder: Path, checkpoint: str | None, figures: dict[str, float
     content: dict[str, Any] = {"checkpoint": checkpoint}
     for name, value in sorted((known | figures).items()):
         content[name] = None if math.isnan(value) else int(value) if name.endswith("/rows") else value
-    unfinished = folder / f".{FIGURES_FILE}"
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(folder / FIGURES_FILE)
+    with replacing(folder / FIGURES_FILE) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_figures(checkpoint: Path) -> dict[str, float]:
@@ -55,9 +56,8 @@ def write_scores(folder: Path, checkpoint: str | None, evaluated: Mapping[str, M
     if not tables:  # a fit without dev and test pairs
         return
     table = pa.concat_tables(tables, promote_options="default")
-    unfinished = folder / f".{SCORES_FILE}"
-    pq.write_table(table.replace_schema_metadata({"checkpoint": checkpoint or ""}), unfinished)
-    unfinished.replace(folder / SCORES_FILE)
+    with replacing(folder / SCORES_FILE) as unfinished:
+        pq.write_table(table.replace_schema_metadata({"checkpoint": checkpoint or ""}), unfinished)
 
 
 def read_scores(checkpoint: Path) -> dict[str, dict[str, NDArray[Any]]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import DataError, UsageError, require, require_choice
 from .neighbors import BLOCK, Index, embed, make_search
-from .parts import Parts, writing
+from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
 from .scoring import score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, read_texts, write_table
@@ -255,7 +255,5 @@ def _write(output: str, rows: list[list[Row]]) -> None:
     if output == STANDARD:
         print(*lines, sep="", end="")
         return
-    unfinished = Path(output).with_name(f".{Path(output).name}-unfinished")
-    with writing(output):
+    with writing(output), replacing(Path(output)) as unfinished:
         unfinished.write_text("".join(lines), encoding="utf-8")
-        unfinished.replace(output)

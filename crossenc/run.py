@@ -1,6 +1,7 @@
 """One run of fit, validate, test or predict: LightningCLI with a run's folder around it.
 
-checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt  last.ckpt  metrics.json  model/
+checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt  last.ckpt
+                     metrics.json  scores.parquet  model/
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import DataError, OutputError, UsageError, one_line
 from .pairs import SUFFIXES, is_local, rows_of_file
-from .parts import writing
+from .parts import replacing, writing
 
 if TYPE_CHECKING:
     import pandas
@@ -168,27 +168,22 @@ def write_table(
         sys.stdout.flush()
         return
     path = Path(output)
-    unfinished = path.with_name(f".{path.name}-unfinished")
-    try:
-        with writing(output):
-            if path.suffix.lower() == ".parquet":
-                import pyarrow
-                import pyarrow.parquet
+    with writing(output), replacing(path) as unfinished:
+        if path.suffix.lower() == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
 
-                with pyarrow.parquet.ParquetWriter(unfinished, schema) as file:
-                    yield lambda rows: file.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            with pyarrow.parquet.ParquetWriter(unfinished, schema) as file:
+                yield lambda rows: file.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            return
+        with unfinished.open("w", encoding="utf-8", newline="") as text:
+            if path.suffix.lower() == ".jsonl":
+                yield lambda rows: text.writelines(_json_lines(rows))
             else:
-                with unfinished.open("w", encoding="utf-8", newline="") as text:
-                    if path.suffix.lower() == ".jsonl":
-                        yield lambda rows: text.writelines(_json_lines(rows))
-                    else:
-                        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-                        writer = csv.writer(text, delimiter=separator, lineterminator="\n")
-                        writer.writerow(columns)
-                        yield lambda rows: writer.writerows([_field(row.get(name)) for name in columns] for row in rows)
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+                separator = "\t" if path.suffix.lower() == ".tsv" else ","
+                writer = csv.writer(text, delimiter=separator, lineterminator="\n")
+                writer.writerow(columns)
+                yield lambda rows: writer.writerows([_field(row.get(name)) for name in columns] for row in rows)
 
 
 def _json_lines(rows: Iterable[Row]) -> Iterator[str]:
