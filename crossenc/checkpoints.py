@@ -150,6 +150,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.saved_step = -1  # what was saved in this step knows nothing of the validation
             self.save(trainer)
             self._obey(trainer, self._ask_all_ranks(False)[1])
 
@@ -197,8 +198,13 @@ class LastCheckpoint(Checkpoint):
         if not trainer.enable_validation or (epochs and (trainer.current_epoch + 1) % epochs):
             return False
         number = batch_idx if epochs is not None else trainer.fit_loop.total_batch_idx
+        stops = (
+            trainer.should_stop
+            and trainer.current_epoch >= (trainer.min_epochs or 0)
+            and trainer.global_step >= (trainer.min_steps or 0)
+        )
         # None: validation comes after a time, which only the Trainer looks at.
-        return trainer.should_stop or (every is not None and (number + 1) % every == 0)
+        return stops or (every is not None and (number + 1) % every == 0)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = gather(trainer, _random_states())

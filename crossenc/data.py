@@ -72,7 +72,7 @@ class PairDataModule(LightningDataModule):
         num_workers: Processes that make batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
         transitive: Add the training pairs that follow from others: if a and b are duplicates, a is to c as b is to c.
-        limit: Keep only the first rows of each split, for a quick try.
+        limit: Keep only the first rows of each split, training included, for a quick try.
         on_mismatch: When a checkpoint comes from other data, tokenizer, devices or batches: `refuse` to go on with it,
             or keep weights and optimizer and `continue` with the next epoch.
         symmetric: The model's.
@@ -114,6 +114,7 @@ class PairDataModule(LightningDataModule):
         revision: str | None = None,
     ) -> None:
         super().__init__()
+        backbone = str(backbone)  # a Path from Python
         counts = {"batch_size": batch_size, "window": window, "eval_tokens": eval_tokens, "num_proc": num_proc}
         counts["limit"] = limit
         for name, value in counts.items():
@@ -131,7 +132,7 @@ class PairDataModule(LightningDataModule):
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
-        self.backbone = str(backbone)
+        self.backbone = backbone
         self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
         self.model_type = load_config(backbone, trust_remote_code, revision).model_type
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)

@@ -24,7 +24,7 @@ from .errors import DataError, UsageError, require, require_choice
 from .loading import find, fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of_index
 from .pairs import SUFFIXES, read
-from .parts import Parts
+from .parts import Parts, writing
 from .scorer import Backend, Precision, Scoring, score_chunks
 from .scoring import OnError, decimals, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
@@ -154,6 +154,9 @@ def mine(
         threshold = read_threshold(model)
         if threshold is None:
             raise UsageError(f"{model} has stored no threshold; give --threshold or --dev")
+    if work:
+        with writing(work):
+            Path(work).mkdir(parents=True, exist_ok=True)
     labelled = None if dev is None else read(dev)
     with open_table(questions, ["text"]) as table:
         ids, texts, skipped = read_texts(table, column, on_error)
@@ -184,7 +187,7 @@ def mine(
     groups, representatives = group(pairs, len(texts), linkage, threshold)
     log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
     kind = "int64" if all(isinstance(item, int) and abs(item) < 2**63 for item in ids) else "string"
-    if kind == "string" and output is not None and output.lower().endswith(".parquet"):
+    if kind == "string" and str(output).lower().endswith(".parquet"):
         ids = [str(item) for item in ids]
     rows = (_pair_row(pair, score, ids, texts) for pair, score in zip(pairs, decimals(pairs["score"]), strict=True))
     members = _group_rows(groups, representatives, ids, texts)

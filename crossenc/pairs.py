@@ -181,7 +181,7 @@ def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(10_000):
                     yield from batch.to_pylist()
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
         return
     # utf-8-sig: spreadsheets begin a csv with a byte-order mark, which else becomes a part of the first column's name.

@@ -29,24 +29,45 @@ class Parts:
         overwrite: drop parts of other facts instead.
 
     Raises:
-        OutputError: the folder holds the parts of other work, or cannot be made.
+        OutputError: the folder holds the parts of other work; or, when a part is kept, it cannot be written.
     """
 
     def __init__(self, folder: Path | None, facts: dict[str, Any], overwrite: bool = False) -> None:
-        self.folder, self.facts = folder, facts
+        self.folder, self.facts, self.begun = folder, dict(facts), False
         self.kept: dict[int, NDArray[Any]] = {}
         if folder is None:
             return
-        file = folder / FACTS_FILE
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        if known is not None and known != facts:
-            differing = [name for name in sorted(known.keys() | facts) if known.get(name) != facts.get(name)]
+        known = self._known()
+        self.begun = known == self.facts
+        if known is None:  # a kill while such a folder was removed may leave some
+            for part in folder.glob(f"{'[0-9]' * 8}.npy"):
+                part.unlink()
+        elif not self.begun:
             if not overwrite:
-                raise OutputError(
-                    f"{folder} holds unfinished work with other {', '.join(differing)}; "
-                    "go on with the same, or drop it with --overwrite"
-                )
+                raise self._other_work(known)
             shutil.rmtree(folder)
+
+    def _known(self) -> dict[str, Any] | None:
+        assert self.folder is not None
+        file = self.folder / FACTS_FILE
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def _other_work(self, known: dict[str, Any]) -> OutputError:
+        differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
+        return OutputError(
+            f"{self.folder} holds unfinished work with other {', '.join(differing)}; "
+            "go on with the same, or drop it with --overwrite"
+        )
+
+    def _begin(self) -> None:
+        """Say in the folder what its parts depend on, before the first of them."""
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = self._known()  # of a run that has begun meanwhile
+        if known not in (None, self.facts):
+            raise self._other_work(known or {})
+        _write(self.folder / FACTS_FILE, (json.dumps(self.facts, indent=2) + "\n").encode())
+        self.begun = True
 
     def __contains__(self, number: int) -> bool:
         return number in self.kept if self.folder is None else self._file(number).is_file()
@@ -62,9 +83,8 @@ class Parts:
         content = io.BytesIO()
         np.save(content, array)
         with writing(self.folder):
-            if not (facts := self.folder / FACTS_FILE).is_file():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write(facts, (json.dumps(self.facts, indent=2) + "\n").encode())
+            if not self.begun:
+                self._begin()
             _write(self._file(number), content.getbuffer())
 
     def all(self, count: int) -> Iterator[NDArray[Any]]:

@@ -344,6 +344,7 @@ def _print_examples(folder: Path, examples: list[tuple[str, str]]) -> None:
             print(f"  {score:.3f}  {a} | {b}")
 
 
+@rank_zero_only
 def discard_if_empty(folder: Path) -> None:
     """Remove a run's folder in which nothing was written but a log's beginning, so that bad input leaves no trace."""
     if folder.is_dir() and all("tfevents" in path.name for path in folder.iterdir()):

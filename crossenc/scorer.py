@@ -65,6 +65,10 @@ class Scoring:
 
 def score_chunks(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
     """Logits of numbered chunks of pairs, each of shape (pairs,), in the order in which they are done."""
+    import torch
+
+    if scoring.backend == "torch" and torch.cuda.is_available() and scoring.devices > torch.cuda.device_count():
+        raise UsageError(f"devices {scoring.devices} is more than the GPUs here, {torch.cuda.device_count()}")
     if scoring.devices == 1:
         yield from _overlapped(Scorer(scoring), chunks)
     else:
@@ -88,10 +92,6 @@ class Scorer:
         loaded = load(scoring.model)
         self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, loaded.max_length
         self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda" and rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"devices {scoring.devices} are more than the {torch.cuda.device_count()} GPUs that there are"
-            )
         if self.device.type == "cpu" and scoring.devices > 1:
             torch.set_num_threads(threads)
         self.model.to(self.device, torch.bfloat16 if scoring.precision == "bf16-true" else torch.float32)

@@ -190,7 +190,8 @@ def _widen(schema: pyarrow.Schema | None, rows: list[Row], where: str) -> pyarro
     import pyarrow
 
     with _for_parquet(where):
-        more = pyarrow.Table.from_pylist([dict(row) for row in rows]).schema
+        names = dict.fromkeys(name for row in rows for name in row)
+        more = pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
         return more if schema is None else pyarrow.unify_schemas([schema, more], promote_options="permissive")
 
 

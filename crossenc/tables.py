@@ -50,7 +50,7 @@ class Table:
             yield from self.source
         else:
             for start in range(0, len(self.source), CHUNK):
-                chunk = self.source.iloc[start : start + CHUNK]
+                chunk = self.source.iloc[start : start + CHUNK].rename(columns=str)
                 yield from chunk.astype(object).where(chunk.notna(), None).to_dict("records")  # NaN is no JSON
 
     def digest(self) -> str:
@@ -72,7 +72,7 @@ class Table:
         if self.source.suffix.lower() == ".parquet":
             try:
                 return pyarrow.parquet.read_schema(self.source).remove_metadata()
-            except pyarrow.ArrowInvalid as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{self.where} cannot be read as parquet: {one_line(error)}") from error
         return None
 

@@ -220,7 +220,7 @@ def test_ids_of_any_kind_and_a_broken_first_row(tiny: Path, tmp_path: Path, capf
     lines = ['{"id": 0, "text": null}', '{"id": 1, "text": "What is it?"}', '{"id": "x", "text": "what is it?"}']
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     options = {"retriever": BACKBONE, "index": "ivf", "on_error": "skip"}
-    found = mine(tiny, tmp_path / "q.jsonl", str(tmp_path / "out.parquet"), **options)
+    found = mine(tiny, tmp_path / "q.jsonl", tmp_path / "out.parquet", **options)
     assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["1", "x"]]
     assert json.loads((tmp_path / "out.parquet.skipped.jsonl").read_text())["row"] == 1
     assert "WARNING" not in capfd.readouterr().err  # faiss's, of few questions

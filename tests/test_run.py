@@ -165,7 +165,7 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.overfit_batches=2"], "set --data.limit instead"),
         (["--trainer.accelerator=abacus"], "trainer: "),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
-        (["--model.schedule=cosine_with_min_lr"], "model.schedule: cosine_with_min_lr asks for more"),
+        (["--model.schedule=cosine_with_min_lr"], "there is no schedule 'cosine_with_min_lr'"),
         (["--model.weight_decay=-1"], "model.warmup and weight_decay must be"),
         (["--data.val_size=-0.5"], "leave none for training"),
     ],

@@ -292,6 +292,7 @@ def test_a_path_names_a_model_and_missing_values_are_null(tiny, tmp_path):
         ("p.jsonl", b'{"text1": "a", "text2": "b", "n": 1180591620717411303424}\n', "values that parquet cannot hold"),
         ("p.jsonl", b'{"text1": "a", "text2": "b", "n": {}}\n', "values that parquet cannot hold"),
         ("p.parquet", b"no parquet", "cannot be read as parquet"),
+        ("p.parquet", b"PAR1" + b"x" * 100 + b"\x32\x00\x00\x00PAR1", "cannot be read as parquet"),
     ],
 )
 def test_what_parquet_cannot_hold_is_known_before_the_work(tiny, tmp_path, name, content, said):
@@ -299,3 +300,12 @@ def test_what_parquet_cannot_hold_is_known_before_the_work(tiny, tmp_path, name,
     with pytest.raises(DataError, match=said):
         score(tiny, tmp_path / name, tmp_path / "out.parquet")
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_parquet_gets_columns_that_come_late_and_names_that_are_no_text(tiny, tmp_path):
+    rows = [{"text1": "a", "text2": "b"}, {"text1": "c", "text2": "d", "note": "late"}]
+    score(tiny, rows, tmp_path / "a.parquet")
+    assert read_frame(tmp_path / "a.parquet")["note"].tolist()[1] == "late"
+    frame = pd.DataFrame({"text1": ["a"], "text2": ["b"], 7: [8]})
+    score(tiny, frame, tmp_path / "b.parquet")
+    assert read_frame(tmp_path / "b.parquet")["7"].tolist() == [8]

@@ -1,0 +1,50 @@
+"""Parts of one piece of work: taken over by the same work, and never mixed with those of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crossenc.errors import OutputError
+from crossenc.parts import Parts, replacing
+
+
+def test_parts_are_for_the_same_work_only(tmp_path: Path):
+    folder = tmp_path / "parts"
+    one, same, other = Parts(folder, {"model": "a"}), Parts(folder, {"model": "a"}), Parts(folder, {"model": "b"})
+    assert not folder.exists()  # there is nothing to go on with yet
+    one[0] = np.arange(3)
+    same[1] = np.arange(4)
+    with pytest.raises(OutputError, match="unfinished work with other model"):  # they began at the same time
+        other[0] = np.zeros(3)
+    with pytest.raises(OutputError, match="unfinished work with other model"):
+        Parts(folder, {"model": "b"})
+    again = Parts(folder, {"model": "a"})
+    assert [part.tolist() for part in again.all(2)] == [[0, 1, 2], [0, 1, 2, 3]]
+    assert 2 not in again
+    dropped = Parts(folder, {"model": "b"}, overwrite=True)
+    assert 0 not in dropped
+    dropped[0] = np.zeros(1)
+    assert Parts(folder, {"model": "b"})[0].tolist() == [0]
+
+
+def test_parts_that_nothing_is_known_of_are_dropped_and_other_files_stay(tmp_path: Path):
+    one = Parts(tmp_path, {"model": "a"})
+    one[0] = np.arange(3)
+    (tmp_path / "facts.json").unlink()  # as a kill leaves it while the folder is removed
+    (tmp_path / "notes.txt").write_text("mine")
+    assert 0 not in Parts(tmp_path, {"model": "b"})
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_is_replaced_by_a_whole_one_only(tmp_path: Path):
+    file = tmp_path / "figures.json"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(file) as unfinished:
+        _ = unfinished.write_text("half") / 0
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("figures.json", "old")]
+    with replacing(file) as unfinished:
+        unfinished.write_text("new")
+    assert file.read_text() == "new"
