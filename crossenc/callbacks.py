@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import threading
 import time
 from importlib.util import find_spec
@@ -39,7 +40,8 @@ class TrainSpeed(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.pairs += len(batch["label"]) * trainer.world_size
+        times = 2 if pl_module.hparams["consistency"] else 1  # that each pair is in the batch
+        self.pairs += len(batch["label"]) * trainer.world_size // times
         if (batch_idx + 1) % self.batches_between_figures == 0:
             now = time.perf_counter()
             size = len(batch["label"])
@@ -50,17 +52,26 @@ class TrainSpeed(Callback):
 
 
 class ValidateAtEnd(Callback):
-    """Validates after the last step too, wherever `val_check_interval` falls.
+    """Validates between whole optimizer steps, and after the last one too, wherever `val_check_interval` falls.
 
     To ask for a stop at the step that is the last anyway is Lightning's public way to validate before leaving.
     """
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # It counts batches, and what has been accumulated of a step is in no checkpoint.
+        every, accumulated = trainer.val_check_batch, trainer.accumulate_grad_batches
+        if every not in (None, math.inf):
+            trainer.val_check_batch = -(-int(every) // accumulated) * accumulated
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last_epoch = trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1
+        done = trainer.current_epoch + 1
+        last_epoch = done == trainer.max_epochs or (trainer.should_stop and done >= (trainer.min_epochs or 0))
         if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
+            # Which would let the run end without the validation.
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
 
 class Pictures(Callback):

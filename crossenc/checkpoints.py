@@ -91,6 +91,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int = 500, every_n_minutes: float = 10.0) -> None:
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.saved_step, self.saved_at, self.signal = 0, time.monotonic(), 0
+        self.stepped = True
         self.random: list[dict[str, Any]] = []
         self.handlers: dict[int, Any] = {}
         self.group: Any = None
@@ -139,8 +140,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not stepped or self._validation_follows(trainer, batch_idx):
+        self.stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not self.stepped or self._validation_follows(trainer, batch_idx):
             return
         late, number = self._ask_all_ranks(time.monotonic() - self.saved_at >= 60 * self.every_n_minutes)
         step = trainer.global_step
@@ -149,7 +150,8 @@ class LastCheckpoint(Checkpoint):
         self._obey(trainer, number)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        # A validation whose time has come may fall within a step, whose gradients no checkpoint has.
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self.stepped:
             self.saved_step = -1  # what was saved in this step knows nothing of the validation
             self.save(trainer)
             self._obey(trainer, self._ask_all_ranks(False)[1])
@@ -230,6 +232,13 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(loaded, dict) or "crossenc" not in loaded:
         raise CheckpointError(f"{path} was not written by crossenc")
     return loaded
+
+
+def keep_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
+    """Add to a checkpoint what a validation of its weights chose and found after training."""
+    loaded = read_checkpoint(path)
+    loaded["crossenc"] |= evaluation
+    AtomicCheckpointIO().save_checkpoint(loaded, path)
 
 
 def find_newest(folder: Path) -> Path | None:

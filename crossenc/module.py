@@ -124,9 +124,9 @@ class CrossEncoderModule(LightningModule):
                     part.p = dropout
         if shared_segments:
             share_segments(self.model)
-        freeze_first_layers(self.model, freeze_layers)
         if lora is not None:
             self.model = _add_lora(self.model, lora)
+        freeze_first_layers(base_model(self.model), freeze_layers)  # adapters in them too
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         if cuda_graphs and not self._can_graph():
@@ -136,6 +136,7 @@ class CrossEncoderModule(LightningModule):
         self.graphed: GraphedModel | None = None
         self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
         self.threshold: float | None = None
+        self.evaluated_step = -1  # the one that threshold, calibration and figures belong to
         # What was fitted on the dev pairs, and what scores are reported with: the same, but for a model that cannot be
         # changed, where `folds` is False and the report says what a calibration would bring.
         self.folds, self.fitted = True, Calibration()
@@ -175,10 +176,10 @@ class CrossEncoderModule(LightningModule):
         return pair_logits(self.model, batch)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each pair, shape (pairs,): labels from 0 to 1, smoothed while training."""
+        """Cross-entropy of each pair, shape (pairs,): labels from 0 to 1, smoothed and weighed while training."""
         if self.training and self.hparams["label_smoothing"]:
             labels = torch.lerp(labels, torch.full_like(labels, 0.5), self.hparams["label_smoothing"])
-        weight = self.hparams["pos_weight"]
+        weight = self.hparams["pos_weight"] if self.training else None
         weight = None if weight is None else labels.new_tensor(weight)
         return binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
 
@@ -216,7 +217,7 @@ class CrossEncoderModule(LightningModule):
         if self.hparams["calibrate"] and layer is not None:
             self.fitted, crossed = calibrate(scored.logits, scored.labels, shifted=layer.bias is not None)
         self._report("val", score_columns(scored, self.calibration, self.fitted, crossed), None, loss)
-        self.threshold = self.figures["val/threshold"]
+        self.threshold, self.evaluated_step = self.figures["val/threshold"], self.trainer.global_step
         self.val_metrics.reset()
 
     def on_test_epoch_end(self) -> None:
@@ -263,8 +264,10 @@ class CrossEncoderModule(LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """As Lightning does it, but for bf16 and a fused optimizer too, which Lightning refuses for fp16's sake."""
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self._mixed_without_scaler():
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        if gradient_clip_val and self._mixed_without_scaler():
+            by_value = gradient_clip_algorithm == "value"
+            clip: Any = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+            clip(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -272,13 +275,17 @@ class CrossEncoderModule(LightningModule):
         plugin = self.trainer.precision_plugin
         return isinstance(plugin, MixedPrecision) and plugin.scaler is None
 
+    def evaluation(self) -> dict[str, Any]:
+        """What the last validation of these very weights chose and found, as a checkpoint has it."""
+        if self.evaluated_step != self.trainer.global_step:
+            return {"threshold": None, "calibration": list(Calibration()), "figures": {}}
+        return {"threshold": self.threshold, "calibration": list(self.fitted), "figures": dict(self.figures)}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export tells besides the weights; plain types only, or `weights_only` refuses the file."""
         checkpoint["crossenc"] = {
             "version": CHECKPOINT_VERSION,
-            "threshold": self.threshold,
-            "calibration": list(self.fitted),
-            "figures": dict(self.figures),
+            **self.evaluation(),
             "training": {
                 "precision": str(self.trainer.precision),
                 "hardware": _hardware(self.device),
@@ -298,7 +305,7 @@ class CrossEncoderModule(LightningModule):
             )
         self.threshold = kept["threshold"]
         self.fitted = Calibration(*kept.get("calibration", ()))
-        self.figures = dict(kept["figures"])
+        self.figures, self.evaluated_step = dict(kept["figures"]), checkpoint["global_step"]
 
 
 def _hardware(device: torch.device) -> str:

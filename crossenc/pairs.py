@@ -382,7 +382,8 @@ def add_transitive(pairs: Dataset) -> Dataset:
         one, two = (_normalized(text) for text in (a, b))
         for key, text in ((one, a), (two, b)):
             texts.setdefault(key, text)
-        known[min(one, two), max(one, two)] = label >= 0.5
+        pair = (min(one, two), max(one, two))
+        known[pair] = label >= 0.5 and known.get(pair, True)
         if label >= 0.5:
             same.append((one, two))
     group = _components(texts, same)

@@ -24,12 +24,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from .callbacks import Cost, Pictures, PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
-from .checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_newest, read_checkpoint
+from .checkpoints import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    find_newest,
+    keep_evaluation,
+    read_checkpoint,
+)
 from .data import PairDataModule
 from .errors import CheckpointError, LostProcessError, UsageError, one_line
 from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
-from .loading import has_head
+from .loading import has_head, read_threshold
 from .module import CrossEncoderModule
 
 log = logging.getLogger(__name__)
@@ -239,14 +246,19 @@ class RunCLI(LightningCLI):
             log.info("no step was taken, or no checkpoint is to be written: there is none to test and to export")
             discard_if_empty(self.folder)
             return
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if not best:  # without validation no checkpoint was chosen
+        best = chosen = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if not chosen:  # without validation no checkpoint was chosen
             best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
         # Lightning's weight averaging would put the weights that are not averaged into a model that is evaluated now.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
         if "val" in self.datamodule.encoded and self.trainer.limit_val_batches != 0:
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
+            if not chosen and self.trainer.is_global_zero:
+                keep_evaluation(Path(best), self.model.evaluation())
+            self.trainer.strategy.barrier()
+            # The checkpoint's own, for other batches give scores that differ in the last digits.
+            self.model.figures["val/threshold"] = read_threshold(best)
         figures = dict(self.model.figures)  # the checkpoint that the test loads knows less of the dev pairs
         if "test" in self.datamodule.encoded and self.trainer.limit_test_batches != 0:
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)

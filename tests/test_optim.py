@@ -48,3 +48,10 @@ def test_rates_fall_from_the_head_to_the_embeddings(lora: dict | None):
         assert found == ({1e-3 * (0.5**depth if depth else 3.0)} if found else set())
         assert found or lora
     assert groups[0]["lr"] == 3e-3
+
+
+def test_adapters_of_frozen_layers_are_frozen_too():
+    module = CrossEncoderModule(BACKBONE, lora={"r": 2, "target_modules": ["query"]}, freeze_layers=2)
+    trained = [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in trained if ".layer.0." in name or ".layer.1." in name or ".embeddings." in name]
+    assert [name for name in trained if ".layer.2." in name]

@@ -147,14 +147,14 @@ def test_sample_pairs_are_split_by_group_and_always_the_same():
 
 
 def test_pairs_follow_from_others_and_from_no_contradiction(write):
-    rows = "a,b,1\nB ,c,1\nc,x,0\nx,y,1\nk,l,1\nl,m,1\nm,k,0\nm,a,0\nu,v,0.4\n"
+    rows = "a,b,1\nB ,c,1\nc,x,0\nx,y,1\nk,l,1\nl,m,1\nm,k,0\nm,a,0\nu,v,0.4\nq,p,0\np,q,1\nq,r,1\n"
     table = pairs.read(str(write("p.csv", HEADER + rows)))
     more = pairs.add_transitive(table)
     assert more.select(range(len(table))).to_list() == table.to_list()
     added = more.select(range(len(table), len(more))).to_list()
     found = {(frozenset((row["text_a"], row["text_b"])), row["label"]) for row in added}
-    # a~b~c and x~y, which are apart; k, l, m contradict each other, and so add nothing, to others neither.
+    # a~b~c and x~y, which are apart; k, l, m and p, q, r contradict each other: they add nothing, to others neither.
     expected = {("ac", 1.0)} | {(one + two, 0.0) for one in "abc" for two in "xy"} - {("cx", 0.0)}
     assert found == {(frozenset(pair), label) for pair, label in expected}
-    assert [row["row"] for row in added] == list(range(9, 9 + len(expected)))
+    assert [row["row"] for row in added] == list(range(12, 12 + len(expected)))
     assert len(pairs.add_transitive(more)) == len(more)

@@ -182,9 +182,11 @@ class SavedSteps(Callback):
     """Notes the step of each checkpoint."""
 
     steps: ClassVar[list[int]] = []
+    thresholds: ClassVar[dict[int, float | None]] = {}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.steps.append(checkpoint["global_step"])
+        self.thresholds[checkpoint["global_step"]] = pl_module.evaluation()["threshold"]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +206,15 @@ def test_checkpoints_come_every_n_steps_and_minutes_and_early(
     command = fit(plain | settings, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps")
     assert main(command) == 0
     assert SavedSteps.steps == expected
+
+
+def test_a_checkpoint_has_the_threshold_of_its_own_weights_only(options: dict[str, Any], tmp_path: Path):
+    """Checkpoints every four steps, validations every five, and after the last."""
+    SavedSteps.thresholds.clear()
+    command = fit(options, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps", trainer__max_steps=11)
+    assert main(command) == 0
+    found = {step: threshold is not None for step, threshold in SavedSteps.thresholds.items()}
+    assert found == {4: False, 5: True, 8: False, 10: True, 11: True}
 
 
 def test_last_begins_a_run_that_is_not_there_yet(options: dict[str, Any], tmp_path: Path):

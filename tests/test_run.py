@@ -132,6 +132,7 @@ def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]
         ["--trainer.val_check_interval=00:00:00:01"],
         ["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0", "--trainer.max_epochs=3"],
         ["--data.val_size=1", "--data.test_size=1"],
+        ["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_algorithm=value"],
     ],
 )
 def test_evaluations_may_be_short_rare_and_timed(
@@ -183,3 +184,28 @@ def test_scores_of_a_new_head_are_told(pairs_file: Path, tmp_path: Path, caplog)
     with caplog.at_level("INFO", logger="crossenc"):
         assert main(["predict", *where]) == 0
     assert "the head is new" in caplog.text
+
+
+def validated(folder: Path) -> list[int]:
+    with (folder / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get("val/f1")]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--trainer.max_epochs=2", "--trainer.min_epochs=2"], [23]),
+        (["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=6"], [1, 2]),  # not within a step
+        (["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0"], []),
+    ],
+)
+def test_the_threshold_is_that_of_the_last_weights(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, options: list[str], steps: list[int]
+):
+    """Whether training validated or not: the report, the test figures and the export have the same one."""
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
+    folder = tmp_path / "run"
+    assert validated(folder) == steps
+    figures = json.loads((folder / "metrics.json").read_text())
+    exported = json.loads((folder / "model" / "config.json").read_text())["crossenc"]["threshold"]
+    assert figures["val/threshold"] == figures["test/threshold"] == exported
