@@ -54,13 +54,17 @@ def load_config(backbone: str, trust_remote_code: bool = False, revision: str | 
 
     with _clear_errors(backbone):
         config = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=trust_remote_code, revision=revision)
-    heads = [name for name in config.architectures or [] if name.endswith("ForSequenceClassification")]
-    if heads and config.num_labels != 1:
+    if has_head(config.architectures) and config.num_labels != 1:
         raise BackboneError(
             f"{backbone} is a classifier with {config.num_labels} labels, and a cross-encoder has one; "
             "start from the model that it was made from, or from a head with one label"
         )
     return config  # type: ignore[no-any-return]
+
+
+def has_head(architectures: list[str] | None) -> bool:
+    """Whether a `config.json` names a sequence classifier among its architectures."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
 
 
 @cache

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backbone import load_model, load_tokenizer, locate, resolve_max_length
+from .backbone import has_head, load_model, load_tokenizer, locate, resolve_max_length
 from .calibration import fold
 from .errors import BackboneError, CheckpointError, HubError, one_line
 from .tables import file_digest
@@ -68,13 +68,8 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
     return plain  # type: ignore[no-any-return]
 
 
-def has_head(architectures: list[str] | None) -> bool:
-    """Whether a `config.json` names a sequence classifier among its architectures."""
-    return any(name.endswith("ForSequenceClassification") for name in architectures or ())
-
-
 def require_head(model: str, architectures: list[str] | None) -> None:
-    """Raise `BackboneError` where there is none."""
+    """Raise `BackboneError` where a `config.json` names no sequence classifier among its architectures."""
     if not has_head(architectures):
         raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
 

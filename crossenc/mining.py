@@ -137,12 +137,9 @@ def mine(
         UsageError: A number is out of its range, or the model has no threshold and none is given.
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
-    for name, value, choices in (
-        ("linkage", linkage, Linkage),
-        ("on_error", on_error, OnError),
-        ("index", index, Index),
-    ):
-        require_choice(name, value, choices)
+    require_choice("linkage", linkage, Linkage)
+    require_choice("on_error", on_error, OnError)
+    require_choice("index", index, Index)
     if top_k < 1 or not -1 <= min_similarity <= 1 or not 0 <= (threshold or 0) <= 1:
         raise UsageError("top_k must be at least 1, min_similarity from -1 to 1, and threshold from 0 to 1")
     if output == STANDARD:

@@ -13,6 +13,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from itertools import combinations, product
@@ -174,20 +175,27 @@ def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
     Raises `DataError` where the file as a whole cannot be read; `where` is what messages call it.
     """
     if path.suffix.lower() == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(10_000):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
+        with open_parquet(path, where) as file:
+            for batch in file.iter_batches(10_000):
+                yield from batch.to_pylist()
         return
     # utf-8-sig: spreadsheets begin a csv with a byte-order mark, which else becomes a part of the first column's name.
     # surrogateescape: a byte that is no UTF-8 spoils its row, and not the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         yield from _rows_of_text(path.suffix.lower(), lines, where)
+
+
+@contextmanager
+def open_parquet(path: Path, where: str) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`; raises `DataError` for what cannot be read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
 
 
 def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dict[str, Any] | str]:

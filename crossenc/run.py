@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
+from .backbone import has_head
 from .callbacks import Cost, Pictures, PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
 from .checkpoints import (
     AtomicCheckpointIO,
@@ -36,7 +37,7 @@ from .data import PairDataModule
 from .errors import CheckpointError, LostProcessError, UsageError, one_line
 from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
-from .loading import has_head, read_threshold
+from .loading import read_threshold
 from .module import CrossEncoderModule
 
 log = logging.getLogger(__name__)

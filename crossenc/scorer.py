@@ -65,10 +65,6 @@ class Scoring:
 
 def score_chunks(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
     """Logits of numbered chunks of pairs, each of shape (pairs,), in the order in which they are done."""
-    import torch
-
-    if scoring.backend == "torch" and torch.cuda.is_available() and scoring.devices > torch.cuda.device_count():
-        raise UsageError(f"devices {scoring.devices} is more than the GPUs here, {torch.cuda.device_count()}")
     if scoring.devices == 1:
         yield from _overlapped(Scorer(scoring), chunks)
     else:
@@ -170,6 +166,11 @@ def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator
 
 
 def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
+    if scoring.backend == "torch":
+        from torch import cuda
+
+        if cuda.is_available() and scoring.devices > cuda.device_count():
+            raise UsageError(f"devices {scoring.devices} is more than the GPUs here, {cuda.device_count()}")
     context = multiprocessing.get_context("spawn")  # a process that was forked cannot use a GPU
     tasks, results = context.Queue(), context.Queue()
     workers = [

@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import DataError, OutputError, UsageError, one_line
-from .pairs import SUFFIXES, is_local, rows_of_file
+from .errors import DataError, OutputError, UsageError
+from .pairs import SUFFIXES, is_local, open_parquet, rows_of_file
 from .parts import replacing, writing
 
 if TYPE_CHECKING:
@@ -65,15 +65,12 @@ class Table:
     def schema(self) -> pyarrow.Schema | None:
         """The types of the columns where the source has them: a parquet file, a DataFrame; else None."""
         import pyarrow
-        import pyarrow.parquet
 
         if not isinstance(self.source, Path):
             return None if isinstance(self.source, Sequence) else pyarrow.Schema.from_pandas(self.source, False)
         if self.source.suffix.lower() == ".parquet":
-            try:
-                return pyarrow.parquet.read_schema(self.source).remove_metadata()
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{self.where} cannot be read as parquet: {one_line(error)}") from error
+            with open_parquet(self.source, self.where) as file:
+                return file.schema_arrow.remove_metadata()
         return None
 
 

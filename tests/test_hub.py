@@ -105,9 +105,9 @@ def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: 
         assert "arning" not in done.stderr
         assert f"uploaded: {server.endpoint}/owner/mine" in done.stderr
         assert server.private == {"owner/mine": True}
-    ((code, said),) = run_all([["export", *arguments, "--overwrite"]], HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=TOKEN)
-    assert code == 2  # nobody answers there
-    assert "hf upload owner/mine" in said.splitlines()[-1]
+    done = push("http://127.0.0.1:9", tmp_path, TOKEN, *arguments, "--overwrite")
+    assert done.returncode == 2  # nobody answers there
+    assert "hf upload owner/mine" in done.stderr.splitlines()[-1]
     here, there = (
         {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}
         for d in (tmp_path / "mine", tmp_path / "hub" / "owner" / "mine")
