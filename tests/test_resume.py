@@ -86,6 +86,8 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while not file.exists():
         if process.poll() is not None or time.monotonic() > until:
+            if process.poll() is None:  # else what it says has no end, and neither has the test
+                os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"no {file}: {process.stderr.read()}")
 
 
