@@ -68,7 +68,7 @@ class PairDataModule(LightningDataModule):
             `batch_size` pairs on average: short pairs come in larger batches, for the same number of steps.
         window: So many steps' pairs are sorted by length together before they are cut into steps: faster, but steps are
             less alike, which can cost quality. 1 shuffles plainly; `benchmarks/README.md` has the figures.
-        eval_tokens: Tokens in a batch of evaluation, padding included. Null: 4,096 on a CPU, 65,536 elsewhere.
+        eval_tokens: Tokens in a batch of evaluation, padding included. Null: 16,384 on a CPU, 65,536 elsewhere.
         num_workers: Processes that make batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
         transitive: Add the training pairs that follow from others: if a and b are duplicates, a is to c as b is to c.
@@ -298,7 +298,7 @@ class PairDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[PairBatch]:
         rank, ranks = self._share()
-        tokens = self.eval_tokens or (4_096 if self._on_cpu() else 65_536)
+        tokens = self.eval_tokens or (16_384 if self._on_cpu() else 65_536)
         lengths = self._lengths(split)
         if len(lengths) < ranks:  # some would have no batch, and those that share weights would wait for them
             raise DataError(f"{len(lengths)} {split} pairs are too few for {ranks} devices; give fewer devices")

@@ -31,8 +31,8 @@ Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true"]
 Backend: TypeAlias = Literal["torch", "onnx", "onnx-int8"]
 Texts: TypeAlias = list[tuple[str, str]]
 Logits: TypeAlias = NDArray[np.float32]
-# Tokens in a batch, padding included, as in evaluation.
-_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+# Tokens in a batch, padding included: as in evaluation, and few where a graph holds all of a batch's attention at once.
+_TOKENS = {"onnx": 4_096, "cpu": 16_384, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ class Scorer:
         both = texts + [(b, a) for a, b in texts] if self.scoring.both_orders else texts
         columns = encode_texts(both, self.tokenizer, self.max_length)
         table = pyarrow.table({"row": np.arange(len(both)), **columns}).drop_columns("cut")
-        kind = self.device.type
-        plan = plan_evaluation(table["length"].to_numpy(), _TOKENS[kind], rank=0, ranks=1)
-        if self.compute == self._by_onnx:
+        kind, by_onnx = self.device.type, self.compute == self._by_onnx
+        tokens = _TOKENS["onnx" if by_onnx else kind]
+        plan = plan_evaluation(table["length"].to_numpy(), tokens, rank=0, ranks=1)
+        if by_onnx:
             return len(both), [(rows, self._pad(columns, rows)) for rows in plan]
         collate = PairCollator(self.tokenizer, piece_cost=piece_cost(self.model.config.model_type, kind))
         return len(both), [collate(table.take(rows)) for rows in plan]
