@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BackboneError, HubError, offline_remedy, one_line
+from .parts import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -166,7 +166,7 @@ def _check_digest(backbone: str, sha256: str) -> None:
     weights = Path(locate(backbone)) / "model.safetensors"
     if not weights.is_file():
         raise BackboneError(f"{backbone}: sha256 is checked for local folders, and {weights} is missing")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = file_digest(weights)
     if digest != sha256:
         raise BackboneError(
             f"{weights} has sha256 {digest}, not {sha256}: these are other weights than those asked for"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import one_line
+from .pairs import SUFFIXES
 
 REPORT = """\
 ## Metrics
@@ -97,7 +98,23 @@ Pairs of more than {{ max_length }} tokens are cut.
 |---|---|
 {% for name, value in settings.items() -%}
 | {{ name }} | {{ value }} |
-{% endfor %}"""
+{% endfor %}
+{%- if onnx is not none %}
+## ONNX
+
+`onnx/model.onnx` gives the same scores by onnxruntime, in fp32:
+
+```python
+model = CrossEncoder("{{ name }}", backend="onnx")
+```
+{%- if onnx %}
+
+`onnx/model_qint8.onnx` has its weights in 8 bits (`model_kwargs={"file_name": "onnx/model_qint8.onnx"}`). On
+{{ "{:,.0f}".format(onnx.rows) }} dev pairs its average precision is {{ "%.4f" | format(onnx["onnx-int8"]) }}, and
+that of fp32 {{ "%.4f" | format(onnx.onnx) }}: a loss of {{ "%.4f" | format(onnx.onnx - onnx["onnx-int8"]) }}.
+Scores differ by {{ "%.3f" | format(onnx.difference) }} at most.
+{%- endif %}
+{%- endif %}"""
 )
 
 TITLES = {
@@ -145,6 +162,7 @@ def write_card(
     max_length: int,
     pictures: Collection[str] = (),
     errors: Sequence[Sequence[str]] = (),
+    onnx: dict[str, float] | None = None,
 ) -> None:
     """Write `README.md` into an export.
 
@@ -156,6 +174,8 @@ def write_card(
         max_length: in tokens.
         pictures: names of those in `figures/`.
         errors: as `worst_errors` gives them.
+        onnx: of an export with ONNX files; of that with 8-bit weights, if there is one: `rows`, the average precision
+            of `onnx` and `onnx-int8` on them, and the largest `difference` of scores.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -178,10 +198,11 @@ def write_card(
         backbone=_shown_path(settings["backbone"]),
         version=__version__,
         summary=_summary(figures),
-        calibrated=list(checkpoint["crossenc"].get("calibration", (1.0, 0.0))) != [1.0, 0.0],
+        calibrated=list(checkpoint["crossenc"]["calibration"]) != [1.0, 0.0],
         max_length=max_length,
         data_text=_data_text(data, source if on_hub else Path(source).name),
         settings=_settings(settings, data, checkpoint),
+        onnx=onnx,
         **_report(figures, checkpoint["crossenc"]["threshold"], pictures, errors),
     )
     card.save(folder / "README.md")
@@ -275,41 +296,11 @@ def _quote(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
 
 
-def add_onnx(folder: Path, figures: dict[str, float]) -> None:
-    """Tell of an export's ONNX files in its card.
-
-    Args:
-        folder: the export.
-        figures: of the file with 8-bit weights, if there is one: `rows`, the average precision of `onnx` and
-            `onnx-int8` on them, and the largest `difference` of scores.
-    """
-    text = """
-
-## ONNX
-
-`onnx/model.onnx` gives the same scores by onnxruntime, in fp32:
-
-```python
-model = CrossEncoder("{name}", backend="onnx")
-```
-"""
-    int8 = """
-`onnx/model_qint8.onnx` has its weights in 8 bits (`model_kwargs={{"file_name": "onnx/model_qint8.onnx"}}`). On
-{rows:,.0f} dev pairs its average precision is {onnx-int8:.4f}, and that of fp32 {onnx:.4f}: a loss of {loss:.4f}.
-Scores differ by {difference:.3f} at most.
-"""
-    card = folder / "README.md"
-    content = card.read_text(encoding="utf-8")
-    name = re.search(r"^# (.*)$", content, re.MULTILINE)
-    content = content.rstrip() + text.format(name=name[1] if name else folder.name)
-    if figures:
-        content += int8.format(**figures, loss=figures["onnx"] - figures["onnx-int8"])
-    card.write_text(content, encoding="utf-8")
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a name can be an id on the Hub (`owner/name`) and is no path of this machine."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", name)) and not Path(name).exists() and name[0] not in "./"
+    path = Path(name)  # which may be gone, or of another folder
+    local = path.exists() or path.suffix.lower() in SUFFIXES or name[0] in "./"
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", name)) and not local
 
 
 def _shown_path(name: str) -> str:

@@ -189,7 +189,7 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write `last.ckpt`, unless it is of this step already."""
-        if trainer.fast_dev_run or self.saved_step == trainer.global_step:  # type: ignore[attr-defined]
+        if self.saved_step == trainer.global_step:
             return
         trainer.save_checkpoint(trainer.strategy.broadcast(Path(trainer.default_root_dir)) / "last.ckpt")
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()

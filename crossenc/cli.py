@@ -128,7 +128,7 @@ def _spell_out(args: list[str], flags: set[str]) -> list[str]:
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             name = "--" + name[2:].replace("-", "_")
-            alone = name in flags and not equals and following not in ("true", "false")
+            alone = name in flags and not equals and following.lower() not in ("true", "false")
             word = f"{name}=true" if alone else name + equals + value
         words.append(word)
     return words
@@ -185,6 +185,9 @@ def main(args: list[str] | None = None) -> int:
             if COMMANDS[name][1] in (_run, _export, _evaluate):
                 _quiet_lightning()
         COMMANDS[name][1](name, rest)
+    except BrokenPipeError:  # who reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or python complains at its end
+        return 1
     except Exception as error:
         if debug or not _is_for_the_user(error):
             raise
@@ -204,9 +207,7 @@ def _is_for_the_user(error: Exception) -> bool:
     """Whether an error is about the input: ours, the parser's, the Trainer's about its options, or of a file."""
     from argparse import ArgumentError
 
-    from jsonargparse import ArgumentError as ParsingError
-
-    if isinstance(error, CrossencError | ArgumentError | ParsingError | OSError):
+    if isinstance(error, CrossencError | ArgumentError | OSError):
         return True
     if "lightning" not in sys.modules:  # whose errors there can be none of then
         return False

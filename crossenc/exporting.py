@@ -11,7 +11,8 @@ import math
 import shlex
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,17 +88,18 @@ def export(
         unfinished = Path(space) / "new"
         expected = _module_scores(module, tokenizer, _PROBES)
         _write(unfinished, module, tokenizer)
-        # An export named `model` is a run's own; the run's name tells more.
-        name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
-        _write_card(unfinished, name, loaded, Path(checkpoint), module.max_length)
         found = score_pairs(unfinished, _PROBES)
         worst = max(abs(a - b) for a, b in zip(expected, found, strict=True))
         if not worst <= TOLERANCE:
             raise ExportError(
                 f"the export of {checkpoint} gives scores that differ by {worst:.2g} from the checkpoint's"
             )
+        # An export named `model` is a run's own; the run's name tells more.
+        name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
+        added = None
         if onnx or int8:
-            _add_onnx(unfinished, expected, _dev_pairs(Path(checkpoint), dev) if int8 else None)
+            added = _add_onnx(unfinished, expected, _dev_pairs(Path(checkpoint), dev) if int8 else None)
+        _write_card(unfinished, name, loaded, Path(checkpoint), module.max_length, added)
         if target.exists():
             target.rename(Path(space) / "old")
         unfinished.rename(target)
@@ -124,9 +126,8 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
     return str(address)
 
 
-def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> None:
-    """Write the ONNX files, compare them with the checkpoint, and tell of them in the card."""
-    from .card import add_onnx
+def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[str, float]:
+    """Write the ONNX files, compare them with the checkpoint, and return what the card tells of them."""
     from .onnx_model import write_onnx
     from .scorer import Backend, Scoring, score_chunks
     from .scoring import sigmoid
@@ -141,7 +142,7 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> None:
         raise ExportError(
             f"{folder.name}/onnx/model.onnx gives scores that differ by {worst:.2g} from the checkpoint's"
         )
-    figures = {}
+    figures: dict[str, float] = {}
     if dev is not None:
         import torch
         from torchmetrics.functional.classification import binary_average_precision
@@ -162,7 +163,7 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> None:
             f"{len(pairs):,}", *figures.values(),
         )  # fmt: skip
         figures["rows"] = len(pairs)
-    add_onnx(folder, figures)
+    return figures
 
 
 def _dev_pairs(checkpoint: Path, dev: str | None) -> Dataset:
@@ -200,26 +201,25 @@ def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[fl
 def _module_scores(
     module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> list[float]:
-    """The module's own scores, over the path that training takes: `encode`, collate, forward."""
-    import datasets
+    """The module's own scores, over the path that training takes: token ids, collate, forward."""
+    import pyarrow
     import torch
 
-    from .encode import PairCollator, encode
+    from .encode import PairCollator, encode_texts
 
-    texts = [{"row": row, "text_a": a, "text_b": b} for row, (a, b) in enumerate(pairs)]
-    encoded = encode(datasets.Dataset.from_list(texts), tokenizer, module.max_length)
+    table = pyarrow.table({"row": range(len(pairs)), **encode_texts(pairs, tokenizer, module.max_length)})
     with torch.inference_mode():
-        found = module.predict_step(PairCollator(tokenizer)(encoded.with_format("arrow")[:]), 0)
+        found = module.predict_step(PairCollator(tokenizer)(table), 0)
     scores: list[float] = found["score"][found["row"].argsort()].tolist()
     return scores
 
 
 def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = plain_model(module)
+    model, known = plain_model(module), find_spec("sentence_transformers")
     versions = {
-        "sentence_transformers": _version("sentence-transformers") or _ST_VERSION,
-        "transformers": _version("transformers"),
-        "pytorch": _version("torch"),
+        "sentence_transformers": version("sentence-transformers") if known else _ST_VERSION,
+        "transformers": version("transformers"),
+        "pytorch": version("torch"),
     }
     # vLLM and older sentence-transformers read the activation from config.json.
     model.config.sentence_transformers = {
@@ -259,14 +259,9 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _write_card(folder: Path, name: str, loaded: dict[str, Any], checkpoint: Path, max_length: int) -> None:
+def _write_card(
+    folder: Path, name: str, loaded: dict[str, Any], checkpoint: Path, max_length: int, onnx: dict[str, float] | None
+) -> None:
     from .card import worst_errors, write_card
     from .figures import draw, draw_learning, save
     from .records import read_figures, read_scores
@@ -279,4 +274,4 @@ def _write_card(folder: Path, name: str, loaded: dict[str, Any], checkpoint: Pat
     if pictures:
         save(pictures, folder / "figures")
     errors = worst_errors(evaluated["val"], threshold) if "val" in evaluated and threshold is not None else []
-    write_card(folder, name, loaded, figures, max_length, pictures, errors)
+    write_card(folder, name, loaded, figures, max_length, pictures, errors, onnx)

@@ -8,6 +8,7 @@ fewer operations. Other backbones, and those whose attention or layers were exch
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
@@ -30,7 +31,7 @@ def pair_logits(model: Any, batch: PairBatch) -> Tensor:
     """
     inner = base_model(model)
     if not can_pack(inner):
-        logits = _padded(model, batch)
+        logits = torch.cat([model(**inputs).logits for inputs in padded(batch)])
     elif batch["input_ids"].device.type == "cpu" and not torch.is_grad_enabled() and _exact(batch):
         logits = _by_threads(inner, batch)
     else:
@@ -95,19 +96,17 @@ def _exact(batch: PairBatch) -> bool:
     return sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
 
 
-def _padded(model: Any, batch: PairBatch) -> Tensor:
+def padded(batch: PairBatch) -> Iterator[dict[str, Tensor]]:
+    """What a model of transformers takes, piece by piece, each tensor of shape (pairs, tokens)."""
     packing = Packing(batch["pieces"], batch["starts"], batch["slots"])
     places = [pairs * longest for pairs, longest in packing.pieces]
     inputs = {"attention_mask": packing.spread(torch.ones_like(batch["input_ids"]))}
     for name, padding in batch["padding"].items():
         tokens = batch[name]  # type: ignore[literal-required]
         inputs[name] = tokens.new_full((sum(places),), padding).index_copy(0, batch["slots"], tokens)
-    found = []
-    for (pairs, _), *parts in zip(
-        packing.pieces, *(torch.split(values, places) for values in inputs.values()), strict=True
-    ):
-        found.append(model(**{name: part.view(pairs, -1) for name, part in zip(inputs, parts, strict=True)}).logits)
-    return torch.cat(found)
+    parts = zip(*(torch.split(values, places) for values in inputs.values()), strict=True)
+    for (pairs, _), piece in zip(packing.pieces, parts, strict=True):
+        yield {name: part.view(pairs, -1) for name, part in zip(inputs, piece, strict=True)}
 
 
 def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:

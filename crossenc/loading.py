@@ -12,30 +12,26 @@ from typing import TYPE_CHECKING, Any
 from .backbone import has_head, load_model, load_tokenizer, locate, resolve_max_length
 from .calibration import fold
 from .errors import BackboneError, CheckpointError, HubError, one_line
-from .tables import file_digest
+from .parts import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from .module import CrossEncoderModule
 
-# What a model consists of, also in a bi-encoder's folders of further layers (patterns are of whole paths); a repository
-# may hold its weights in other forms too.
+# What a model consists of, also in a bi-encoder's folders of further layers (`*` stands for `/` too); a repository may
+# hold its weights in other forms too.
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*model*.safetensors")
 _ONNX_FILES = ("onnx/*",)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to score pairs, in fp32 and evaluation mode, on the CPU.
-
-    `max_length` is in tokens; `threshold` is the score from which on a pair is a duplicate, None if none was chosen.
-    """
+    """A model ready to score pairs of up to `max_length` tokens, in fp32 and evaluation mode, on the CPU."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     max_length: int
-    threshold: float | None
 
 
 def load(model: str | Path) -> LoadedModel:
@@ -52,13 +48,11 @@ def load(model: str | Path) -> LoadedModel:
     path = find(model)
     if path.is_file():
         _, module, tokenizer = load_checkpoint(path)
-        return LoadedModel(plain_model(module).train(False), tokenizer, module.max_length, module.threshold)
+        return LoadedModel(plain_model(module).train(False), tokenizer, module.max_length)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     require_head(str(model), config.get("architectures"))
     folder = str(path)
-    return LoadedModel(
-        load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None), _threshold(config)
-    )
+    return LoadedModel(load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None))
 
 
 def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
@@ -87,13 +81,13 @@ def find(model: str | Path, onnx: bool = False) -> Path:
     if Path(located).is_dir():
         return Path(located)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(located, allow_patterns=[*_MODEL_FILES, *(_ONNX_FILES if onnx else ())]))
     except HFValidationError as error:
         raise BackboneError(f"{model} is no folder, no .ckpt file and no Hub id: {one_line(error)}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except OSError as error:  # of the network and of the Hub
         raise HubError(
             f"model {model} could not be read from the Hugging Face Hub ({one_line(error)}); "
             "give an export's folder or a .ckpt file"
@@ -111,18 +105,15 @@ def fingerprint(path: Path) -> str:
 
 
 def read_threshold(model: str | Path) -> float | None:
-    """The threshold that a model stored, without loading its weights where that can be."""
+    """The score from which on a pair is a duplicate, as a model stored it (its weights are not loaded); else None."""
     path = find(model)
     if path.is_file():
         from .checkpoints import read_checkpoint
 
-        stored: float | None = read_checkpoint(path, mmap=True)["crossenc"]["threshold"]
-        return stored
-    return _threshold(json.loads((path / "config.json").read_text(encoding="utf-8")))
-
-
-def _threshold(config: dict[str, Any]) -> float | None:
-    threshold: float | None = config.get("crossenc", {}).get("threshold")
+        stored = read_checkpoint(path, mmap=True)["crossenc"]
+    else:
+        stored = json.loads((path / "config.json").read_text(encoding="utf-8")).get("crossenc", {})
+    threshold: float | None = stored.get("threshold")
     return threshold
 
 

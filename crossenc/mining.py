@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from .errors import DataError, UsageError, require, require_choice
 from .loading import find, fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of_index
-from .pairs import SUFFIXES, read
+from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, writing
 from .scorer import Backend, Precision, Scoring, score_chunks
-from .scoring import OnError, decimals, score_into, sigmoid
+from .scoring import OnError, decimals, parts_folder, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def mine(
     log.info("%s questions, %s of them copies", f"{len(texts):,}", f"{len(texts) - len(distinct):,}")
     _tell_memory(texts, len(distinct), retriever, top_k, kind_of_index(len(distinct), index))
 
-    home = Path(work) if work else None if output is None else Path(output).with_name(f".{Path(output).name}.parts")
+    home = Path(work) if work else None if output is None else parts_folder(output)
 
     judge, best = (Judgement(), 0.5) if labelled is None else fit_judgement(labelled, scoring, retriever)
     threshold = best if threshold is None else threshold
@@ -231,7 +231,7 @@ def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judge
 def first_copies(texts: list[str]) -> NDArray[np.int64]:
     """For each text the first that is the same but for case and white space, shape (texts,)."""
     seen: dict[str, int] = {}
-    return np.array([seen.setdefault(" ".join(text.casefold().split()), row) for row, text in enumerate(texts)])
+    return np.array([seen.setdefault(normalized(text), row) for row, text in enumerate(texts)])
 
 
 def _score(candidates: NDArray[Any], texts: list[str], scoring: Scoring, parts: Parts) -> NDArray[np.float32]:

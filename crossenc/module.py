@@ -264,16 +264,13 @@ class CrossEncoderModule(LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """As Lightning does it, but for bf16 and a fused optimizer too, which Lightning refuses for fp16's sake."""
-        if gradient_clip_val and self._mixed_without_scaler():
+        plugin = self.trainer.precision_plugin
+        if gradient_clip_val and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             by_value = gradient_clip_algorithm == "value"
             clip: Any = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
             clip(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _mixed_without_scaler(self) -> bool:
-        plugin = self.trainer.precision_plugin
-        return isinstance(plugin, MixedPrecision) and plugin.scaler is None
 
     def evaluation(self) -> dict[str, Any]:
         """What the last validation of these very weights chose and found, as a checkpoint has it."""
@@ -304,7 +301,7 @@ class CrossEncoderModule(LightningModule):
                 "export it with the version that wrote it"
             )
         self.threshold = kept["threshold"]
-        self.fitted = Calibration(*kept.get("calibration", ()))
+        self.fitted = Calibration(*kept["calibration"])
         self.figures, self.evaluated_step = dict(kept["figures"]), checkpoint["global_step"]
 
 

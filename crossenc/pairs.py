@@ -130,8 +130,6 @@ def files_of(folder: Path) -> dict[str, str]:
 
 def _load_from_hub(source: str, subset: str | None) -> Dataset:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError
 
     repo, _, split = source.partition(":")
     asked_for = f"data set {repo}" + (f", subset {subset}" if subset else "")
@@ -139,7 +137,7 @@ def _load_from_hub(source: str, subset: str | None) -> Dataset:
         return datasets.load_dataset(repo, subset, split=split or "train")
     except ValueError as error:  # an unknown subset or split; the message lists those that exist
         raise DataError(f"{asked_for}, split {split or 'train'}: {one_line(error)}") from error
-    except (DatasetNotFoundError, HfHubHTTPError, OSError) as error:
+    except OSError as error:  # of the network and of the Hub
         raise HubError(offline_remedy(asked_for, error)) from error
 
 
@@ -153,12 +151,9 @@ def _canonical_rows(
         pairs = sample_pairs()
         rows = (row for split, part in pairs.items() if origin["sample"] in (split, "all") for row in part)
     else:
-        rows = (row for batch in origin["dataset"].iter(1000) for row in _unbatch(batch))
+        tables = origin["dataset"].with_format("arrow").iter(1000)
+        rows = (row for table in tables for row in table.to_pylist())
     yield from canonical(rows, where, columns, labelled)
-
-
-def _unbatch(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 def _whole_rows(path: Path, where: str) -> Iterator[dict[str, Any]]:
@@ -181,7 +176,11 @@ def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
         return
     # utf-8-sig: spreadsheets begin a csv with a byte-order mark, which else becomes a part of the first column's name.
     # surrogateescape: a byte that is no UTF-8 spoils its row, and not the file.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    try:
+        lines = path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {error.strerror}") from error
+    with lines:
         yield from _rows_of_text(path.suffix.lower(), lines, where)
 
 
@@ -336,7 +335,7 @@ def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, 
     Pairs that share a question, directly or through others, form a component; whole components are dealt, in an order
     that is random but always the same, to dev and test as long as they fit. The largest ones stay in training.
     """
-    ends = [(_normalized(a), _normalized(b)) for a, b in zip(texts_a, texts_b, strict=True)]
+    ends = [(normalized(a), normalized(b)) for a, b in zip(texts_a, texts_b, strict=True)]
     component = _components(dict.fromkeys(text for pair in ends for text in pair), ends)
     members: dict[int, list[int]] = {}
     for row, (text, _) in enumerate(ends):
@@ -368,9 +367,9 @@ def unseen(pairs: Dataset, others: Dataset) -> NDArray[np.bool_]:
     """Of each pair whether neither of its questions stands in the others (case and white space apart); (pairs,)."""
     import numpy as np
 
-    known = {_normalized(text) for side in ("text_a", "text_b") for text in others[side][:]}
+    known = {normalized(text) for side in ("text_a", "text_b") for text in others[side][:]}
     sides = (pairs["text_a"][:], pairs["text_b"][:])
-    return np.array([not {_normalized(a), _normalized(b)} & known for a, b in zip(*sides, strict=True)], dtype=bool)
+    return np.array([not {normalized(a), normalized(b)} & known for a, b in zip(*sides, strict=True)], dtype=bool)
 
 
 def add_transitive(pairs: Dataset) -> Dataset:
@@ -387,7 +386,7 @@ def add_transitive(pairs: Dataset) -> Dataset:
     known: dict[tuple[str, str], bool] = {}
     same: list[tuple[str, str]] = []
     for a, b, label in zip(columns["text_a"], columns["text_b"], columns["label"], strict=True):
-        one, two = (_normalized(text) for text in (a, b))
+        one, two = (normalized(text) for text in (a, b))
         for key, text in ((one, a), (two, b)):
             texts.setdefault(key, text)
         pair = (min(one, two), max(one, two))
@@ -415,7 +414,7 @@ def add_transitive(pairs: Dataset) -> Dataset:
     return datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict(table, features=pairs.features)])
 
 
-def _normalized(text: str) -> str:
+def normalized(text: str) -> str:
     """What makes two texts the same question: case and white space do not tell them apart."""
     return " ".join(text.casefold().split())
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,13 @@ class Parts:
     def __init__(self, folder: Path | None, facts: dict[str, Any], overwrite: bool = False) -> None:
         self.folder, self.facts, self.begun = folder, dict(facts), False
         self.kept: dict[int, NDArray[Any]] = {}
+        # In each part's name, so that runs of other facts that begin at once do not take each other's parts.
+        self.mark = sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:8]
         if folder is None:
             return
         known = self._known()
         self.begun = known == self.facts
-        if known is None:  # a kill while such a folder was removed may leave some
-            for part in folder.glob(f"{'[0-9]' * 8}.npy"):
-                part.unlink()
-        elif not self.begun:
+        if known is not None and not self.begun:
             if not overwrite:
                 raise self._other_work(known)
             shutil.rmtree(folder)
@@ -93,14 +93,26 @@ class Parts:
 
     def _file(self, number: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"{number:08d}.npy"
+        return self.folder / f"{number:08d}-{self.mark}.npy"
 
 
 def _write(file: Path, content: bytes | memoryview) -> None:
     # Its own name for each process: an earlier run that was thought dead may still be writing.
     unfinished = file.with_name(f".{file.name}-{os.getpid()}")
-    unfinished.write_bytes(content)
+    with unfinished.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())  # or the name may outlive a crash of the machine, and the content not
     unfinished.replace(file)
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager

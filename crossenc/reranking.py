@@ -96,8 +96,11 @@ def rerank(
     if spaced and output is not None and Path(output).suffix.lower() != ".jsonl":
         raise UsageError(f"a TREC run cannot hold the id {spaced[0]!r}; write .jsonl")
     relevant = None if qrels is None else read_qrels(qrels)
-    if relevant is not None and not relevant.keys() & set(map(str, query_ids)):
-        raise DataError("the qrels tell of none of the queries; look at the ids of both")
+    if relevant is not None:  # ir-measures would count queries that nobody asked, or with nothing to find, as zero
+        asked = set(map(str, query_ids))
+        relevant = {query: of for query, of in relevant.items() if query in asked and max(of.values()) > 0}
+        if not relevant:
+            raise DataError("the qrels tell of nothing relevant to any of the queries; look at the ids of both")
     if candidates is not None:
         before = _read_candidates(candidates, query_ids, corpus_ids)
     elif retriever is not None:

@@ -247,7 +247,9 @@ class RunCLI(LightningCLI):
             log.info("no step was taken, or no checkpoint is to be written: there is none to test and to export")
             discard_if_empty(self.folder)
             return
-        best = chosen = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        # Ours, and not the first of all: a config can add checkpoints of its own.
+        ours = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
+        best = chosen = next((callback.best_model_path for callback in ours), "")
         if not chosen:  # without validation no checkpoint was chosen
             best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
         # Lightning's weight averaging would put the weights that are not averaged into a model that is evaluated now.
@@ -272,16 +274,12 @@ class RunCLI(LightningCLI):
             _print_examples(folder, self.config[self.command].examples)
 
     def after_validate(self) -> None:
-        self._after_evaluation()
-
-    def after_test(self) -> None:
-        self._after_evaluation()
-
-    def _after_evaluation(self) -> None:
         if self.trainer.is_global_zero and not self.config[self.command].trainer.fast_dev_run:
             self._finish(self.config[self.command].ckpt_path)
             split = "val" if self.command == "validate" else "test"
             print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
+
+    after_test = after_validate
 
     def _finish(self, checkpoint: str | None) -> None:
         finish(self.model, self.datamodule, self.folder, Path(checkpoint).name if checkpoint else None)

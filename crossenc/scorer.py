@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backbone import load_tokenizer, resolve_max_length
-from .errors import CrossencError, UsageError, require_choice
+from .errors import CrossencError, LostProcessError, UsageError, require_choice
 from .loading import find, fingerprint, load
 from .onnx_model import OnnxModel
 
@@ -77,52 +77,38 @@ class Scorer:
     def __init__(self, scoring: Scoring, rank: int = 0) -> None:
         import torch
 
-        self.scoring, self.compute = scoring, self._by_torch
+        from .encode import PairCollator
+        from .forward import piece_cost
+
+        self.scoring = scoring
         threads = max(1, torch.get_num_threads() // scoring.devices)
         if scoring.backend != "torch":
             folder = find(scoring.model, onnx=True)
             self.tokenizer, self.max_length = load_tokenizer(str(folder)), resolve_max_length(str(folder), None)
             self.model: Any = OnnxModel(folder, scoring.backend, rank, threads)
-            self.device, self.compute = torch.device("cpu"), self._by_onnx
-            return
-        loaded = load(scoring.model)
-        self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, loaded.max_length
-        self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cpu" and scoring.devices > 1:
-            torch.set_num_threads(threads)
-        self.model.to(self.device, torch.bfloat16 if scoring.precision == "bf16-true" else torch.float32)
+            self.compute, self.tokens, cost = self._by_onnx, _TOKENS["onnx"], 2**40  # all in one piece
+        else:
+            loaded = load(scoring.model)
+            self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, loaded.max_length
+            self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+            if self.device.type == "cpu" and scoring.devices > 1:
+                torch.set_num_threads(threads)
+            self.model.to(self.device, torch.bfloat16 if scoring.precision == "bf16-true" else torch.float32)
+            self.compute, self.tokens = self._by_torch, _TOKENS[self.device.type]
+            cost = piece_cost(self.model.config.model_type, self.device.type)
+        self.collate = PairCollator(self.tokenizer, piece_cost=cost)
 
     def prepare(self, texts: Texts) -> tuple[int, list[Any]]:
         """The number of rows to compute, and their batches: those of a chunk, or twice as many in both orders."""
         import pyarrow
 
-        from .encode import PairCollator, encode_texts
-        from .forward import piece_cost
+        from .encode import encode_texts
         from .sampler import plan_evaluation
 
         both = texts + [(b, a) for a, b in texts] if self.scoring.both_orders else texts
-        columns = encode_texts(both, self.tokenizer, self.max_length)
-        table = pyarrow.table({"row": np.arange(len(both)), **columns}).drop_columns("cut")
-        kind, by_onnx = self.device.type, self.compute == self._by_onnx
-        tokens = _TOKENS["onnx" if by_onnx else kind]
-        plan = plan_evaluation(table["length"].to_numpy(), tokens, rank=0, ranks=1)
-        if by_onnx:
-            return len(both), [(rows, self._pad(columns, rows)) for rows in plan]
-        collate = PairCollator(self.tokenizer, piece_cost=piece_cost(self.model.config.model_type, kind))
-        return len(both), [collate(table.take(rows)) for rows in plan]
-
-    def _pad(self, columns: dict[str, list[Any]], rows: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        shape = (len(rows), columns["length"][rows[0]])  # the first is the longest
-        inputs = {"attention_mask": np.zeros(shape, dtype=np.int64)}
-        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        for name in padding.keys() & columns:
-            inputs[name] = np.full(shape, padding[name], dtype=np.int64)
-        for place, row in enumerate(rows):
-            length = columns["length"][row]
-            inputs["attention_mask"][place, :length] = 1
-            for name in padding.keys() & columns:
-                inputs[name][place, :length] = columns[name][row]
-        return inputs
+        table = pyarrow.table({"row": np.arange(len(both)), **encode_texts(both, self.tokenizer, self.max_length)})
+        plan = plan_evaluation(table["length"].to_numpy(), self.tokens, rank=0, ranks=1)
+        return len(both), [self.collate(table.take(rows)) for rows in plan]
 
     def logits(self, prepared: tuple[int, list[Any]]) -> Logits:
         """The logits of a chunk, in its order; the mean of both orders where both were asked for."""
@@ -147,9 +133,12 @@ class Scorer:
         return logits
 
     def _by_onnx(self, count: int, batches: list[Any]) -> Logits:
+        from .forward import padded
+
         found = np.empty(count, dtype=np.float32)
-        for rows, inputs in batches:
-            found[rows] = self.model(inputs)
+        for batch in batches:
+            (inputs,) = padded(batch)
+            found[batch["row"].numpy()] = self.model({name: values.numpy() for name, values in inputs.items()})
         return found
 
 
@@ -210,7 +199,7 @@ def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
             number, found = results.get(timeout=1)
         except queue.Empty:
             if dead := [worker for worker in workers if worker.exitcode]:
-                raise UsageError(
+                raise LostProcessError(
                     f"a scoring process ended by itself (exit code {dead[0].exitcode}), perhaps for want of memory; "
                     "finished parts are kept: give the same command again, or fewer devices"
                 ) from None

@@ -93,7 +93,7 @@ def score(
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
         checked = _check(table, columns or {}, new, on_error, str(output).lower().endswith(".parquet"))
-        folder = None if output in (None, STANDARD) else _parts_folder(str(output))
+        folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
         parts = Parts(folder, facts | scoring.facts(), overwrite)
         texts = (
@@ -161,7 +161,8 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
     for chunk in chunked(table):
         whole = [row for row in chunk if not isinstance(row, str)]
         if whole and not found.names:
-            found.names = match_columns(list(whole[0]), table.where, columns, labelled=False)
+            given = dict.fromkeys(name for row in whole for name in row)  # a row of jsonl may lack some
+            found.names = match_columns(list(given), table.where, columns, labelled=False)
         for row in chunk:
             found.rows += 1
             wrong = row if isinstance(row, str) else what_is_wrong(row, found.names)
@@ -173,8 +174,11 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
         if infer:
             found.schema = _widen(found.schema, whole, table.where)
     if found.schema is not None:
+        import pyarrow.parquet
+
         with _for_parquet(table.where):
-            _try_schema(found.schema)
+            # Without rows: what parquet cannot hold shows before the work, and not after it.
+            pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
     if broken and on_error == "stop":
         row, wrong = broken[0]
         others = f" (and {found.rows - found.good - 1:,} more rows)" if found.rows - found.good > 1 else ""
@@ -193,13 +197,6 @@ def _widen(schema: pyarrow.Schema | None, rows: list[Row], where: str) -> pyarro
         names = dict.fromkeys(name for row in rows for name in row)
         more = pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
         return more if schema is None else pyarrow.unify_schemas([schema, more], promote_options="permissive")
-
-
-def _try_schema(schema: pyarrow.Schema) -> None:
-    """Write no rows: what parquet cannot hold shows before the work, and not after it."""
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(schema.empty_table(), pyarrow.BufferOutputStream())
 
 
 @contextmanager
@@ -222,7 +219,8 @@ def _good_rows(table: Table, names: dict[str, str], broken: Any = None) -> Itera
             broken(number, wrong)
 
 
-def _parts_folder(output: str) -> Path:
+def parts_folder(output: str) -> Path:
+    """Where the finished parts of an output lie until it is whole."""
     return Path(output).with_name(f".{Path(output).name}.parts")
 
 

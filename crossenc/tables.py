@@ -8,6 +8,7 @@ import logging
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import DataError, OutputError, UsageError
 from .pairs import SUFFIXES, is_local, open_parquet, rows_of_file
-from .parts import replacing, writing
+from .parts import file_digest, replacing, writing
 
 if TYPE_CHECKING:
     import pandas
@@ -74,15 +75,6 @@ class Table:
         return None
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 @contextmanager
 def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
     """The table behind a file's name, `-`, a DataFrame, or a list: of rows, or of tuples or single values.
@@ -115,7 +107,7 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
 def _as_row(item: Any, names: Sequence[str]) -> Row:
     if isinstance(item, Mapping):
         return item
-    values = (item,) if isinstance(item, str) else tuple(item)
+    values = (item,) if isinstance(item, str) or not isinstance(item, Iterable) else tuple(item)
     if len(values) != len(names):
         raise DataError(f"the list holds {item!r}, where {' and '.join(names)} are needed")
     return dict(zip(names, values, strict=True))
@@ -236,10 +228,8 @@ def read_texts(
             skipped.append({"row": number + 1, "error": wrong})
     if not texts:
         raise DataError(f"{table.where} has no texts")
-    names = [str(item) for item in ids]  # which is all that most files can hold
-    if len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = next(item for item in names if item in seen or seen.add(item))  # type: ignore[func-returns-value]
+    twice, times = Counter(map(str, ids)).most_common(1)[0]  # as text, which is all that most files can hold
+    if times > 1:
         raise DataError(f"{table.where} has the {key} {twice!r} more than once")
     return ids, texts, skipped
 

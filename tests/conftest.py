@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,21 +106,25 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two small layers with random weights, for tests that need many steps and no quality."""
+def save_tiny(folder: Path, layers: int, width: int, **settings: Any) -> Path:
+    """A BERT with random weights, and the offline backbone's tokenizer."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
     from crossenc.backbone import load_tokenizer, quiet_transformers
 
-    folder = tmp_path_factory.mktemp("tiny") / "backbone"
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
+    config = BertConfig(num_labels=1, num_hidden_layers=layers, hidden_size=width, num_attention_heads=2, **settings)
     with quiet_transformers():
-        BertForSequenceClassification(BertConfig(**shape, num_labels=1)).save_pretrained(folder)
-    load_tokenizer(BACKBONE).save_pretrained(folder)
+        BertForSequenceClassification(config).save_pretrained(folder)
+        load_tokenizer(BACKBONE).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small layers with random weights, for tests that need many steps and no quality."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "backbone", 2, 32, intermediate_size=64)
 
 
 @pytest.fixture(scope="session")
@@ -135,17 +140,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export-like folder of a very small model with random weights, for what scores do not matter to."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from crossenc.backbone import load_tokenizer, quiet_transformers
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = BertConfig(vocab_size=30_522, num_labels=1, initializer_range=0.3, **sizes)
-    config.crossenc = {"threshold": 0.5}
-    with quiet_transformers():
-        BertForSequenceClassification(config).save_pretrained(folder)
-        load_tokenizer(BACKBONE).save_pretrained(folder)
-    return folder
+    settings: dict[str, Any] = {"intermediate_size": 16, "initializer_range": 0.3, "crossenc": {"threshold": 0.5}}
+    return save_tiny(tmp_path_factory.mktemp("tiny"), 1, 16, **settings)

@@ -30,13 +30,12 @@ def test_parts_are_for_the_same_work_only(tmp_path: Path):
     assert Parts(folder, {"model": "b"})[0].tolist() == [0]
 
 
-def test_parts_that_nothing_is_known_of_are_dropped_and_other_files_stay(tmp_path: Path):
+def test_parts_of_other_work_are_not_taken_over_even_if_nothing_is_known_of_them(tmp_path: Path):
     one = Parts(tmp_path, {"model": "a"})
     one[0] = np.arange(3)
     (tmp_path / "facts.json").unlink()  # as a kill leaves it while the folder is removed
-    (tmp_path / "notes.txt").write_text("mine")
     assert 0 not in Parts(tmp_path, {"model": "b"})
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    assert Parts(tmp_path, {"model": "a"})[0].tolist() == [0, 1, 2]
 
 
 def test_a_file_is_replaced_by_a_whole_one_only(tmp_path: Path):
