@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BackboneError, HubError, offline_remedy, one_line
 from .parts import file_digest
@@ -73,6 +74,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The backbone's fast tokenizer; raises `BackboneError` if it has none."""
     from transformers import AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as MODELS
 
     with _clear_errors(backbone):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -82,6 +84,9 @@ def load_tokenizer(
         raise BackboneError(f"{backbone} has no fast tokenizer (tokenizer.json), which crossenc needs")
     if tokenizer.pad_token is None:  # decoder models are trained without padding
         tokenizer.pad_token = tokenizer.eos_token
+    model: Any = MODELS.get(type(load_config(backbone, trust_remote_code, revision)), None)
+    if model and "token_type_ids" not in signature(model.forward).parameters:  # as DistilBERT with BERT's tokenizer
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer  # type: ignore[return-value]
 
 

@@ -58,10 +58,12 @@ class ValidateAtEnd(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # It counts batches, and what has been accumulated of a step is in no checkpoint.
+        # It is in batches, and what has been accumulated of a step is in no checkpoint. An epoch's end ends a step.
         every, accumulated = trainer.val_check_batch, trainer.accumulate_grad_batches
         if every not in (None, math.inf):
-            trainer.val_check_batch = -(-int(every) // accumulated) * accumulated
+            whole = -(-int(every) // accumulated) * accumulated
+            in_an_epoch = trainer.num_training_batches if trainer.check_val_every_n_epoch else math.inf
+            trainer.val_check_batch = int(min(whole, in_an_epoch))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

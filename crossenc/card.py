@@ -145,6 +145,14 @@ SHOWN = {
     "swap_flips": ("decisions that flip when swapped", "{:,.0f}"),
     "loss": ("cross-entropy before calibration", "{:.4f}"),
 }
+# What these rows are called where no calibration is folded in.
+_AS_IT_IS = {
+    "calibration_error": "calibration error, if calibrated on the dev pairs",
+    "calibration_error_raw": "calibration error",
+    "brier": "Brier score, if calibrated on the dev pairs",
+    "brier_raw": "Brier score",
+    "loss": "cross-entropy",
+}
 _ON_HUB = ("average_precision", "roc_auc", "accuracy", "f1", "precision", "recall")
 _PICTURES = {
     "precision_recall": "Precision over recall, with the threshold",
@@ -191,7 +199,7 @@ def write_card(
             base_model=settings["backbone"] if is_hub_id(settings["backbone"]) else None,
             datasets=[source.partition(":")[0]] if on_hub else None,
             model_name=name,
-            eval_results=_eval_results(figures, source if on_hub else Path(source).name) or None,
+            eval_results=_eval_results(figures, data) or None,
         ),
         template_str=TEMPLATE,
         name=name,
@@ -219,16 +227,20 @@ def write_report(
     """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
     from jinja2 import Template
 
-    text = Template(REPORT).render(**_report(figures, threshold, pictures, errors))
+    text = Template(REPORT).render(**_report(figures, threshold, pictures, errors, folded=False))
     title = f"# Evaluation of {_shown_path(name)}\n\n"
     (folder / "README.md").write_text(f"{title}{_summary(figures)}\n\n{text}\n", encoding="utf-8")
 
 
 def _report(
-    figures: dict[str, float], threshold: float | None, pictures: Collection[str], errors: Sequence[Sequence[str]]
+    figures: dict[str, float],
+    threshold: float | None,
+    pictures: Collection[str],
+    errors: Sequence[Sequence[str]],
+    folded: bool = True,
 ) -> dict[str, Any]:
     """What `REPORT` asks for."""
-    splits, rows = metric_table(figures)
+    splits, rows = metric_table(figures, folded)
     return {
         "splits": splits,
         "metric_rows": rows,
@@ -239,11 +251,15 @@ def _report(
     }
 
 
-def metric_table(figures: dict[str, float]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table of metrics, with intervals."""
+def metric_table(figures: dict[str, float], folded: bool = True) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of metrics, with intervals; without `folded`, of a model that is as it is, and
+    that no calibration goes into."""
     splits = [split for split in TITLES if f"{split}/rows" in figures]
     rows = [
-        [title, *(_cell(figures, f"{split}/{metric}", form) for split in splits)]
+        [
+            title if folded else _AS_IT_IS.get(metric, title),
+            *(_cell(figures, f"{split}/{metric}", form) for split in splits),
+        ]
         for metric, (title, form) in SHOWN.items()
         if any(f"{split}/{metric}" in figures for split in splits)
     ]
@@ -265,8 +281,10 @@ def _summary(figures: dict[str, float]) -> str:
     text = (
         f"Of {figures[f'{split}/rows']:,.0f} {TITLES[split]} pairs, {duplicates:.1f} % of them duplicates, it decides "
         f"{share('accuracy')} rightly; it finds {share('recall')} of the duplicates, and "
-        f"{share('precision')} of those that it calls so are. Its average precision is {share('average_precision')}."
+        f"{share('precision')} of those that it calls so are."
     )
+    if not math.isnan(figures[f"{split}/average_precision"]):  # as where all labels are the same
+        text += f" Its average precision is {share('average_precision')}."
     if (flips := figures.get(f"{split}/swap_flips")) is not None:
         text += f" Swapping the two texts changes {flips:,.0f} of the decisions."
     return text
@@ -315,15 +333,15 @@ def _cell(figures: dict[str, float], key: str, form: str) -> str:
     return text if low is None or high is None else f"{text} ({form.format(low)} to {form.format(high)})"
 
 
-def _eval_results(figures: dict[str, float], data: str) -> list[Any]:
+def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
     from huggingface_hub import EvalResult
 
     return [
         EvalResult(
             task_type="cross-encoder-classification",
             task_name="Cross Encoder Classification",
-            dataset_type=data,
-            dataset_name=f"{data} ({TITLES[split]})",
+            dataset_type=_source_of(split, data),
+            dataset_name=f"{_source_of(split, data)} ({TITLES[split]})",
             dataset_split=split,
             metric_type=metric,
             metric_name=SHOWN[metric][0],
@@ -335,11 +353,18 @@ def _eval_results(figures: dict[str, float], data: str) -> list[Any]:
     ]
 
 
+def _source_of(split: str, data: dict[str, Any]) -> str:
+    """What the pairs of a split were read from, as a card may name it."""
+    own = data.get("sources", {}).get(split.partition("_")[0])
+    return _shown_path(str(own or data.get("source", "unknown data")))
+
+
 def _data_text(data: dict[str, Any], source: str) -> str:
     if not data:
         return "Not recorded."
     parts = [
         f"{data['rows'][split]:,} pairs for {use} ({100 * data['duplicates'][split]:.1f} % duplicates)"
+        + (f" from `{_source_of(split, data)}`" if _source_of(split, data) != source else "")
         for split, use in (("train", "training"), ("val", "dev"), ("test", "test"))
         if split in data["rows"]
     ]
@@ -353,6 +378,7 @@ def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[s
     return {
         **ours,
         **{name: data["plan"][name] for name in ("batch_size", "batch_by", "window", "seed") if "plan" in data},
+        **{name: data[name] for name in ("limit", "transitive") if data.get(name)},
         **checkpoint["crossenc"]["training"],
         **_cost(checkpoint.get("callbacks", {}).get("Cost", {})),
         "steps": checkpoint["global_step"],

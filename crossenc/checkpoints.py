@@ -140,7 +140,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self.stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if not self.stepped or self._validation_follows(trainer, batch_idx):
             return
         late, number = self._ask_all_ranks(time.monotonic() - self.saved_at >= 60 * self.every_n_minutes)
@@ -225,7 +225,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{path} is no checkpoint that can be read: the file is damaged or of another kind"
         ) from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from . import __version__
-from .errors import CrossencError, StoppedError, UsageError, one_line
+from .errors import CrossencError, LostProcessError, StoppedError, UsageError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,11 @@ def _evaluate(command: str, args: list[str]) -> None:
     parser.add_argument("--output", type=str, default="evaluation", help="The folder to write the report into.")
     parser.add_function_arguments(evaluate, skip={"model", "arguments", "output"})
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    given = parser.parse_args(args).as_dict()
+    given = parser.parse_args(_spell_out(args, set())).as_dict()
     given.pop("debug")
     figures = evaluate(arguments=given.pop("data"), **given)
     if getattr(rank_zero_only, "rank", 0) == 0:
-        print_figures(figures)
+        print_figures(figures, folded=False)
         print(f"\nreport: {given['output']}")
 
 
@@ -184,6 +185,10 @@ def main(args: list[str] | None = None) -> int:
             _set_up_terminal()
             if COMMANDS[name][1] in (_run, _export, _evaluate):
                 _quiet_lightning()
+            if COMMANDS[name][1] in (_run, _export, _evaluate, _mine) and not sys.stderr.isatty():
+                _without_bars()
+        if COMMANDS[name][1] not in (_run, _evaluate):  # where it is Lightning's to end in order
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         COMMANDS[name][1](name, rest)
     except BrokenPipeError:  # who reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or python complains at its end
@@ -193,14 +198,25 @@ def main(args: list[str] | None = None) -> int:
             raise
         if isinstance(error, StoppedError):
             log.info(str(error))
-        else:
+        elif not (isinstance(error, LostProcessError) and _is_helper()):
             print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CrossencError) else 2
-    except (KeyboardInterrupt, SystemExit) as stop:  # before the first step, when there is nothing to keep
+    except (KeyboardInterrupt, SystemExit) as stop:  # where there is nothing to keep
+        if "lightning" in sys.modules:
+            from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+            if isinstance(stop, SIGTERMException):  # of which python would make exit code 0
+                print(f"crossenc {name}: ended by SIGTERM", file=sys.stderr)
+                return 143
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         return 130  # Lightning makes a SystemExit of it
     return 0
+
+
+def _is_helper() -> bool:
+    """Whether Lightning's first process started this one; when it is gone, it has told why."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -218,6 +234,11 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _set_up_terminal() -> None:
     """Say what matters, once: our own log on stderr, and of the libraries' logs and bars what a person needs."""
+    if not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # as every file that is written
+    # onnxruntime logs by the root's functions, which add a handler that prints where there is none.
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.NullHandler())
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("crossenc")
@@ -245,13 +266,18 @@ def _set_up_terminal() -> None:
 
 def _quiet_lightning() -> None:
     """Without hardware lists, tips and seeds, which a log level of its own lets pass when it is imported."""
-    import datasets
     import lightning.pytorch  # noqa: F401
 
     for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+
+
+def _without_bars() -> None:
+    import datasets
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    datasets.disable_progress_bars()
+    disable_progress_bars()
 
 
 def entry_point() -> None:

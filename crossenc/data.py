@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from . import pairs
 from .backbone import DEFAULT_BACKBONE, load_config, load_tokenizer, resolve_max_length
 from .encode import PairBatch, PairCollator, encode, tell_cut
-from .errors import CheckpointError, DataError, UsageError
+from .errors import CheckpointError, DataError, UsageError, require_choice
 from .forward import piece_cost
 from .sampler import EvaluationOrder, TrainingOrder
 
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
+
+Split: TypeAlias = Literal["position", "question"]
+BatchBy: TypeAlias = Literal["pairs", "tokens"]
+OnMismatch: TypeAlias = Literal["refuse", "continue"]
 
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
 _NEEDED = {
@@ -94,18 +98,18 @@ class PairDataModule(LightningDataModule):
         val_source: str | None = None,
         test_source: str | None = None,
         columns: dict[str, str] | None = None,
-        split: Literal["position", "question"] = "position",
+        split: Split = "position",
         val_size: float | None = None,
         test_size: float | None = None,
         batch_size: int = 64,
-        batch_by: Literal["pairs", "tokens"] = "pairs",
+        batch_by: BatchBy = "pairs",
         window: int = 1,
         eval_tokens: int | None = None,
         num_workers: int = 0,
         num_proc: int | None = None,
         transitive: bool = False,
         limit: int | None = None,
-        on_mismatch: Literal["refuse", "continue"] = "refuse",
+        on_mismatch: OnMismatch = "refuse",
         symmetric: bool = False,
         twice: bool = False,
         backbone: str = DEFAULT_BACKBONE,
@@ -114,6 +118,12 @@ class PairDataModule(LightningDataModule):
         revision: str | None = None,
     ) -> None:
         super().__init__()
+        for name, choice, of in (
+            ("split", split, Split),
+            ("batch_by", batch_by, BatchBy),
+            ("on_mismatch", on_mismatch, OnMismatch),
+        ):
+            require_choice(f"data.{name}", choice, of)
         backbone = str(backbone)  # a Path from Python
         counts = {"batch_size": batch_size, "window": window, "eval_tokens": eval_tokens, "num_proc": num_proc}
         counts["limit"] = limit
@@ -154,10 +164,12 @@ class PairDataModule(LightningDataModule):
                 raise DataError("there are no training pairs; set --data.source")
             self.facts = {
                 "source": self.source,
+                "sources": {"val": self.val_source or self.source, "test": self.test_source or self.source},
                 "backbone": self.backbone,
                 "subset": self._subset(self.source),
                 "split": "group" if self.source == pairs.SAMPLE else self.split,
                 "limit": self.limit,
+                "transitive": self.transitive,
                 "rows": {name: len(part) for name, part in loaded.items()},
                 "duplicates": {name: _share_of_duplicates(part) for name, part in loaded.items()},
                 "plan": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
 from .backbone import load_config
+from .calibration import Calibration
 from .card import metric_table, worst_errors, write_report
 from .data import PairDataModule
-from .errors import DataError, OutputError, UsageError
+from .errors import DataError, OutputError, UsageError, one_line
 from .figures import draw, save
-from .loading import find, load_checkpoint, read_threshold, require_head
+from .loading import find, load_checkpoint, plain_model, read_threshold, require_head
 from .metrics import evaluation_figures, intervals
 from .module import CrossEncoderModule
-from .records import write_figures, write_scores
+from .parts import writing
+from .records import is_evaluation, write_figures, write_scores
 
 
 def evaluate(
@@ -45,12 +48,13 @@ def evaluate(
     Raises:
         BackboneError: The model cannot be loaded, or has another number of labels than one.
         CheckpointError: The checkpoint is missing or was not written by crossenc.
-        OutputError: The output holds a model.
+        OutputError: The output holds something else than an earlier evaluation, or cannot be written.
     """
     if not any(arguments.get(name) for name in ("source", "val_source", "test_source")):
         raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
-    if (Path(output) / "config.json").is_file():
-        raise OutputError(f"{output} holds a model, whose card the report would replace; name another folder: --output")
+    folder = Path(output)
+    if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):
+        raise OutputError(f"{output} is there and holds no earlier evaluation; name another folder with --output")
     module = load_module(model)
     hparams = module.hparams
     data = PairDataModule(
@@ -60,29 +64,35 @@ def evaluate(
         trust_remote_code=hparams["trust_remote_code"],
         revision=hparams["revision"],
     )
-    trainer = Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        precision=precision,  # type: ignore[arg-type]
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    try:
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except ValueError as error:
+        raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
     splits = data.splits()
     if not {"val", "test"} & splits:
         raise DataError(f"{data.source} leaves no dev and no test pairs; set --data.val_source or --data.test_source")
+    with writing(output):
+        folder.mkdir(parents=True, exist_ok=True)
     if "val" in splits:
         trainer.validate(module, data, verbose=False)
     if "test" in splits:
         trainer.test(module, data, verbose=False)
     if trainer.is_global_zero:
-        columns = finish(module, data, Path(output), None)
+        columns = finish(module, data, folder, None)
         pictures = draw(columns, module.threshold)
-        save(pictures, Path(output) / "figures")
+        shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
+        save(pictures, folder / "figures")
         errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
-        write_report(Path(output), str(model), module.figures, module.threshold, pictures, errors)
+        write_report(folder, str(model), module.figures, module.threshold, pictures, errors)
     return module.figures
 
 
@@ -90,7 +100,10 @@ def load_module(model: str | Path) -> CrossEncoderModule:
     """The module of an export, a Hub id or a checkpoint, which scores as the model itself does."""
     path = find(model)
     if path.is_file():
-        return load_checkpoint(path)[1]
+        module = load_checkpoint(path)[1]
+        module.model = plain_model(module)  # its calibration in its weights, as in its export
+        module.fitted, module.folds, module.figures = Calibration(), False, {}
+        return module
     require_head(str(model), load_config(str(path)).architectures)
     module = CrossEncoderModule(str(path))
     module.threshold, module.folds = read_threshold(model), False
@@ -123,13 +136,13 @@ def finish(
     return evaluated
 
 
-def print_figures(figures: dict[str, float]) -> None:
-    """Print the card's table of metrics."""
+def print_figures(figures: dict[str, float], folded: bool = True) -> None:
+    """Print the card's table of metrics; arguments as in `metric_table`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    splits, rows = metric_table(figures)
+    splits, rows = metric_table(figures, folded)
     table = Table("", *splits, box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -74,8 +73,10 @@ def export(
         DataError, HubError: The dev pairs cannot be read.
         ExportError: The folder is there already, or the export does not score as the checkpoint does.
         HubError: The upload was refused; the folder stays.
-        UsageError: `int8`, and there are no dev pairs.
+        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`.
     """
+    if private and push_to_hub is None:
+        raise UsageError("--private is of the upload; give --push_to_hub REPO too")
     target = Path(output)
     if target.exists():
         if not overwrite:
@@ -104,7 +105,7 @@ def export(
             target.rename(Path(space) / "old")
         unfinished.rename(target)
     load_tokenizer.cache_clear()  # of the export that was in its place
-    if push_to_hub:
+    if push_to_hub is not None:
         log.info("uploaded: %s", upload(target, push_to_hub, private))
     return target
 
@@ -116,7 +117,7 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private or None, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by crossenc")
+        api.upload_folder(folder_path=folder, repo_id=address.repo_id, commit_message="Upload by crossenc")
     except Exception as error:  # the HTTP library's own too, which is another from version to version of the client
         command = ["hf", "upload", repository, str(folder), *["--private"] * private]
         raise HubError(
@@ -148,16 +149,14 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
         from torchmetrics.functional.classification import binary_average_precision
 
         pairs, labels = list(zip(dev["text_a"], dev["text_b"], strict=True)), torch.tensor(dev["label"][:]) >= 0.5
+        if labels.all() or not labels.any():
+            raise ExportError("what 8 bits cost cannot be measured: all dev labels are the same; give --dev FILE")
         scores = {backend: score(backend, pairs) for backend in ("onnx", "onnx-int8")}
         figures = {
             backend: binary_average_precision(torch.from_numpy(found), labels.long()).item()
             for backend, found in scores.items()
         }
         figures["difference"] = float(abs(scores["onnx"] - scores["onnx-int8"]).max())
-        if not math.isfinite(sum(figures.values())):
-            raise ExportError(
-                "the average precision of the 8-bit model cannot be measured: all dev labels are the same"
-            )
         log.info(
             "average precision on %s dev pairs: %.4f, with 8-bit weights %.4f; scores differ by up to %.3f",
             f"{len(pairs):,}", *figures.values(),
@@ -266,8 +265,11 @@ def _write_card(
     from .figures import draw, draw_learning, save
     from .records import read_figures, read_scores
 
-    figures = loaded["crossenc"]["figures"] | read_figures(checkpoint)
-    threshold, evaluated = loaded["crossenc"]["threshold"], read_scores(checkpoint)
+    figures, threshold = loaded["crossenc"]["figures"], loaded["crossenc"]["threshold"]
+    known, evaluated = read_figures(checkpoint), read_scores(checkpoint)
+    if abs(known.get("val/threshold", threshold or 0) - (threshold or 0)) > 1e-4:  # of a `validate` on other dev pairs
+        known, evaluated = {}, {}
+    figures = figures | known
     pictures = draw(evaluated, threshold)
     if learning := draw_learning(checkpoint.parent):
         pictures["learning"] = learning

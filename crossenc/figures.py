@@ -72,7 +72,7 @@ def _reliability(columns: Columns, name: str) -> Figure:
         filled = counts > 0
         means, shares = (
             np.bincount(bins, weights=values, minlength=BINS)[filled] / counts[filled]
-            for values in (columns[column], columns["label"])
+            for values in (columns[column], columns["label"] >= 0.5)
         )
         axes.plot(means, shares, style, color=colour, label=label)
     axes.set(xlabel=f"mean score of a bin ({BINS} bins)", ylabel="share of duplicates in it")

@@ -106,17 +106,17 @@ def score_columns(
 def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict[str, float]:
     """Figures of the columns of `score_columns`: those of `pair_figures`, and what calibration and order of texts do.
 
-    `brier` (mean squared distance of score and label) and `calibration_error` of `score_crossed`, both with `_raw` of
-    `score_raw`, and the error that chance alone shows, `calibration_error_chance`; and of the distance of a pair's
-    scores in both orders its mean `swap_gap_mean`, its 99th percentile `swap_gap_p99`, and `swap_flips`, the number of
-    pairs whose decision at the threshold the order changes.
+    `brier` (mean squared distance of score and label, 0 or 1) and `calibration_error` of `score_crossed`, both with
+    `_raw` of `score_raw`, and the error that chance alone shows, `calibration_error_chance`; and of the distance of a
+    pair's scores in both orders its mean `swap_gap_mean`, its 99th percentile `swap_gap_p99`, and `swap_flips`, the
+    number of pairs whose decision at the threshold the order changes.
 
     `threshold` comes from other data; None takes the one with the best F1 here.
     """
     scores, labels = torch.from_numpy(columns["score"]), torch.from_numpy(columns["label"])
     figures = pair_figures(scores, labels, threshold)
     for name, column in (("", "score_crossed"), ("_raw", "score_raw")):
-        figures[f"brier{name}"] = float(((columns[column] - columns["label"]) ** 2).mean())
+        figures[f"brier{name}"] = float(((columns[column] - (columns["label"] >= 0.5)) ** 2).mean())
         figures[f"calibration_error{name}"] = calibration_error(torch.from_numpy(columns[column]), labels)
     figures["calibration_error_chance"] = chance_calibration_error(columns["score_crossed"])
     if "score_swapped" in columns:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
@@ -137,8 +139,8 @@ class CrossEncoderModule(LightningModule):
         self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
         self.threshold: float | None = None
         self.evaluated_step = -1  # the one that threshold, calibration and figures belong to
-        # What was fitted on the dev pairs, and what scores are reported with: the same, but for a model that cannot be
-        # changed, where `folds` is False and the report says what a calibration would bring.
+        # What was fitted on the dev pairs, and what scores are reported with: the same, but for a model that is as it
+        # is, where `folds` is False and the report says what a calibration would bring.
         self.folds, self.fitted = True, Calibration()
         self.figures: dict[str, float] = {}
         self.scored: dict[str, dict[str, NDArray[Any]]] = {}  # the last evaluation of each split, pair by pair
@@ -280,15 +282,19 @@ class CrossEncoderModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export tells besides the weights; plain types only, or `weights_only` refuses the file."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        averages = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
         checkpoint["crossenc"] = {
             "version": CHECKPOINT_VERSION,
             **self.evaluation(),
             "training": {
                 "precision": str(self.trainer.precision),
                 "hardware": _hardware(self.device),
+                "versions": _versions(),
                 "devices": self.trainer.world_size,
                 "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
                 "gradient_clip_val": self.trainer.gradient_clip_val,
+                **({"averaged by": averages[0]} if averages else {}),
             },
         }
 
@@ -311,6 +317,11 @@ def _hardware(device: torch.device) -> str:
     about = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", about.read_text() if about.is_file() else "", re.MULTILINE)
     return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> str:
+    packages = ("torch", "lightning", "transformers")
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
 def disagreement(one: Tensor, other: Tensor) -> Tensor:

@@ -171,6 +171,7 @@ def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
     """
     if path.suffix.lower() == ".parquet":
         with open_parquet(path, where) as file:
+            refuse_twice(file.schema_arrow.names, where)
             for batch in file.iter_batches(10_000):
                 yield from batch.to_pylist()
         return
@@ -219,8 +220,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
         raise DataError(f"{where}, header: {error}") from error
     if not _is_utf8("".join(header)):
         raise DataError(f"{where}, header: {_NOT_UTF8}")
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{where} has more than one column {twice[0]!r}; rename one")
+    refuse_twice(header, where)
     while True:
         try:
             fields = next(reader)
@@ -237,6 +237,12 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
                 yield _NOT_UTF8
         elif fields:
             yield f"{len(fields)} fields where the header has {len(header)}; quote fields that hold the separator"
+
+
+def refuse_twice(header: list[str], where: str) -> None:
+    """Raise `DataError` where two columns have one name."""
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{where} has more than one column {twice[0]!r}; rename one")
 
 
 _LONGEST_FIELD = 2**31 - 1  # Python's own limit would not let a long text pass beside the questions

@@ -40,6 +40,14 @@ def read_figures(checkpoint: Path) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in content.items()}
 
 
+def is_evaluation(folder: Path) -> bool:
+    """Whether a folder holds the report of `evaluate`, and no run and no model."""
+    file = folder / FIGURES_FILE
+    if not file.is_file() or (folder / "config.yaml").exists() or (folder / "config.json").exists():
+        return False
+    return json.loads(file.read_text(encoding="utf-8")).get("checkpoint", "none") is None
+
+
 SCORES_FILE = "scores.parquet"
 
 

@@ -169,7 +169,9 @@ def _read_candidates(candidates: Any, query_ids: list[Any], corpus_ids: list[Any
 def read_qrels(qrels: Any) -> dict[str, dict[str, int]]:
     """For each query what is how relevant, from TREC qrels, a table with such columns, or rows."""
     relevant: dict[str, dict[str, int]] = {}
-    for _, query, item, grade in _triples(qrels, 4, (0, 2, 3)):
+    for where, query, item, grade in _triples(qrels, 4, (0, 2, 3)):
+        if grade != int(grade):
+            raise DataError(f"{where}: the grade {grade} is no whole number")
         relevant.setdefault(query, {})[item] = int(grade)
     return relevant
 
@@ -244,6 +246,14 @@ def _report(figures: dict[str, dict[str, float]]) -> None:
         log.info("%-8s%s", name, ",".join(f" {when} {found[name]:.4f}" for when, found in figures.items()))
 
 
+def _falling(rows: list[Row]) -> Iterator[np.float32]:
+    """The scores, of which readers of a run make the order: equal ones differ in the last digit of fp32."""
+    last = np.float32(np.inf)
+    for row in rows:
+        last = min(np.float32(row["score"]), np.nextafter(last, np.float32(-np.inf)))
+        yield last
+
+
 def _write(output: str, rows: list[list[Row]]) -> None:
     if Path(output).suffix.lower() == ".jsonl":
         with write_table(output, []) as take:
@@ -251,9 +261,9 @@ def _write(output: str, rows: list[list[Row]]) -> None:
                 take(own)
         return
     lines = [
-        f"{row['query_id']} Q0 {row['corpus_id']} {rank} {row['score']:.8f} crossenc\n"
+        f"{row['query_id']} Q0 {row['corpus_id']} {rank} {score:.9g} crossenc\n"
         for own in rows
-        for rank, row in enumerate(own, start=1)
+        for rank, (row, score) in enumerate(zip(own, _falling(own), strict=True), start=1)
     ]
     if output == STANDARD:
         print(*lines, sep="", end="")

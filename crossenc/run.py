@@ -39,6 +39,7 @@ from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
 from .loading import read_threshold
 from .module import CrossEncoderModule
+from .parts import writing
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ TRAINER_DEFAULTS = {
     "check_val_every_n_epoch": None,  # 500 steps are counted through, not anew in each epoch
     "log_every_n_steps": 10,
 }
+
+
+# Where these differ, a checkpoint's weights and its optimizer are those of other parameters.
+_WHAT_IS_TRAINED = ("optimizer", "layer_decay", "head_rate", "freeze_layers", "shared_segments", "lora")
 
 
 def native_precision(accelerator: str) -> str:
@@ -169,6 +174,8 @@ class RunCLI(LightningCLI):
             log.info("precision %s: this hardware %s bf16 itself", config.trainer.precision, native)
         if config.trainer.overfit_batches:
             raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
+        if any(way in str(config.trainer.strategy) for way in ("spawn", "fork", "notebook")):
+            raise UsageError("--trainer.strategy: what ddp_spawn and the like find stays in other processes; use ddp")
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             config.trainer.devices, config.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
@@ -230,6 +237,14 @@ class RunCLI(LightningCLI):
     before_test = before_predict = before_validate
 
     def before_fit(self) -> None:
+        if self.checkpoint:
+            before = read_checkpoint(Path(self.checkpoint), mmap=True)["hyper_parameters"]
+            changed = [name for name in _WHAT_IS_TRAINED if before.get(name) != self.model.hparams[name]]
+            if changed:
+                raise CheckpointError(
+                    f"the run began with other model.{', model.'.join(changed)}, which its optimizer depends on; go on "
+                    "with the same, or begin a run of another name"
+                )
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         log.info(
@@ -325,9 +340,11 @@ def _claim(folder: Path) -> Path:
     if getattr(rank_zero_only, "rank", 0) != 0:  # only the first rank writes
         return folder
     number, free = 1, folder
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            free.mkdir(parents=True)
+            free.mkdir()
         except FileExistsError:
             number += 1
             free = folder.with_name(f"{folder.name}-{number}")
@@ -358,5 +375,5 @@ def _print_examples(folder: Path, examples: list[tuple[str, str]]) -> None:
 @rank_zero_only
 def discard_if_empty(folder: Path) -> None:
     """Remove a run's folder in which nothing was written but a log's beginning, so that bad input leaves no trace."""
-    if folder.is_dir() and all("tfevents" in path.name for path in folder.iterdir()):
+    if folder.is_dir() and all("tfevents" in path.name or path.name == "hparams.yaml" for path in folder.iterdir()):
         shutil.rmtree(folder)

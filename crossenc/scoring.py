@@ -145,6 +145,7 @@ class _Checked:
 
     names: dict[str, str] = field(default_factory=dict)  # the input's own, of text_a and text_b
     columns: dict[str, None] = field(default_factory=dict)  # in the order of their first appearance
+    broken: list[tuple[int, str]] = field(default_factory=list)  # the first ten: row from 1, what is wrong
     rows: int = 0
     good: int = 0
     schema: pyarrow.Schema | None = None
@@ -156,7 +157,6 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
     if infer:
         with _for_parquet(table.where):
             found.schema = table.schema()
-    broken: list[tuple[int, str]] = []
     infer = infer and found.schema is None
     for chunk in chunked(table):
         whole = [row for row in chunk if not isinstance(row, str)]
@@ -169,8 +169,8 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
             if wrong is None:
                 found.good += 1
                 found.columns.update(dict.fromkeys(row))
-            elif len(broken) < 10:
-                broken.append((found.rows, wrong))
+            elif len(found.broken) < 10:
+                found.broken.append((found.rows, wrong))
         if infer:
             found.schema = _widen(found.schema, whole, table.where)
     if found.schema is not None:
@@ -179,8 +179,8 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
         with _for_parquet(table.where):
             # Without rows: what parquet cannot hold shows before the work, and not after it.
             pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
-    if broken and on_error == "stop":
-        row, wrong = broken[0]
+    if found.broken and on_error == "stop":
+        row, wrong = found.broken[0]
         others = f" (and {found.rows - found.good - 1:,} more rows)" if found.rows - found.good > 1 else ""
         raise DataError(f"{table.where}, row {row}: {wrong}{others}; --on_error skip leaves out such rows")
     if not found.good:
@@ -251,10 +251,14 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: list[str], output:
     skipped: list[Row] = []
     rows = _good_rows(table, checked.names, lambda row, wrong: skipped.append({"row": row + 1, "error": wrong}))
     with ExitStack() as stack:
+        stack.enter_context(_for_parquet(table.where))
         take = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
         side = None
-        if checked.good < checked.rows:
-            where = f"{output}.skipped.jsonl" if output != STANDARD else "skipped.jsonl"
+        if checked.good < checked.rows and output == STANDARD:
+            some = "; ".join(f"row {row}: {wrong}" for row, wrong in checked.broken)
+            log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", some)
+        elif checked.good < checked.rows:
+            where = f"{output}.skipped.jsonl"
             side = stack.enter_context(write_table(where, ["row", "error"]))
             log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", where)
         for number, chunk in enumerate(chunked(rows)):
@@ -267,6 +271,6 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: list[str], output:
             )
             if side:
                 side(skipped)
-                skipped.clear()
+            skipped.clear()
         if side:
             side(skipped)

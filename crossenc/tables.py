@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import DataError, OutputError, UsageError
-from .pairs import SUFFIXES, is_local, open_parquet, rows_of_file
+from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file
 from .parts import file_digest, replacing, writing
 
 if TYPE_CHECKING:
@@ -98,8 +99,11 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
         if not is_local(str(source)) or path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{source}: cannot tell its format; give a file named {', '.join(SUFFIXES)}, or -")
         yield Table(path, str(source))
-    elif hasattr(source, "iloc"):
+    elif hasattr(source, "columns"):
+        refuse_twice(list(map(str, source.columns)), "the DataFrame")
         yield Table(source, "the DataFrame")
+    elif not isinstance(source, Iterable):
+        raise DataError(f"{source!r} is no file, no DataFrame and no list")
     else:
         yield Table([_as_row(item, names) for item in source], "the list")
 
@@ -170,7 +174,9 @@ def write_table(
                 yield lambda rows: text.writelines(_json_lines(rows))
             else:
                 separator = "\t" if path.suffix.lower() == ".tsv" else ","
-                writer = csv.writer(text, delimiter=separator, lineterminator="\n")
+                # Python before 3.13 quotes a carriage return only where it is a part of the line's end.
+                lines: Any = SimpleNamespace(write=lambda row: text.write(row.removesuffix("\r\n") + "\n"))
+                writer = csv.writer(lines, delimiter=separator, lineterminator="\r\n")
                 writer.writerow(columns)
                 yield lambda rows: writer.writerows([_field(row.get(name)) for name in columns] for row in rows)
 
@@ -210,14 +216,18 @@ def read_texts(
     for number, row in enumerate(table):
         wrong = row if isinstance(row, str) else None
         if isinstance(row, Mapping):
+            found = next((name for name in ID_NAMES if name in row), None)
             if name is None:
-                name = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None)
-                key = next((name for name in ID_NAMES if name in row), None)
-                if name is None:
+                name, key = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None), found
+                if name is None and on_error != "skip":
                     asked = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
                     raise DataError(f"{table.where} has no column {asked}; it has {list(row)}{advice[0]}")
-            text, known = row.get(name), row.get(key) if key else number
-            if not isinstance(text, str) or known is None or isinstance(known, dict | list):
+            text, known = row.get(name or ""), row.get(key) if key else number
+            if name is None:
+                wrong = f"no text; it has {list(row)}"
+            elif found and not key:
+                wrong = f"an id, {found!r}, where the first row has none"
+            elif not isinstance(text, str) or known is None or isinstance(known, dict | list):
                 wrong = f"{name if not isinstance(text, str) else key} is null or no text"
             else:
                 ids.append(known)

@@ -40,6 +40,15 @@ def test_roberta_positions_begin_after_the_padding(tmp_path: Path):
     assert resolve_max_length(str(tmp_path), None) == 64
 
 
+def test_segments_are_given_to_those_that_take_them(tmp_path: Path):
+    from transformers import DistilBertConfig
+
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)  # a BERT's, which knows segments
+    DistilBertConfig().save_pretrained(tmp_path)
+    assert "token_type_ids" not in load_tokenizer(str(tmp_path)).model_input_names
+    assert "token_type_ids" in load_tokenizer(BACKBONE).model_input_names
+
+
 def test_weights_are_safetensors_and_complete(tmp_path: Path):
     from safetensors.torch import load_file, save_file
 

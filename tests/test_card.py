@@ -7,8 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from crossenc import export
 from crossenc.card import is_hub_id, worst_errors
+from crossenc.cli import main
+
+from .conftest import BACKBONE
 
 
 def test_the_card_tells_data_metrics_and_settings(trained: Path):
@@ -28,6 +33,7 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     assert "| weight_decay | 0.0 |" in card.text
     assert "| duration | " in card.text
     assert "| hardware | " in card.text
+    assert f"torch {torch.__version__}" in card.text
     assert f"Of 6 test pairs, {100 * figures['test/duplicates']:.1f} % of them duplicates" in card.text
     assert str(trained.parent) not in card.text
     shown = re.findall(r"!\[.+\]\((figures/\w+\.png)\)", card.text)
@@ -35,6 +41,30 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     assert {str(path.relative_to(trained / "model")) for path in (trained / "model" / "figures").iterdir()} == set(
         shown
     )
+
+
+def test_the_card_names_the_source_of_each_split_and_what_changed_the_weights(pairs_file: Path, tmp_path: Path):
+    from huggingface_hub import ModelCard
+
+    test = tmp_path / "other.csv"
+    test.write_bytes(pairs_file.read_bytes())
+    options = ["--data.test_source", str(test), "--data.limit", "40", "--data.val_size", "6"]
+    options += ["--trainer.callbacks+=EMAWeightAveraging"]
+    named = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--model.max_length", "16"]
+    named += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--output", str(tmp_path), *options]
+    assert main(["fit", *named]) == 0
+    card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
+    names = {result.dataset_split: result.dataset_name for result in card.data.eval_results}
+    assert names["val"] == "pairs.csv (dev)"
+    assert names["test"] == "other.csv (test)"
+    assert "40 pairs for test (42.5 % duplicates) from `other.csv`." in card.text
+    assert "| limit | 40 |" in card.text
+    assert "| averaged by | EMAWeightAveraging |" in card.text
+    # Other dev pairs are none of the exported model's, whose threshold and calibration they did not choose.
+    where = ["--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", str(tmp_path / "run" / "best.ckpt")]
+    assert main(["validate", *where, "--data.val_source", str(test), "--data.limit", "11"]) == 0
+    card = ModelCard.load(export(str(tmp_path / "run" / "best.ckpt"), str(tmp_path / "again")) / "README.md")
+    assert "| pairs | 6 |" in card.text
 
 
 def test_the_surest_errors_come_first_and_break_no_table():
@@ -59,6 +89,7 @@ def test_the_surest_errors_come_first_and_break_no_table():
         ("./folder/name", False),
         ("/folder/name", False),
         ("data.csv", False),
+        ("data/train.csv", False),
         ("package:name/model", False),
         ("sample", False),
     ],

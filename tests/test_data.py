@@ -47,6 +47,9 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
         one.test_dataloader()
     with pytest.raises(UsageError, match=r"data\.batch_size"):
         PairDataModule(batch_size=0, **make)
+    for name in ("split", "batch_by", "on_mismatch"):
+        with pytest.raises(UsageError, match=rf"data\.{name} 'questions' is not one of"):
+            PairDataModule(**{name: "questions"}, **make)
 
 
 def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file: Path):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crossenc import evaluate
+from crossenc import evaluate, score
 from crossenc.cli import main
-from crossenc.errors import OutputError
+from crossenc.errors import OutputError, UsageError
 
 from .conftest import BACKBONE
 
@@ -36,6 +39,8 @@ def test_a_checkpoint_and_its_export_get_the_same_report(trained: Path, pairs_fi
     assert "val_unseen/rows" not in figures  # all pairs are the training pairs
     assert figures["test/threshold"] == figures["val/threshold"]
     assert {"val/swap_gap_mean", "val/swap_flips", "val/brier", "val/calibration_error_raw"} <= set(figures)
+    scored = pq.read_table(tmp_path / "one" / "scores.parquet").filter(pc.field("split") == "test")
+    assert scored["score"].to_numpy() == pytest.approx(score(trained / "best.ckpt", pairs_file), abs=1e-6)
     assert "### Most confident errors on dev pairs" in text
     for name in ("precision_recall", "reliability", "scores"):
         assert f"](figures/{name}.png)" in text
@@ -61,6 +66,9 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(pairs_file: Path, tmp_path:
     assert figures["val/rows"] == 40
     assert text.startswith("# Evaluation of elsewhere\n")
     assert figures["val/calibration_error"] < figures["val/calibration_error_raw"]  # what a calibration would bring
+    cell = f"{figures['val/calibration_error_raw']:.4f} | {figures['test/calibration_error_raw']:.4f} |"
+    assert f"| calibration error | {cell}" in text
+    assert "| calibration error, if calibrated on the dev pairs | " in text
     with pytest.raises(AssertionError):
         report(capsys, tmp_path / "gone", pairs_file, tmp_path / "out")
 
@@ -76,11 +84,27 @@ def test_what_cannot_be_evaluated_is_one_line(pairs_file: Path, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_models_own_card_is_not_replaced(trained: Path, pairs_file: Path):
-    card = (trained / "model" / "README.md").read_text()
-    with pytest.raises(OutputError, match="holds a model"):
-        evaluate(trained / "model", {"val_source": str(pairs_file)}, str(trained / "model"))
-    assert (trained / "model" / "README.md").read_text() == card
+@pytest.mark.parametrize("where", ["model", "."])
+def test_nothing_but_an_earlier_evaluation_is_replaced(trained: Path, pairs_file: Path, where: str):
+    before = {path: path.read_bytes() for path in (trained / where).iterdir() if path.is_file()}
+    with pytest.raises(OutputError, match="holds no earlier evaluation"):
+        evaluate(trained / "model", {"val_source": str(pairs_file)}, str(trained / where))
+    assert {path: path.read_bytes() for path in (trained / where).iterdir() if path.is_file()} == before
+
+
+def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pairs_file: Path, write, tmp_path: Path):
+    """Of test pairs only, by a checkpoint that knows its dev figures, all of one label, in place of another report."""
+    output = str(tmp_path / "out")
+    evaluate(tiny, {"val_source": str(pairs_file), "test_source": str(pairs_file)}, output)
+    assert (tmp_path / "out" / "figures" / "reliability.png").is_file()
+    one = write("one.csv", "question1,question2,is_duplicate\na,b,1\nc,d,1\n")
+    figures = evaluate(trained / "best.ckpt", {"test_source": str(one)}, output)
+    assert {name.split("/")[0] for name in figures} == {"test"}
+    assert "nan" not in (tmp_path / "out" / "README.md").read_text()
+    left = {f"figures/{path.name}" for path in (tmp_path / "out" / "figures").iterdir()}
+    assert left == set(re.findall(r"figures/\w+\.png", (tmp_path / "out" / "README.md").read_text()))
+    with pytest.raises(UsageError, match="accelerator, devices or precision"):
+        evaluate(tiny, {"test_source": str(one)}, output, precision="best")
 
 
 def test_unseen_questions_are_those_of_no_training_pair(write):

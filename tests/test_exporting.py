@@ -11,7 +11,7 @@ import torch
 from crossenc import export
 from crossenc.cli import main
 from crossenc.encode import PairCollator, encode
-from crossenc.errors import CheckpointError, ExportError
+from crossenc.errors import CheckpointError, ExportError, UsageError
 from crossenc.exporting import score_pairs
 from crossenc.module import CrossEncoderModule
 
@@ -102,10 +102,24 @@ def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
 
 
+def test_options_that_need_others_are_named(trained: Path, write, tmp_path: Path):
+    with pytest.raises(UsageError, match="give --push_to_hub"):
+        export(str(trained / "best.ckpt"), str(tmp_path / "model"), private=True)
+    one = write("one.csv", "question1,question2,is_duplicate\na,b,1\nc,d,1\n")
+    with pytest.raises(ExportError, match="all dev labels are the same"):
+        export(str(trained / "best.ckpt"), str(tmp_path / "model"), int8=True, dev=str(one))
+    assert [path.name for path in tmp_path.iterdir()] == ["one.csv"]
+
+
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "table.ckpt").write_text("question1,question2\na,b\n")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    for name, said in (("text.ckpt", "is no checkpoint"), ("other.ckpt", "not written by crossenc")):
+    for name, said in (
+        ("text.ckpt", "no checkpoint"),
+        ("table.ckpt", "no checkpoint"),
+        ("other.ckpt", "not written by crossenc"),
+    ):
         with pytest.raises(CheckpointError, match=said):
             export(str(tmp_path / name), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

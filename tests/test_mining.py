@@ -216,6 +216,20 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     assert json.loads((tmp_path / "out.csv.skipped.jsonl").read_text())["row"] == 2
 
 
+def test_rows_that_lack_what_the_others_have(tiny: Path, write, tmp_path: Path):
+    late = write("late.jsonl", '{"text": "a"}\n{"id": "x", "text": "b"}\n')
+    with pytest.raises(DataError, match="row 2: an id, 'id', where the first row has none"):
+        mine(tiny, late, retriever=BACKBONE)
+    short = write("short.jsonl", '{"id": 1}\n{"id": 2, "text": "What is it?"}\n{"id": 3, "text": "what is it?"}\n')
+    found = mine(tiny, short, tmp_path / "out.csv", retriever=BACKBONE, on_error="skip")
+    assert [(row["a"], row["b"]) for row in read(found.pairs)] == [("2", "3")]
+    assert json.loads((tmp_path / "out.csv.skipped.jsonl").read_text())["row"] == 1
+    with pytest.raises(DataError, match="row 2: text is null"):
+        mine(tiny, ["a", None], retriever=BACKBONE)
+    pairs = mine(tiny, pd.Series(["What is it?", "what is it?"]), retriever=BACKBONE).pairs
+    assert len(pairs) == 1
+
+
 def test_ids_of_any_kind_and_a_broken_first_row(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     lines = ['{"id": 0, "text": null}', '{"id": 1, "text": "What is it?"}', '{"id": "x", "text": "what is it?"}']
     (tmp_path / "q.jsonl").write_text("\n".join(lines))

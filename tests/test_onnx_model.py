@@ -52,7 +52,7 @@ def test_the_graph_is_what_readers_expect(exported: Path):
 
 def test_the_card_tells_what_8_bits_cost(exported: Path):
     card = (exported / "README.md").read_text()
-    told = re.search(r"On\n(\d+) dev pairs its average precision is (\S+), and that of fp32 (\S+):", card)
+    told = re.search(r"On\n(\d+) dev pairs its average precision is (\S+), and\sthat of fp32 (\S+):", card)
     assert told
     assert int(told[1]) == len(DEV)
     from sklearn.metrics import average_precision_score

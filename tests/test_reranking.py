@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from crossenc import rerank
@@ -99,6 +101,27 @@ def test_figures_are_those_of_hand():
     assert found["MAP"] == pytest.approx((1 / 2 + (1 + 2 / 3) / 2) / 2)
 
 
+def test_queries_that_nobody_asked_do_not_count(tiny: Path, caplog):
+    rows = [("q0", "d0", 1), ("q1", "d0", 1), ("q2", "d0", 0)]
+    queries = [{"id": f"q{n}", "text": text} for n, text in enumerate(("a", "b", "c"))]
+    corpus = [{"id": "d0", "text": "a"}]
+    with caplog.at_level(logging.INFO):
+        rerank(tiny, [queries[0], queries[2]], corpus, qrels=rows)
+    assert "MRR@10   after 1.0000" in caplog.messages
+    with pytest.raises(DataError, match="nothing relevant to any of the queries"):
+        rerank(tiny, [queries[2]], corpus, qrels=rows)
+    with pytest.raises(DataError, match=r"row 1: the grade 0\.9 is no whole number"):
+        rerank(tiny, queries, corpus, qrels=[("q0", "d0", 0.9)])
+
+
+def test_a_run_keeps_the_order_where_scores_are_equal(tiny: Path, tmp_path: Path):
+    copies = ["the same"] * 5
+    rerank(tiny, ["a query"], copies, output=str(tmp_path / "out.run"))
+    scores = [float(line.split()[4]) for line in (tmp_path / "out.run").read_text().splitlines()]
+    assert all(np.float32(a) > np.float32(b) for a, b in pairwise(scores))
+    assert scores[-1] == pytest.approx(scores[0], rel=1e-5)
+
+
 def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tmp_path: Path):
     def refused(error: type[Exception], said: str, **options: object) -> None:
         given = {"queries": files["queries"], "corpus": files["corpus"], "output": files["run"], **options}
@@ -115,7 +138,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "'nan' is no number", candidates=str(write("f.run", "q0 Q0 d0 1 nan x\n")))
     (tmp_path / "g.run").write_bytes(b"q0 Q0 d\xe9 1 1 x\n")
     refused(DataError, "is not UTF-8", candidates=tmp_path / "g.run")
-    refused(DataError, "tell of none of the queries", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
+    refused(DataError, "tell of nothing relevant to any", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
     refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
     refused(DataError, r"row 1: id is null or no text$", corpus=[{"id": [1], "text": "a"}])
     refused(DataError, r"row 1: text is null or no text$", queries=[{"id": 1, "text": None}])

@@ -304,6 +304,20 @@ def test_a_run_goes_on_with_the_same_only(
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
 
 
+@pytest.mark.parametrize(
+    "change", [{"model__optimizer": "SGD"}, {"model__freeze_layers": 1}, {"model__lora": "{r: 4}"}]
+)
+def test_a_run_goes_on_with_the_parameters_that_it_began_with(
+    whole: Path, options: dict[str, Any], tmp_path: Path, capsys, change: dict[str, Any]
+):
+    folder = copy(whole, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
+    assert main(fit(options, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1, **change)) == 2
+    name = next(iter(change)).replace("__", ".")
+    assert f"the run began with other {name}" in capsys.readouterr().err.splitlines()[-1]
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
+
+
 def test_another_number_of_devices_is_refused_by_all_of_them(whole: Path, options: dict[str, Any], tmp_path: Path):
     copy(whole, tmp_path / "run")
     with start(fit(options, tmp_path, ckpt_path="last", trainer__devices=2, trainer__strategy="ddp")) as process:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,7 @@ def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]
         ["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0", "--trainer.max_epochs=3"],
         ["--data.val_size=1", "--data.test_size=1"],
         ["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_algorithm=value"],
+        ["--trainer.callbacks+=ModelCheckpoint"],
     ],
 )
 def test_evaluations_may_be_short_rare_and_timed(
@@ -143,7 +146,43 @@ def test_evaluations_may_be_short_rare_and_timed(
     assert 1 <= figures["val/rows"] <= 6
     assert 1 <= figures["test/rows"] <= 6
     assert (figures["test/rows"] < 6) == ("limit" in limits[0] or "size" in limits[0])
+    assert figures["checkpoint"] == "best.ckpt"
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
+
+
+def test_an_epoch_that_ends_within_a_step_is_validated(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    options = ["--trainer.limit_train_batches=4", "--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=3"]
+    options += ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0"]
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/f1"]]
+    assert len(steps) == 3
+
+
+def test_an_output_that_leads_nowhere_is_one_line(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys):
+    (tmp_path / "disk").symlink_to(tmp_path / "gone")
+    assert main(fit(pairs_file, tiny_backbone, tmp_path / "disk")) == 2
+    assert "disk/run cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fit"])
+def test_sigterm_is_no_success(
+    pairs_file: Path, tiny_backbone: Path, tiny: Path, tmp_path: Path, monkeypatch, capsys, command: str
+):
+    """While an evaluation runs, or a fit that writes no checkpoints."""
+    from crossenc import CrossEncoderModule
+
+    def step(self, *arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CrossEncoderModule, "on_validation_batch_end", step)
+    where = ["--data.val_source", str(pairs_file), "--output", str(tmp_path / "out"), "--data.eval-tokens=100"]
+    if command == "fit":
+        where = fit(pairs_file, tiny_backbone, tmp_path, "--trainer.enable_checkpointing=false")[1:]
+    handler = signal.getsignal(signal.SIGTERM)
+    assert main([command, *([str(tiny), "--accelerator=cpu"] if command == "evaluate" else []), *where]) == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert "ended by SIGTERM" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -164,6 +203,7 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
     [
         (["--examples=[[one]]"], "examples"),
         (["--trainer.overfit_batches=2"], "set --data.limit instead"),
+        (["--trainer.strategy=ddp_spawn"], "use ddp"),
         (["--trainer.accelerator=abacus"], "trainer: "),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "there is no schedule 'cosine_with_min_lr'"),

@@ -216,6 +216,36 @@ def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
     assert np.isnan(found).tolist() == [False, True, False]
 
 
+def test_texts_with_line_ends_come_back_as_they_were(tiny, tmp_path):
+    pairs = pd.DataFrame({"question1": ["a\rb", "c\nd", "e\r\nf", "g"], "question2": ["x"] * 4})
+    score(str(tiny), pairs, str(tmp_path / "out.csv"))
+    score(str(tiny), str(tmp_path / "out.csv"), str(tmp_path / "again.jsonl"), column="again")
+    rows = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
+    assert [row["question1"] for row in rows] == pairs["question1"].tolist()
+    assert (tmp_path / "out.csv").read_bytes().endswith(b"\n")
+    assert b"\r\n" not in (tmp_path / "out.csv").read_bytes().replace(b"e\r\nf", b"")
+
+
+def test_a_short_first_row_is_skipped_and_told_where_no_file_can_be(tiny, write, tmp_path, monkeypatch, caplog, capsys):
+    path = write("p.jsonl", '{"question1": "a"}\n{"question1": "a", "question2": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("WARNING"):
+        score(str(tiny), str(path), "-", on_error="skip")
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert "1 broken rows are left out: row 1: question2 is null" in caplog.text
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(tiny, many):
+    command = [sys.executable, "-m", "crossenc", "score", str(tiny), str(many), "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert "roken pipe" not in said
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -235,6 +265,17 @@ def test_bad_input_is_named(write, tiny, tmp_path, name, text, said):
     with pytest.raises(DataError, match=said):
         score(str(tiny), str(path), str(tmp_path / "out.jsonl"))
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_two_columns_of_one_name_are_refused(tiny, tmp_path):
+    names = ["question1", "question2", "note", "note"]
+    pq.write_table(pa.table([["a"]] * 4, names=names), tmp_path / "p.parquet")
+    for source in (tmp_path / "p.parquet", pd.DataFrame([["a"] * 4], columns=names)):
+        with pytest.raises(DataError, match="more than one column 'note'"):
+            score(tiny, source)
+    for source in ([None], [5], 7):
+        with pytest.raises(DataError, match=r"the list holds|is no file"):
+            score(tiny, source)
 
 
 def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
