@@ -1,4 +1,4 @@
-"""The callbacks of a run: speed, a last validation, progress on a terminal and elsewhere, predictions to a file."""
+"""The callbacks of a run: speed, cost, a last validation, pictures, progress on a terminal and elsewhere, scores."""
 
 from __future__ import annotations
 

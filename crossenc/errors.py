@@ -3,7 +3,7 @@
 CrossencError           anything a user can mend; never raised itself
 ├── DataError           a file, row, column or label that cannot be used; names file and row
 ├── BackboneError       a backbone that cannot be loaded, or that has no room for a single-logit head
-├── CheckpointError     a checkpoint that is missing or was not written by crossenc
+├── CheckpointError     a checkpoint that is missing, not crossenc's, or of another run than the one that would go on
 ├── ExportError         an export that would overwrite, or whose scores differ from the checkpoint's
 ├── OutputError         a file that is there already, or that cannot be written
 ├── HubError            the Hugging Face Hub is out of reach, or does not have what was asked for
@@ -31,11 +31,11 @@ class DataError(CrossencError):
 
 
 class BackboneError(CrossencError):
-    """A backbone cannot be loaded or cannot carry a single-logit head."""
+    """A backbone or a model's file cannot be loaded, or cannot carry a single-logit head."""
 
 
 class CheckpointError(CrossencError):
-    """A checkpoint is missing or was not written by crossenc."""
+    """A checkpoint is missing, not crossenc's, or of another run than the one that would go on from it."""
 
 
 class ExportError(CrossencError):

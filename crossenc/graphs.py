@@ -16,8 +16,8 @@ from .encode import PairBatch
 from .forward import packed_logits
 
 Shape = tuple[int, int, int]
-_MOST = 24
-_SHARE_OF_MEMORY = 8
+_MOST = 24  # graphs
+_SHARE_OF_MEMORY = 8  # the graphs get one part in so many of what the GPU has
 
 
 class GraphedModel:

@@ -84,8 +84,8 @@ def make_search(vectors: Vectors, index: Index) -> Search:
 
     Args:
         vectors: shape (rows, dimensions), of length one.
-        index: `exact` looks at every row; `ivf` at those lists of like vectors that are nearest to the query, 1 in 32;
-            `hnsw` goes along a graph of neighbours, fast and in more memory.
+        index: `exact` looks at every row; `ivf` at those lists of like vectors that are nearest to the query, 1 in 32
+            and at least 16; `hnsw` goes along a graph of neighbours, fast and in more memory.
     """
     faiss = require("faiss", "mine")
     count, dimensions = vectors.shape

@@ -1,6 +1,6 @@
 """Read question pairs from any source into one table, and split it.
 
-    sample | file | folder | Hub id[:split]  ->  rows()  ->  canonical()  ->  Dataset(row, text_a, text_b, label)
+    sample | file | Hub id[:split]  ->  rows as they are  ->  canonical()  ->  Dataset(row, text_a, text_b, label)
 
 `row` counts from 0 and stays the pair's identity until the output file; messages count rows from 1, the header apart.
 """

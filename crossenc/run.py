@@ -1,7 +1,7 @@
 """One run of fit, validate, test or predict: LightningCLI with a run's folder around it.
 
 checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt  last.ckpt
-                     metrics.json  scores.parquet  model/
+                     metrics.json  scores.parquet  model/  predictions.csv
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "val_check_interval": 500,
-    "check_val_every_n_epoch": None,  # 500 steps are counted through, not anew in each epoch
+    "check_val_every_n_epoch": None,  # 500 batches are counted through, not anew in each epoch
     "log_every_n_steps": 10,
 }
 
