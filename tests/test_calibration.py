@@ -33,6 +33,16 @@ def test_scale_and_shift_are_scikit_learns():
     assert temperature.shift == 0
 
 
+def test_a_bias_is_scaled_and_shifted():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    nn.init.constant_(model[1].bias, 0.7)
+    inputs = torch.randn(5, 3)
+    expected = 2 * model(inputs) + 0.5
+    assert last_layer(model) is model[1]
+    fold(model, Calibration(2.0, 0.5))
+    assert torch.allclose(model(inputs), expected, atol=1e-6)
+
+
 def test_no_row_judges_its_own_fit():
     logits, labels = drawn(300, 0.4, 0.5)
     _, crossed = calibrate(logits, labels)

@@ -49,11 +49,13 @@ def test_tokens_are_cached_until_the_length_changes(pairs_file: Path):
 
 
 def test_cut_pairs_are_counted_and_named(write, caplog: pytest.LogCaptureFixture):
-    path = write("p.csv", "question1,question2,label\na,b,1\n" + "long " * 30 + ",b,0\n")
+    rows = ["a,b,1", "long " * 30 + ",b,0", "long " * 12 + ",b,0"]  # the last has 16 tokens
+    path = write("p.csv", "\n".join(["question1,question2,label", *rows]))
     encoded = encode(read(str(path)), load_tokenizer(BACKBONE), 16)
+    assert encoded["length"][:] == [5, 16, 16]
     with caplog.at_level(logging.INFO, logger="crossenc"):
         tell_cut(encoded, "train pairs", 16)
-    assert caplog.messages == ["1 of 2 train pairs are longer than 16 tokens and are cut: rows 2"]
+    assert caplog.messages == ["1 of 3 train pairs are longer than 16 tokens and are cut: rows 2"]
 
 
 @settings(deadline=None, max_examples=100)

@@ -16,7 +16,9 @@ from crossenc.calibration import Calibration
 from crossenc.metrics import (
     PairMetrics,
     Scored,
+    best_f1_and_threshold,
     calibration_error,
+    chance_calibration_error,
     decision_figures,
     evaluation_figures,
     intervals,
@@ -142,6 +144,35 @@ def test_the_order_of_texts_is_measured():
     assert figures["swap_gap_mean"] == pytest.approx(gaps.mean().item())
     assert figures["swap_gap_p99"] == pytest.approx(np.quantile(gaps.numpy(), 0.99), abs=1e-6)
     assert "swap_flips" not in evaluation_figures(score_columns(scored._replace(swapped=None), Calibration()))
+
+
+def test_each_figure_is_of_its_own_scores():
+    found = {"score": [0.9, 0.3, 0.6, 0.2], "score_raw": [0.8, 0.4, 0.5, 0.1], "score_crossed": [0.7, 0.35, 0.65, 0.15]}
+    found |= {"score_swapped": [0.9, 0.65, 0.5, 0.2], "label": [0.5, 0.0, 1.0, 0.0]}  # from one half on a duplicate
+    columns = {name: np.array(values) for name, values in found.items()}
+    figures = evaluation_figures(columns, threshold=0.6)
+    truth = np.array([1, 0, 1, 0])
+    assert figures["accuracy"] == 1.0  # a score at the threshold is one of a duplicate
+    assert figures["swap_flips"] == 2
+    for name, of in (("", "score_crossed"), ("_raw", "score_raw")):
+        assert figures[f"brier{name}"] == pytest.approx(brier_score_loss(truth, columns[of]))
+        expected = calibration_error(torch.from_numpy(columns[of]), torch.from_numpy(truth))
+        assert figures[f"calibration_error{name}"] == pytest.approx(expected)
+    assert figures["calibration_error_chance"] == chance_calibration_error(columns["score_crossed"])
+    assert figures["threshold"] == 0.6
+    assert figures["f1_best_threshold"] == pytest.approx(0.45)  # between the two scores that it divides
+    assert best_f1_and_threshold(torch.tensor([0.2, 0.7]), torch.tensor([0, 0])) == (0.0, 0.0)
+
+
+def test_scores_by_what_was_fitted_stand_beside_those_that_are_given():
+    logits = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    scored = Scored(torch.arange(2), torch.tensor([1.0, 0]), logits, None)
+    columns = score_columns(scored, Calibration(), Calibration(2.0, 1.0))
+    assert columns["score"] == pytest.approx(logits.sigmoid().numpy())
+    assert columns["score_crossed"] == pytest.approx((2 * logits + 1).sigmoid().numpy())
+    crossed = score_columns(scored, Calibration(3.0, 0.0), None, torch.tensor([0.5, 0.25]))
+    assert crossed["score"] == pytest.approx((3 * logits).sigmoid().numpy())
+    assert crossed["score_crossed"] == pytest.approx(torch.tensor([0.5, 0.25]).sigmoid().numpy())
 
 
 def world(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

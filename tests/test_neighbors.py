@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from crossenc.backbone import locate
 from crossenc.errors import BackboneError
 from crossenc.neighbors import embed, find_candidates, kind_of_index, make_search
 from crossenc.parts import Parts
@@ -70,10 +75,17 @@ def test_fewer_rows_than_neighbours():
     assert len(find_candidates(unit_vectors(5), 50, -1, "exact", Parts(None, {}))) == 10
 
 
+def test_vectors_of_a_bi_encoder_that_does_not_normalize_have_length_one(tmp_path: Path):
+    folder = shutil.copytree(locate(BACKBONE), tmp_path / "model")
+    layers = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([layer for layer in layers if "Normalize" not in layer["type"]]))
+    vectors = embed(["How do I learn to swim?", "What?"], str(folder), Parts(None, {}))
+    assert len(layers) == 3
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
+
+
 def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():
     from sentence_transformers import SentenceTransformer
-
-    from crossenc.backbone import locate
 
     texts = ["How do I learn to swim?", "", "这是什么？"]
     parts = Parts(None, {})

@@ -27,6 +27,14 @@ def test_schedule_rises_and_falls():
         optimizer.step()
         schedule.step()
     assert (rates[0], rates[5], rates[10], rates[55], rates[100]) == pytest.approx((0, 0.5, 1, 0.5, 0))
+    for warmup, steps in ((0.05, 3), (1, 1), (7.0, 7), (0, 0)):  # a share is rounded up, from 1 on it is a number
+        schedule = make_schedule("linear", optimizer, warmup, 50)
+        rates = []
+        for _ in range(10):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        assert rates.index(max(rates)) == steps
     for name, kind in (("Adam W", "torch.optim has no optimizer"), ("Optimizers", "torch.optim has no optimizer")):
         with pytest.raises(UsageError, match=kind):
             make_optimizer(name, [], 1.0)

@@ -34,6 +34,22 @@ def test_csv_tsv_jsonl_and_parquet_read_the_same(tmp_path: Path):
     assert pairs.read(str(tmp_path / "p.parquet"), columns=columns).to_list() == expected
 
 
+def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path: Path):
+    (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbf" + (HEADER + "a,b,1\n").encode())
+    assert pairs.read(str(tmp_path / "p.csv"))["text_a"][:] == ["a"]
+
+
+def test_a_folder_has_one_file_for_each_split_and_one_to_train_on(tmp_path: Path):
+    (tmp_path / "dev.csv").write_text(HEADER)
+    with pytest.raises(DataError, match="has no train file"):
+        pairs.files_of(tmp_path)
+    (tmp_path / "train.csv").write_text(HEADER)
+    assert pairs.files_of(tmp_path) == {"train": str(tmp_path / "train.csv"), "val": str(tmp_path / "dev.csv")}
+    (tmp_path / "val.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"has dev\.csv and val\.jsonl: which one"):
+        pairs.files_of(tmp_path)
+
+
 def test_an_edited_file_is_read_anew(write):
     path = write("p.csv", HEADER + "a,b,1\n")
     assert pairs.read(str(path))["label"][:] == [1.0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossenc import rerank
+from crossenc import rerank, score
 from crossenc.cli import main
 from crossenc.errors import DataError, OutputError, UsageError
 from crossenc.pairs import sample_groups
@@ -99,6 +99,31 @@ def test_figures_are_those_of_hand():
     found = evaluate(ranking, relevant, ["a", "b"], ["x", "y", "z"])
     assert found["MRR@10"] == pytest.approx((1 / 2 + 1) / 2)
     assert found["MAP"] == pytest.approx((1 / 2 + (1 + 2 / 3) / 2) / 2)
+
+
+def test_figures_look_at_ten_and_count_grades():
+    found = [[(place, 0.0) for place in range(12)]]
+    items = list(range(12))
+    assert evaluate(found, {"q": {"10": 1}}, ["q"], items)["MRR@10"] == 0
+    assert evaluate(found, {"q": {"9": 1}}, ["q"], items)["nDCG@10"] == pytest.approx(1 / np.log2(11))
+    graded = evaluate(found, {"q": {"0": 1, "1": 2}}, ["q"], items)["nDCG@10"]
+    assert graded == pytest.approx((1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3)))
+
+
+def test_what_stood_before_is_the_order_of_the_candidates_scores(tiny: Path, caplog):
+    corpus = [{"id": "x", "text": "What is a cat?"}, {"id": "y", "title": "Dogs", "text": "What is a dog?"}]
+    rows = [("q", "x", 0.1), ("q", "y", 0.9)]
+    for relevant, before in (("y", 1.0), ("x", 0.5)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            given = {"candidates": rows, "qrels": [("q", relevant, 1)], "both_orders": True}
+            found = rerank(tiny, [{"id": "q", "text": "What?"}], corpus, **given)
+        after = 1.0 if found[0][0]["corpus_id"] == relevant else 0.5
+        assert f"MRR@10   before {before:.4f}, after {after:.4f}" in caplog.messages
+    expected = score(tiny, [("What?", "What is a cat?"), ("What?", "Dogs What is a dog?")], both_orders=True)
+    scores = {row["corpus_id"]: row["score"] for row in found[0]}
+    assert [scores["x"], scores["y"]] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert len(rerank(tiny, ["What?"], ["a", "b", "c"], retriever=BACKBONE, retrieve_k=2, top_k=3)[0]) == 2
 
 
 def test_queries_that_nobody_asked_do_not_count(tiny: Path, caplog):

@@ -36,6 +36,26 @@ def test_a_plan_holds_each_row_once(lengths, pairs, by, window, shares, epoch):
         assert max(sizes) <= pairs or len(lengths) // shares < -(-len(lengths) // pairs)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_an_epoch_goes_on_from_any_batch_and_is_another_by_seed_and_number(symmetric: bool):
+    def made(seed: int, epoch: int, start: int = 0) -> list[list[int]]:
+        lengths = np.arange(100) % 7 + 5
+        settings = {"by": "pairs", "window": 1, "accumulate": 3, "rank": 0, "ranks": 1, "symmetric": symmetric}
+        order = TrainingOrder(lengths, 4, seed=seed, **settings)
+        order.set_epoch(epoch)
+        order.start = start
+        return list(order)
+
+    whole = made(0, 1)
+    for start in range(len(whole)):
+        assert made(0, 1, start) == whole[start:]
+    turned = [
+        {row % 100 for batch in epoch for row in batch if row >= 100} for epoch in (whole, made(1, 1), made(0, 2))
+    ]
+    assert all((turned[0] != other) == symmetric for other in turned[1:])
+    assert whole not in (made(1, 1), made(0, 2))
+
+
 def orders(lengths: np.ndarray, by: str, batch_size: int, accumulate: int, ranks: int, epoch: int = 0) -> list:
     made = [
         TrainingOrder(lengths, batch_size, by=by, window=3, accumulate=accumulate, rank=rank, ranks=ranks, seed=7)
