@@ -148,7 +148,7 @@ def test_the_order_of_texts_is_measured():
 
 def test_each_figure_is_of_its_own_scores():
     found = {"score": [0.9, 0.3, 0.6, 0.2], "score_raw": [0.8, 0.4, 0.5, 0.1], "score_crossed": [0.7, 0.35, 0.65, 0.15]}
-    found |= {"score_swapped": [0.9, 0.65, 0.5, 0.2], "label": [0.5, 0.0, 1.0, 0.0]}  # from one half on a duplicate
+    found |= {"score_swapped": [0.9, 0.6, 0.5, 0.2], "label": [0.5, 0.0, 1.0, 0.0]}  # from one half on a duplicate
     columns = {name: np.array(values) for name, values in found.items()}
     figures = evaluation_figures(columns, threshold=0.6)
     truth = np.array([1, 0, 1, 0])
