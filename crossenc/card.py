@@ -107,13 +107,12 @@ Pairs of more than {{ max_length }} tokens are cut.
 ```python
 model = CrossEncoder("{{ name }}", backend="onnx")
 ```
-{%- if onnx %}
-
+{% if onnx %}
 `onnx/model_qint8.onnx` has its weights in 8 bits (`model_kwargs={"file_name": "onnx/model_qint8.onnx"}`). On
 {{ "{:,.0f}".format(onnx.rows) }} dev pairs its average precision is {{ "%.4f" | format(onnx["onnx-int8"]) }}, and
 that of fp32 {{ "%.4f" | format(onnx.onnx) }}: a loss of {{ "%.4f" | format(onnx.onnx - onnx["onnx-int8"]) }}.
 Scores differ by {{ "%.3f" | format(onnx.difference) }} at most.
-{%- endif %}
+{% endif %}
 {%- endif %}"""
 )
 
