@@ -207,7 +207,7 @@ def write_card(
         summary=_summary(figures),
         calibrated=list(checkpoint["crossenc"]["calibration"]) != [1.0, 0.0],
         max_length=max_length,
-        data_text=_data_text(data, source if on_hub else Path(source).name),
+        data_text=_data_text(data),
         settings=_settings(settings, data, checkpoint),
         onnx=onnx,
         **_report(figures, checkpoint["crossenc"]["threshold"], pictures, errors),
@@ -358,9 +358,10 @@ def _source_of(split: str, data: dict[str, Any]) -> str:
     return _shown_path(str(own or data.get("source", "unknown data")))
 
 
-def _data_text(data: dict[str, Any], source: str) -> str:
+def _data_text(data: dict[str, Any]) -> str:
     if not data:
         return "Not recorded."
+    source = _source_of("train", data)
     parts = [
         f"{data['rows'][split]:,} pairs for {use} ({100 * data['duplicates'][split]:.1f} % duplicates)"
         + (f" from `{_source_of(split, data)}`" if _source_of(split, data) != source else "")

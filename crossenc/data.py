@@ -118,12 +118,9 @@ class PairDataModule(LightningDataModule):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        for name, choice, of in (
-            ("split", split, Split),
-            ("batch_by", batch_by, BatchBy),
-            ("on_mismatch", on_mismatch, OnMismatch),
-        ):
-            require_choice(f"data.{name}", choice, of)
+        require_choice("data.split", split, Split)
+        require_choice("data.batch_by", batch_by, BatchBy)
+        require_choice("data.on_mismatch", on_mismatch, OnMismatch)
         backbone = str(backbone)  # a Path from Python
         counts = {"batch_size": batch_size, "window": window, "eval_tokens": eval_tokens, "num_proc": num_proc}
         counts["limit"] = limit
