@@ -69,7 +69,8 @@ def test_figures_are_the_peers(rows: list[tuple[float, bool]]):
 
 def test_distinct_scores_give_the_peers_thresholds():
     draw = torch.Generator().manual_seed(0)
-    scores, labels = torch.rand(1000, generator=draw), (torch.rand(1000, generator=draw) < 0.4).float()
+    scores = torch.rand(1000, generator=draw)
+    labels = (torch.rand(1000, generator=draw) < scores).float()
     ours, theirs = pair_figures(scores, labels), peer_figures(scores, labels)
     for ours_name, theirs_name in {
         "accuracy_best": "accuracy",
@@ -81,6 +82,17 @@ def test_distinct_scores_give_the_peers_thresholds():
         "average_precision": "average_precision",
     }.items():
         assert ours[ours_name] == pytest.approx(theirs[theirs_name], abs=1e-6), ours_name
+    assert 0.1 < ours["f1_best_threshold"] < ours["accuracy_best_threshold"] < 0.9
+    at_best = decision_figures(scores, labels.long(), ours["accuracy_best_threshold"])
+    assert at_best["accuracy"] == ours["accuracy_best"]
+
+
+def test_a_threshold_lies_between_neighbours_in_fp32():
+    high = torch.tensor(0.7)
+    scores = torch.stack([high, torch.nextafter(high, torch.tensor(0.0)), torch.tensor(0.1)])
+    figures = pair_figures(scores, torch.tensor([1.0, 0.0, 0.0]))
+    assert figures["accuracy"] == figures["f1"] == figures["precision_best"] == figures["recall_best"] == 1.0
+    assert decision_figures(scores, torch.tensor([1, 0, 0]), figures["accuracy_best_threshold"])["accuracy"] == 1.0
 
 
 def test_a_threshold_from_elsewhere_is_used_and_the_own_best_stands_beside_it():
@@ -205,6 +217,13 @@ def test_intervals_repeat_and_hold_the_figures_themselves():
         assert found[f"{name}_low"] < figures[name] < found[f"{name}_high"]
         assert found[f"{name}_high"] - found[f"{name}_low"] < 0.2
     assert intervals(columns(scores, torch.ones_like(labels)), 0.4) == {}
+
+
+def test_a_resample_with_each_pair_once_has_the_figures_of_all():
+    scores, labels = world(300, 5)
+    found = resampled_figures(scores.numpy(), labels.numpy() >= 0.5, 0.4, np.ones((1, 300)))[:, 0]
+    figures = pair_figures(scores, labels, 0.4)
+    assert found == pytest.approx([figures[name] for name in ("average_precision", "f1", "accuracy")], abs=1e-6)
 
 
 def test_figures_of_a_resample_are_scikit_learns():
