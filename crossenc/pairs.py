@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -213,6 +214,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             yield item
         return
     csv.field_size_limit(_LONGEST_FIELD)
+    lines = _Lines(lines)
     reader = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
     try:
         header = next(reader, [])
@@ -222,11 +224,13 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
         raise DataError(f"{where}, header: {_NOT_UTF8}")
     refuse_twice(header, where)
     while True:
+        lines.row.clear()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            lines.put_back()
             yield str(error)
             continue
         if len(fields) == len(header):
@@ -237,6 +241,25 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
                 yield _NOT_UTF8
         elif fields:
             yield f"{len(fields)} fields where the header has {len(header)}; quote fields that hold the separator"
+
+
+class _Lines:
+    """Lines of a csv, of which all but the first of the row at hand can be read once more: a quote that is never closed
+    takes the lines after it into its row, and spoils its own only."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines, self.waiting = iter(lines), deque[str]()
+        self.row: list[str] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self.row.append(self.waiting.popleft() if self.waiting else next(self.lines))
+        return self.row[-1]
+
+    def put_back(self) -> None:
+        self.waiting.extendleft(reversed(self.row[1:]))
 
 
 def refuse_twice(header: list[str], where: str) -> None:

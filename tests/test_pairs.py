@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,7 +54,11 @@ def test_a_folder_has_one_file_for_each_split_and_one_to_train_on(tmp_path: Path
 def test_an_edited_file_is_read_anew(write):
     path = write("p.csv", HEADER + "a,b,1\n")
     assert pairs.read(str(path))["label"][:] == [1.0]
+    path.write_text(HEADER + "a,b,0\n")  # of the same size
+    assert pairs.read(str(path))["label"][:] == [0.0]
+    stamp = path.stat().st_mtime_ns
     path.write_text(HEADER + "a,b,0\nc,d,1\n")
+    os.utime(path, ns=(stamp, stamp))  # as unpacking an archive does
     assert pairs.read(str(path))["label"][:] == [0.0, 1.0]
 
 
@@ -64,6 +69,7 @@ def test_an_edited_file_is_read_anew(write):
         ("p.csv", HEADER + "a,b,1\na,b,2\n", "row 2: is_duplicate '2' is not allowed"),
         ("p.csv", HEADER + "a,b,yes\n", "row 1: is_duplicate 'yes' is not allowed"),
         ("p.csv", HEADER + "a,b,nan\n", "row 1: is_duplicate 'nan' is not allowed"),
+        ("p.csv", HEADER + "a,b,1.2\n", "row 1: is_duplicate '1.2' is not allowed"),
         ("p.csv", HEADER + "a,b,1\na,b,c,1\n", "row 2: 4 fields where the header has 3"),
         ("p.csv", HEADER, "has no rows"),
         ("p.csv", "", "has no rows"),
@@ -82,6 +88,14 @@ def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
         pairs.read(str(path))
     assert said in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_blank_lines_are_no_rows_and_fields_may_be_long(write):
+    long = "long " * 50_000
+    table = pairs.read(str(write("p.csv", HEADER + f"a,b,1\n\n{long},d,0\n\n")))
+    assert table["text_a"][:] == ["a", long]
+    line = '{"text1": "a", "text2": "b", "label": 1}\n'
+    assert len(pairs.read(str(write("p.jsonl", f"{line}\n  \n{line}")))) == 2
 
 
 def test_bytes_that_are_no_utf8_are_named(tmp_path: Path):
@@ -126,6 +140,9 @@ def test_no_question_stands_in_two_splits(quora: Path):
     assert len(split["val"]) == len(split["test"]) == 800
     questions = [{" ".join(t.casefold().split()) for row in rows for t in (a[row], b[row])} for rows in split.values()]
     assert sum(map(len, questions)) == len(set.union(*questions))
+    assert pairs.split_by_question(a, b, 800, 800) == split
+    for name in ("val", "test"):  # from all over the file
+        assert len(a) * 0.4 < sum(split[name]) / 800 < len(a) * 0.6
 
 
 def test_real_pairs_read_as_the_csv_module_reads_them(quora: Path):
@@ -174,3 +191,11 @@ def test_pairs_follow_from_others_and_from_no_contradiction(write):
     assert found == {(frozenset(pair), label) for pair, label in expected}
     assert [row["row"] for row in added] == list(range(12, 12 + len(expected)))
     assert len(pairs.add_transitive(more)) == len(more)
+    part = pairs.add_transitive(table.select([1, 2]))  # as a split leaves them
+    assert part["row"][:] == [1, 2, 3]
+
+
+def test_either_question_of_a_pair_may_have_been_seen(write):
+    dev = pairs.read(str(write("dev.csv", HEADER + "B,x,1\ny,D,0\ny,z,1\n")))
+    train = pairs.read(str(write("train.csv", HEADER + "a,b,1\nc,d,0\n")))
+    assert pairs.unseen(dev, train).tolist() == [False, False, True]
