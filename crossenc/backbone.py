@@ -82,6 +82,8 @@ def load_tokenizer(
         )
     if not tokenizer.is_fast:
         raise BackboneError(f"{backbone} has no fast tokenizer (tokenizer.json), which crossenc needs")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without it
+        raise BackboneError(f"{backbone} has no vocabulary: tokenizer.json is missing")
     if tokenizer.pad_token is None:  # decoder models are trained without padding
         tokenizer.pad_token = tokenizer.eos_token
     model: Any = MODELS.get(type(load_config(backbone, trust_remote_code, revision)), None)
@@ -181,9 +183,11 @@ def _check_digest(backbone: str, sha256: str) -> None:
 @contextmanager
 def _clear_errors(backbone: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise for a backbone that cannot be read into one line."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and not Path(locate(backbone)).is_dir():
             raise HubError(offline_remedy(f"backbone {backbone}", error)) from error
         raise BackboneError(f"{backbone} cannot be loaded as a sequence classifier: {one_line(error)[:300]}") from error

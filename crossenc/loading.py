@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .backbone import has_head, load_model, load_tokenizer, locate, resolve_max_length
 from .calibration import fold
 from .errors import BackboneError, CheckpointError, HubError, one_line
-from .parts import file_digest
+from .parts import file_digest, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -49,7 +48,7 @@ def load(model: str | Path) -> LoadedModel:
     if path.is_file():
         _, module, tokenizer = load_checkpoint(path)
         return LoadedModel(plain_model(module).train(False), tokenizer, module.max_length)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     require_head(str(model), config.get("architectures"))
     folder = str(path)
     return LoadedModel(load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None))
@@ -90,7 +89,7 @@ def find(model: str | Path, onnx: bool = False) -> Path:
     except OSError as error:  # of the network and of the Hub
         raise HubError(
             f"model {model} could not be read from the Hugging Face Hub ({one_line(error)}); "
-            "give an export's folder or a .ckpt file"
+            "give a model that is on this machine: its folder, package:NAME/PATH, or to score by a .ckpt file"
         ) from error
 
 
@@ -112,7 +111,7 @@ def read_threshold(model: str | Path) -> float | None:
 
         stored = read_checkpoint(path, mmap=True)["crossenc"]
     else:
-        stored = json.loads((path / "config.json").read_text(encoding="utf-8")).get("crossenc", {})
+        stored = read_json(path / "config.json").get("crossenc", {})
     threshold: float | None = stored.get("threshold")
     return threshold
 

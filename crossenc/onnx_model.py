@@ -99,7 +99,10 @@ class OnnxModel:
         providers: list[Any] = ["CPUExecutionProvider"]
         if "CUDAExecutionProvider" in runtime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": rank}))
-        self.session = runtime.InferenceSession(str(file), options, providers=providers)
+        try:
+            self.session = runtime.InferenceSession(str(file), options, providers=providers)
+        except Exception as error:  # onnxruntime's own have no class in common
+            raise BackboneError(f"{file} cannot be read by onnxruntime: {one_line(error)[:300]}") from error
         self.inputs = [item.name for item in self.session.get_inputs()]
 
     def __call__(self, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:

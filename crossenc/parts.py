@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import OutputError
+from .errors import DataError, OutputError, one_line
 
 FACTS_FILE = "facts.json"
 
@@ -50,7 +50,7 @@ class Parts:
     def _known(self) -> dict[str, Any] | None:
         assert self.folder is not None
         file = self.folder / FACTS_FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_json(file) if file.is_file() else None
 
     def _other_work(self, known: dict[str, Any]) -> OutputError:
         differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
@@ -104,6 +104,14 @@ def _write(file: Path, content: bytes | memoryview) -> None:
         opened.flush()
         os.fsync(opened.fileno())  # or the name may outlive a crash of the machine, and the content not
     unfinished.replace(file)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds; raises `DataError` where it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is damaged: {one_line(error)}; remove it, or put a whole one in its place") from error
 
 
 def file_digest(path: Path) -> str:

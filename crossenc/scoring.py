@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from .errors import DataError, UsageError, one_line, require_choice
+from .loading import read_threshold
 from .pairs import SUFFIXES, match_columns, what_is_wrong
 from .parts import Parts
 from .progress import progress
@@ -46,6 +47,7 @@ def score(
     columns: dict[str, str] | None = None,
     column: str = "score",
     logit: bool = False,
+    decision: str | None = None,
     both_orders: bool = False,
     precision: Precision = "32-true",
     backend: Backend = "torch",
@@ -65,6 +67,8 @@ def score(
         columns: The input's own column names: `{text_a: left, text_b: right}`. The usual names need no mention.
         column: Name of the new column.
         logit: Add the logit too, which the score is the sigmoid of; its column is called `logit`.
+        decision: Name of a further column, of whether the score reaches the threshold that the model stored, from which
+            on a pair is a duplicate.
         both_orders: Score each pair in both orders of its texts and take the mean logit, in twice the time.
         precision: `32-true`, or with bf16 where it pays: `bf16-mixed`, or `bf16-true` with the weights in it too.
         backend: `torch`, or the `onnx` or `onnx-int8` file of an export that has one.
@@ -81,18 +85,22 @@ def score(
         BackboneError, CheckpointError, HubError: The model cannot be loaded.
         DataError: The input cannot be read, or a row is broken.
         OutputError: The output is there already, or cannot be written.
-        UsageError: Options do not go together.
+        UsageError: Options do not go together, or a decision is asked for and the model has stored no threshold.
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
     require_choice("on_error", on_error, OnError)
-    new = ["logit"] * logit + [column]
-    if not all(new) or len(set(new)) < len(new):
+    new = _New(column, "logit" if logit else None, decision, read_threshold(model) if decision else None)
+    if not all(new.names()) or len(set(new.names())) < len(new.names()):
         raise UsageError(f"column {column!r} cannot be the score's; give it a name of its own with --column")
+    if decision and new.threshold is None:
+        raise UsageError(f"{model} has stored no threshold, which a decision needs")
     with ExitStack() as stack:
         table = stack.enter_context(open_table(pairs, SIDES))
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
-        checked = _check(table, columns or {}, new, on_error, str(output).lower().endswith(".parquet"))
+        if decision and output is None and isinstance(table.source, Path | list):
+            raise UsageError("a decision stands beside its pair; give a DataFrame, or name an output")
+        checked = _check(table, columns or {}, new.names(), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
         parts = Parts(folder, facts | scoring.facts(), overwrite)
@@ -186,7 +194,7 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
     if not found.good:
         raise DataError(f"{table.where} has no rows that can be scored")
     if taken := [name for name in new if name in found.columns]:
-        raise DataError(f"{table.where} has a column {taken[0]} already; name the new one with --column NAME")
+        raise DataError(f"{table.where} has a column {taken[0]} already; name the new one with --column or --decision")
     return found
 
 
@@ -224,35 +232,52 @@ def parts_folder(output: str) -> Path:
     return Path(output).with_name(f".{Path(output).name}.parts")
 
 
-def _new_values(logits: Logits, new: list[str]) -> list[Any]:
-    """The new columns of one part, in the order of their names."""
-    return [logits, sigmoid(logits)][-len(new) :]
+class _New(NamedTuple):
+    """The names of the new columns, None for one that is not asked for, and the threshold of the decision."""
+
+    score: str
+    logit: str | None
+    decision: str | None
+    threshold: float | None
+
+    def names(self) -> list[str]:
+        """In the order of the columns."""
+        return [name for name in (self.logit, self.score, self.decision) if name is not None]
+
+    def values(self, logits: Logits) -> dict[str, Any]:
+        """The new columns of one part by their names."""
+        scores = sigmoid(logits)
+        # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
+        called = scores.astype(np.float64) >= (self.threshold or 0)
+        columns = {self.logit: logits, self.score: scores, self.decision: called}
+        return {name: values for name, values in columns.items() if name is not None}
 
 
-def _in_memory(table: Table, checked: _Checked, parts: Parts, new: list[str]) -> Any:
+def _in_memory(table: Table, checked: _Checked, parts: Parts, new: _New) -> Any:
     logits = np.full(checked.rows, np.nan, dtype=np.float32)
     places = [number for number, _ in _good_rows(table, checked.names)]
     logits[places] = np.concatenate(list(parts.all(-(-checked.good // CHUNK))))
-    values = dict(zip(new, _new_values(logits, new), strict=True))
+    values = new.values(logits)
     if isinstance(table.source, Path | list):
-        return values[new[-1]]
+        return values[new.score]
     frame = table.source.copy()  # type: ignore[union-attr]
     for name, column in values.items():
         frame[name] = column
     return frame
 
 
-def _join(table: Table, checked: _Checked, parts: Parts, new: list[str], output: str) -> None:
+def _join(table: Table, checked: _Checked, parts: Parts, new: _New, output: str) -> None:
     import pyarrow
 
     schema = checked.schema
     if schema is not None:
-        schema = pyarrow.schema([*schema, *(pyarrow.field(name, pyarrow.float32()) for name in new)])
+        kinds = {name: pyarrow.bool_() if name == new.decision else pyarrow.float32() for name in new.names()}
+        schema = pyarrow.schema([*schema, *kinds.items()])
     skipped: list[Row] = []
     rows = _good_rows(table, checked.names, lambda row, wrong: skipped.append({"row": row + 1, "error": wrong}))
     with ExitStack() as stack:
         stack.enter_context(_for_parquet(table.where))
-        take = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
+        take = stack.enter_context(write_table(output, [*checked.columns, *new.names()], schema))
         side = None
         if checked.good < checked.rows and output == STANDARD:
             some = "; ".join(f"row {row}: {wrong}" for row, wrong in checked.broken)
@@ -262,12 +287,10 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: list[str], output:
             side = stack.enter_context(write_table(where, ["row", "error"]))
             log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", where)
         for number, chunk in enumerate(chunked(rows)):
-            values = [decimals(column) for column in _new_values(parts[number], new)]
+            columns = new.values(parts[number])
+            values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns.values()]
             take(
-                [
-                    {**row, **dict(zip(new, numbers, strict=True))}
-                    for (_, row), *numbers in zip(chunk, *values, strict=True)
-                ]
+                [{**row, **dict(zip(columns, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)]
             )
             if side:
                 side(skipped)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from crossenc.errors import OutputError
-from crossenc.parts import Parts, replacing
+from crossenc.parts import Parts, replacing, writing
 
 
 def test_parts_are_for_the_same_work_only(tmp_path: Path):
@@ -36,6 +37,21 @@ def test_parts_of_other_work_are_not_taken_over_even_if_nothing_is_known_of_them
     (tmp_path / "facts.json").unlink()  # as a kill leaves it while the folder is removed
     assert 0 not in Parts(tmp_path, {"model": "b"})
     assert Parts(tmp_path, {"model": "a"})[0].tolist() == [0, 1, 2]
+
+
+def test_a_part_that_cannot_be_written_whole_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parts = Parts(tmp_path, {"model": "a"})
+    parts[0] = np.arange(3)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="No space left on device; finished parts are kept"):
+        parts[1] = np.arange(4)
+    assert (0 in parts, 1 in parts) == (True, False)
+    with pytest.raises(BrokenPipeError), writing("out"):  # a reader that has enough is no error of the disk
+        raise BrokenPipeError
 
 
 def test_a_file_is_replaced_by_a_whole_one_only(tmp_path: Path):

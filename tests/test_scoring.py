@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,27 @@ def test_lists_frames_and_checkpoints_give_the_same(trained, frame, expected):
     assert "same" not in frame
 
 
+def test_a_decision_is_by_the_threshold_that_the_model_stored(trained, frame, expected, tmp_path):
+    threshold = json.loads((trained / "model" / "config.json").read_text())["crossenc"]["threshold"]
+    called = [score >= threshold for score in expected]
+    assert 0 < sum(called) < len(called)
+    for model, source in ((trained / "model", frame), (trained / "best.ckpt", frame)):
+        found = score(model, source, decision="same", logit=True)
+        assert list(found) == [*frame, "logit", "score", "same"]
+        assert found["same"].tolist() == called
+    for name in ("a.csv", "a.parquet"):
+        score(trained / "model", frame, tmp_path / name, decision="same")
+        assert read_frame(tmp_path / name)["same"].tolist() == called
+    with pytest.raises(UsageError, match="a decision stands beside its pair"):
+        score(trained / "model", PAIRS, decision="same")
+    bare = shutil.copytree(trained / "model", tmp_path / "bare")
+    settings = json.loads((bare / "config.json").read_text())
+    del settings["crossenc"]
+    (bare / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="has stored no threshold"):
+        score(bare, frame, decision="same")
+
+
 def test_both_orders_give_the_mean_logit(trained):
     one = score(str(trained / "model"), PAIRS)
     other = score(str(trained / "model"), [(b, a) for a, b in PAIRS])
@@ -107,6 +129,28 @@ def test_both_orders_give_the_mean_logit(trained):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bf16_is_close(trained, expected, precision):
     assert score(str(trained / "model"), PAIRS, precision=precision) == pytest.approx(expected, abs=0.05)
+
+
+def test_a_damaged_model_is_one_line(tiny, tmp_path, capsys):
+    path = str(write_frame(pd.DataFrame({"text1": ["a"], "text2": ["b"]}), tmp_path / "p.csv"))
+    for name, content, said in (
+        ("config.json", b'{"model_type": ', "config.json is damaged"),
+        ("model.safetensors", (tiny / "model.safetensors").read_bytes()[:5_000], "cannot be loaded"),
+        ("tokenizer.json", None, "has no vocabulary: tokenizer.json is missing"),
+        ("onnx/model.onnx", b"junk", "cannot be read by onnxruntime"),
+    ):
+        model = shutil.copytree(tiny, tmp_path / name.replace("/", "-"))
+        (model / "onnx").mkdir()
+        (model / name).unlink(missing_ok=True)
+        if content is not None:
+            (model / name).write_bytes(content)
+        backend = "onnx" if "onnx" in name else "torch"
+        assert main(["score", str(model), path, str(tmp_path / "out.csv"), "--backend", backend]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / ".out.csv.parts").mkdir()
+    (tmp_path / ".out.csv.parts" / "facts.json").write_text("{")
+    assert main(["score", str(tiny), path, str(tmp_path / "out.csv")]) == 2
+    assert "facts.json is damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_standard_input_and_output(trained, expected, capsys, monkeypatch):
@@ -171,6 +215,26 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, t
     assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("columns", {"columns": {"text_b": "other"}}), ("on_error", {"on_error": "skip"}), ("input", {})],
+)
+def test_parts_of_another_reading_are_not_taken_over(tiny, write, monkeypatch, name, given):
+    path = write("p.csv", "question1,question2,other\na,b,c\nd,e,f\n")
+    output = str(path.with_name("out.csv"))
+    with monkeypatch.context() as broken:
+        broken.setattr("crossenc.scoring._join", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            score(str(tiny), str(path), output)
+    if name == "input":
+        path.write_text("question1,question2,other\na,b,c\nd,x,f\n")
+    with pytest.raises(OutputError, match=f"unfinished work with other {name};"):
+        score(str(tiny), str(path), output, **given)
+    score(str(tiny), str(path), output, overwrite=True, **given)
+    found = score(str(tiny), str(path), **given)
+    assert read_frame(Path(output))["score"].to_numpy() == pytest.approx(found, abs=1e-6)
+
+
 def test_a_full_disk_is_one_line_and_loses_no_part(many, tiny, scored, tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -214,6 +278,21 @@ def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
     assert "not UTF-8" in listed[2]["error"]
     found = score(str(tiny), [("a", "b"), ("a", None), ("c", "d")], on_error="skip")
     assert np.isnan(found).tolist() == [False, True, False]
+
+
+def test_a_quote_that_is_never_closed_spoils_its_own_row_only(tiny, write, tmp_path):
+    good = [f"question {i},is it {i}?" for i in range(40)]
+    lines = ["question1,question2", *good[:2], '"never closed,b', *good[2:20], '"quoted, and\nclosed",b', *good[20:]]
+    lines += ['a,"neither']
+    path = str(write("p.csv", "\n".join(lines) + "\n"))
+    score(str(tiny), path, str(tmp_path / "out.csv"), on_error="skip")
+    found = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines(keepends=True)))
+    assert len(found) == 41
+    assert found[20]["question1"] == "quoted, and\nclosed"
+    listed = [json.loads(line)["row"] for line in (tmp_path / "out.csv.skipped.jsonl").read_text().splitlines()]
+    assert listed == [3, 43]
+    with pytest.raises(DataError, match=r"p\.csv, row 3: "):
+        score(str(tiny), path)
 
 
 def test_texts_with_line_ends_come_back_as_they_were(tiny, tmp_path):
