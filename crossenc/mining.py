@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -24,7 +23,7 @@ from .errors import DataError, UsageError, require, require_choice
 from .loading import find, fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of_index
 from .pairs import SUFFIXES, normalized, read
-from .parts import Parts, writing
+from .parts import Parts, read_json, writing
 from .scorer import Backend, Precision, Scoring, score_chunks
 from .scoring import OnError, decimals, parts_folder, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
@@ -362,7 +361,8 @@ def _groups_file(output: str) -> str:
 
 def _tell_memory(texts: list[str], count: int, retriever: str, top_k: int, index: str) -> None:
     """Say about how much memory the run will take at its fullest, models apart."""
-    config = json.loads((find(retriever) / "config.json").read_text(encoding="utf-8"))
+    file = find(retriever) / "config.json"
+    config = read_json(file) if file.is_file() else {}
     vectors = 4 * count * int(config.get("hidden_size", 768))
     own = {"exact": 0, "ivf": vectors + 8 * count, "hnsw": vectors + 4 * 64 * count}[index]
     held = {

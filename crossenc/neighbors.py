@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import BackboneError, one_line, require
 from .loading import find
-from .parts import Parts
+from .parts import Parts, read_json
 from .progress import progress
 
 log = logging.getLogger(__name__)
@@ -59,12 +59,17 @@ def embed(texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed
 
 def _load(retriever: str) -> Any:
     library = require("sentence_transformers", "mine")
-    from .backbone import quiet_transformers
+    from safetensors import SafetensorError
 
+    from .backbone import has_head, quiet_transformers
+
+    file = find(retriever) / "config.json"
+    if file.is_file() and has_head(read_json(file).get("architectures")):
+        raise BackboneError(f"{retriever} is a cross-encoder, which makes no vectors; name a bi-encoder")
     try:
         with quiet_transformers():
             return library.SentenceTransformer(str(find(retriever)))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: {one_line(error)[:300]}") from error
 
 

@@ -82,6 +82,8 @@ def rerank(
     if candidates is not None and retriever is not None:
         raise UsageError("give candidates, or a retriever that finds them, and not both")
     require_choice("index", index, Index)
+    if retriever is None and (retrieve_k, index) != (100, "auto"):
+        raise UsageError("retrieve_k and index are the retriever's; name it with --retriever")
     if top_k < 1 or retrieve_k < 1:
         raise UsageError("top_k and retrieve_k must be at least 1")
     if qrels is not None:

@@ -19,7 +19,7 @@ import pytest
 from crossenc import mine, score
 from crossenc.backbone import locate
 from crossenc.cli import main
-from crossenc.errors import DataError, OutputError, UsageError
+from crossenc.errors import BackboneError, DataError, OutputError, UsageError
 from crossenc.mining import DUPLICATE, first_copies, group
 from crossenc.pairs import sample_groups
 
@@ -152,6 +152,11 @@ def test_groups_and_their_representatives():
     copied = np.concatenate([chain, np.array([(3, 7, 1, 1, True)], dtype=DUPLICATE)])
     assert group(copied, 8, "complete", 0.5)[0].tolist() == [-1, 0, 0, 1, -1, 2, 2, 1]
     assert group(made(), 3, "components", 0.5)[0].tolist() == [-1, -1, -1]
+    chains = made((0, 1, 0.9), (1, 2, 0.8), (3, 4, 0.9), (4, 5, 0.8))
+    assert group(chains, 6, "complete", 0.5)[0].tolist() == [0, 0, -1, 1, 1, -1]
+    assert group(made((0, 1, 0.9), (1, 2, 0.8)), 3, "complete", 0)[0].tolist() == [0, 0, -1]
+    nearly = made(*((a, b, 0.9) for a, b in combinations(range(9), 2) if (a, b) != (0, 8)))
+    assert group(nearly, 9, "complete", 0.5)[0].tolist() in ([0] * 8 + [-1], [-1] + [0] * 8)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny: Path, mined: tuple[Path, Path], tmp_path: Path):
@@ -178,15 +183,44 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny: Path, mined: tu
     assert not work.exists()
 
 
-def test_kept_work_serves_another_threshold(tiny: Path, tmp_path: Path):
+def test_kept_work_serves_another_threshold_and_no_other_work(tiny: Path, tmp_path: Path):
     options = {"retriever": BACKBONE, "top_k": 5, "min_similarity": 0.5, "work": str(tmp_path / "work")}
     first = mine(str(tiny), QUESTIONS, str(tmp_path / "a.jsonl"), threshold=0.5, **options)
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")}
     assert stamps
     second = mine(str(tiny), QUESTIONS, str(tmp_path / "b.parquet"), threshold=0.51, linkage="complete", **options)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")} == stamps
-    assert len(pd.read_parquet(second.pairs)) <= len(first.pairs.read_text().splitlines())
+    rows, found = [json.loads(line) for line in first.pairs.read_text().splitlines()], pd.read_parquet(second.pairs)
+    kept = [(row["a"], row["b"]) for row in rows if row["score"] >= 0.51]
+    assert list(zip(found["a"], found["b"], strict=True)) == kept
+    assert 1 < len(kept) < len(rows)
     assert pd.read_parquet(second.groups)["representative"].dtype == bool
+    for name, other in {"top_k": 6, "min_similarity": 0.4, "index": "hnsw", "both_orders": True}.items():
+        with pytest.raises(OutputError, match=f"unfinished work with other {name};"):
+            mine(str(tiny), QUESTIONS, **(options | {name: other}))
+    with pytest.raises(OutputError, match="unfinished work with other questions;"):
+        mine(str(tiny), [*QUESTIONS, "What else?"], **options)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")} == stamps
+
+
+def test_what_is_asked_for_is_what_is_done(tiny: Path, dev: Path, write):
+    options = {"retriever": BACKBONE, "top_k": 5, "min_similarity": 0.2}
+    counts = [len(mine(tiny, QUESTIONS, threshold=at, dev=str(dev), **options).pairs) for at in (0, None, 1)]
+    assert counts[0] > counts[1] > counts[2] == 1  # the copy
+    whole = mine(tiny, QUESTIONS, threshold=0, linkage="complete", **options | {"min_similarity": -1})
+    pairs = {frozenset((row["a"], row["b"])) for row in whole.pairs}
+    by_group: dict[int, list[int]] = {}
+    for row in whole.groups:
+        if row["id"] != len(QUESTIONS) - 1:
+            by_group.setdefault(row["group"], []).append(row["id"])
+    for members in by_group.values():
+        assert all(frozenset(two) in pairs for two in combinations(members, 2))
+    file = str(write("q.csv", "text,title\nx,What is it?\ny,what is it?\n"))
+    assert len(mine(tiny, file, column="title", **options).pairs) == 1
+    texts = [(QUESTIONS[row["a"]], QUESTIONS[row["b"]]) for row in whole.pairs if row["found_by"] == "model"]
+    both = mine(tiny, QUESTIONS, threshold=0, both_orders=True, **options | {"min_similarity": -1}).pairs
+    expected = score(str(tiny), texts, both_orders=True)
+    assert [row["score"] for row in both if row["found_by"] == "model"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_path: Path):
@@ -200,7 +234,17 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(DataError, "has no column 'text' or .* name it with --column", str(write("s.csv", "x,y\n1,a\n")))
     refused(DataError, "has no texts", [])
     refused(UsageError, "top_k must be", top_k=0)
+    refused(BackboneError, "cannot be loaded as a bi-encoder", retriever=str(trained / "best.ckpt"))
     refused(UsageError, "threshold from 0 to 1", threshold=5)
+    refused(UsageError, "threshold from 0 to 1", min_similarity=1.5)
+    (tmp_path / "out.groups.csv").write_text("mine")
+    refused(OutputError, r"out\.groups\.csv is there already")
+    (tmp_path / "out.groups.csv").unlink()
+    settings = json.loads((shutil.copytree(tiny, tmp_path / "bare") / "config.json").read_text())
+    del settings["crossenc"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match="has stored no threshold; give --threshold or --dev"):
+        mine(tmp_path / "bare", QUESTIONS, retriever=BACKBONE)
     refused(UsageError, "linkage 'best' is not one of", linkage="best")
     with pytest.raises(UsageError, match="name the one"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)

@@ -75,6 +75,19 @@ def test_fewer_rows_than_neighbours():
     assert len(find_candidates(unit_vectors(5), 50, -1, "exact", Parts(None, {}))) == 10
 
 
+def test_blocks_of_texts_and_rows_make_what_one_would(monkeypatch: pytest.MonkeyPatch):
+    """Five texts in blocks of two, of which the second was kept by an earlier run."""
+    texts = ["How do I learn to swim?", "What is rain?", "Why is it cold?", "How can I swim?", "Who rains?"]
+    whole = embed(texts, BACKBONE, Parts(None, {}))
+    pairs = find_candidates(whole, 2, -1, "exact", Parts(None, {}))
+    monkeypatch.setattr("crossenc.neighbors.BLOCK", 2)
+    parts = Parts(None, {})
+    parts[1] = whole[2:4]
+    vectors = embed(texts, BACKBONE, parts)
+    assert vectors == pytest.approx(whole, abs=1e-6)
+    assert find_candidates(vectors, 2, -1, "exact", Parts(None, {}))[["a", "b"]].tolist() == pairs[["a", "b"]].tolist()
+
+
 def test_vectors_of_a_bi_encoder_that_does_not_normalize_have_length_one(tmp_path: Path):
     folder = shutil.copytree(locate(BACKBONE), tmp_path / "model")
     layers = json.loads((folder / "modules.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 
 from crossenc import rerank, score
 from crossenc.cli import main
-from crossenc.errors import DataError, OutputError, UsageError
+from crossenc.errors import BackboneError, DataError, OutputError, UsageError
 from crossenc.pairs import sample_groups
 from crossenc.reranking import evaluate, retrieve
 
@@ -168,6 +168,8 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, r"row 1: id is null or no text$", corpus=[{"id": [1], "text": "a"}])
     refused(DataError, r"row 1: text is null or no text$", queries=[{"id": 1, "text": None}])
     refused(UsageError, "index 'fast' is not one of", index="fast")
+    refused(UsageError, "are the retriever's", retrieve_k=20)
+    refused(BackboneError, "is a cross-encoder, which makes no vectors", retriever=str(tiny))
     refused(UsageError, "not both", candidates=str(tmp_path / "a.run"), retriever=BACKBONE)
     refused(UsageError, "top_k and retrieve_k", top_k=0)
     refused(UsageError, "cannot hold the id 'q 1'", queries=[{"id": "q 1", "text": "a"}])
