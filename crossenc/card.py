@@ -21,7 +21,7 @@ REPORT = """\
 | {{ row | join(" | ") }} |
 {% endfor %}
 Accuracy, F1, precision and recall are taken at the threshold
-{%- if threshold is not none %} {{ "%.4f" | format(threshold) }}{% endif %}, which
+{{- " %.4f" | format(0.5 if threshold is none else threshold) }}, which
 {%- if chosen %} the dev pairs chose{% else %} was not chosen on dev pairs{% endif %}; "own best" is the figure at the
 threshold that suits the very pairs it is measured on, as sentence-transformers reports it. In brackets stands the 95 %
 interval (bootstrap over pairs). "Unseen questions" are the pairs that share no question with the training pairs. The
@@ -75,7 +75,18 @@ scorer({"text": "How do I learn to swim?", "text_pair": "What is the best way to
 ```
 
 Both give the score after the sigmoid. A file of pairs of any size is scored by
-`python -m crossenc score {{ name }} pairs.csv scores.csv`, and text-embeddings-inference serves the folder as it is.
+`python -m crossenc score {{ name }} pairs.csv scores.csv`. Others read it too:
+
+| reader | how | what it gives |
+|---|---|---|
+| transformers | `AutoModelForSequenceClassification.from_pretrained("{{ name }}")` | logit |
+| LangChain | `HuggingFaceCrossEncoder(model_name="{{ name }}")` | score |
+| Haystack | `SentenceTransformersSimilarityRanker(model="{{ name }}")` | score |
+| LlamaIndex | `SentenceTransformerRerank(model="{{ name }}")` | score |
+| rerankers | `Reranker("{{ name }}", model_type="cross-encoder")` | logit |
+| text-embeddings-inference | `text-embeddings-router --model-id {{ name }}`, then `/rerank` | score |
+| vLLM | `vllm serve {{ name }}`, then `/score` | score |
+
 {% if threshold is not none -%}
 A score of {{ "%.4f" | format(threshold) }} or more means a duplicate: the threshold with the best F1 on the dev pairs.
 {%- endif %}
@@ -110,7 +121,7 @@ model = CrossEncoder("{{ name }}", backend="onnx")
 {% if onnx %}
 `onnx/model_qint8.onnx` has its weights in 8 bits (`model_kwargs={"file_name": "onnx/model_qint8.onnx"}`). On
 {{ "{:,.0f}".format(onnx.rows) }} dev pairs its average precision is {{ "%.4f" | format(onnx["onnx-int8"]) }}, and
-that of fp32 {{ "%.4f" | format(onnx.onnx) }}: a loss of {{ "%.4f" | format(onnx.onnx - onnx["onnx-int8"]) }}.
+that of fp32 {{ "%.4f" | format(onnx.onnx) }}: a change of {{ "%+.4f" | format(onnx["onnx-int8"] - onnx.onnx) }}.
 Scores differ by {{ "%.3f" | format(onnx.difference) }} at most.
 {% endif %}
 {%- endif %}"""
@@ -134,6 +145,8 @@ SHOWN = {
     "recall": ("recall", "{:.4f}"),
     "accuracy_best": ("accuracy, own best", "{:.4f}"),
     "f1_best": ("F1, own best", "{:.4f}"),
+    "precision_best": ("precision, own best", "{:.4f}"),
+    "recall_best": ("recall, own best", "{:.4f}"),
     "calibration_error": ("calibration error", "{:.4f}"),
     "calibration_error_chance": ("calibration error, by chance", "{:.4f}"),
     "calibration_error_raw": ("calibration error before calibration", "{:.4f}"),
@@ -167,6 +180,7 @@ def write_card(
     checkpoint: dict[str, Any],
     figures: dict[str, float],
     max_length: int,
+    sources: Mapping[str, str] | None = None,
     pictures: Collection[str] = (),
     errors: Sequence[Sequence[str]] = (),
     onnx: dict[str, float] | None = None,
@@ -179,6 +193,7 @@ def write_card(
         checkpoint: the Lightning checkpoint that was exported; its hyper-parameters and data facts are told.
         figures: metrics such as `val/f1` and `test/f1_best`, of that very checkpoint.
         max_length: in tokens.
+        sources: of a split whose figures may be of other pairs than the run's, what these were read from.
         pictures: names of those in `figures/`.
         errors: as `worst_errors` gives them.
         onnx: of an export with ONNX files; of that with 8-bit weights, if there is one: `rows`, the average precision
@@ -188,7 +203,8 @@ def write_card(
 
     from . import __version__
 
-    settings, data = checkpoint["hyper_parameters"], checkpoint.get("PairDataModule") or {}
+    settings = checkpoint["hyper_parameters"]
+    data = _measured(checkpoint.get("PairDataModule") or {}, sources or {}, figures)
     source, on_hub = str(data.get("source", "unknown data")), is_hub_id(str(data.get("source", "")))
     card = ModelCard.from_template(
         ModelCardData(
@@ -220,15 +236,21 @@ def write_report(
     name: str,
     figures: dict[str, float],
     threshold: float | None,
+    sources: Mapping[str, str],
     pictures: Collection[str],
     errors: Sequence[Sequence[str]],
 ) -> None:
     """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
     from jinja2 import Template
 
+    from . import __version__
+
     text = Template(REPORT).render(**_report(figures, threshold, pictures, errors, folded=False))
-    title = f"# Evaluation of {_shown_path(name)}\n\n"
-    (folder / "README.md").write_text(f"{title}{_summary(figures)}\n\n{text}\n", encoding="utf-8")
+    own = Path(name).name in ("model", "best.ckpt", "last.ckpt")  # in a run's folder, whose name tells more
+    title = f"{Path(name).resolve().parent.name}/{Path(name).name}" if own else _shown_path(name)
+    told = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())
+    parts = [f"# Evaluation of {title}", f"By crossenc {__version__}; {told}.", _summary(figures), text]
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _report(
@@ -244,7 +266,7 @@ def _report(
         "splits": splits,
         "metric_rows": rows,
         "threshold": threshold,
-        "chosen": "val/threshold" in figures,
+        "chosen": threshold is not None and "val/threshold" in figures,
         "pictures": [(picture, text) for picture, text in _PICTURES.items() if picture in pictures],
         "errors": errors,
     }
@@ -350,6 +372,14 @@ def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
         for metric in _ON_HUB
         if not math.isnan(figures.get(f"{split}/{metric}", math.nan))  # NaN stands where a set has one label only
     ]
+
+
+def _measured(data: dict[str, Any], sources: Mapping[str, str], figures: dict[str, float]) -> dict[str, Any]:
+    """What is known of a run's data, but of the pairs that the figures are of."""
+    for split, source in sources.items() if data else ():
+        of = {"rows": int(figures[f"{split}/rows"]), "duplicates": figures[f"{split}/duplicates"], "sources": source}
+        data = data | {name: data.get(name, {}) | {split: value} for name, value in of.items()}
+    return data
 
 
 def _source_of(split: str, data: dict[str, Any]) -> str:

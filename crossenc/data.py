@@ -136,6 +136,7 @@ class PairDataModule(LightningDataModule):
         self.batch_size, self.batch_by, self.window = batch_size, batch_by, window
         self.eval_tokens, self.num_workers, self.num_proc, self.limit = eval_tokens, num_workers, num_proc, limit
         self.on_mismatch = on_mismatch
+        self.trained_limit: int | None = None  # of the run whose checkpoint is evaluated
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
@@ -161,7 +162,7 @@ class PairDataModule(LightningDataModule):
                 raise DataError("there are no training pairs; set --data.source")
             self.facts = {
                 "source": self.source,
-                "sources": {"val": self.val_source or self.source, "test": self.test_source or self.source},
+                "sources": self.read_from(),
                 "backbone": self.backbone,
                 "subset": self._subset(self.source),
                 "split": "group" if self.source == pairs.SAMPLE else self.split,
@@ -171,6 +172,7 @@ class PairDataModule(LightningDataModule):
                 "duplicates": {name: _share_of_duplicates(part) for name, part in loaded.items()},
                 "plan": {
                     "training tokens": digest(loaded["train"]),
+                    "dev tokens": digest(loaded["val"]) if "val" in loaded else None,
                     "tokenizer": sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12],
                     "devices": self._share()[1],
                     "accumulated batches": self._accumulated(),
@@ -196,9 +198,9 @@ class PairDataModule(LightningDataModule):
     def _load(self) -> dict[str, Dataset]:
         function = self.trainer.state.fn if self.trainer else None
         if function == TrainerFn.PREDICTING:
-            parts = {"predict": self._first(self._read(self.source, labelled=False))}
+            parts = {"predict": _first(self._read(self.source, labelled=False), self.limit)}
         else:
-            parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING])
+            parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING], self.limit)
         if self.transitive and "train" in parts:
             parts["train"] = pairs.add_transitive(parts["train"])
         self.tables |= parts
@@ -215,7 +217,7 @@ class PairDataModule(LightningDataModule):
 
     def read_split(self, split: str) -> Dataset:
         """The pairs of one split as texts, with their labels; raises `DataError` if there are none."""
-        parts = self._read_splits((split,))
+        parts = self._read_splits((split,), self.limit)
         if split not in parts:
             raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
         return parts[split]
@@ -233,7 +235,7 @@ class PairDataModule(LightningDataModule):
         given = {"val": self.val_source, "test": self.test_source}
         return named | {split: source for split, source in given.items() if source}
 
-    def _read_splits(self, needed: tuple[str, ...]) -> dict[str, Dataset]:
+    def _read_splits(self, needed: tuple[str, ...], limit: int | None) -> dict[str, Dataset]:
         sources = self._sources()
         parts = {split: self._read(sources[split]) for split in needed if split in sources and split != "train"}
         rest = [split for split in needed if split not in parts]
@@ -241,10 +243,7 @@ class PairDataModule(LightningDataModule):
             table = self._read(sources["train"])
             rows = self._cut(table, sources)
             parts |= {split: table.select(rows[split]) for split in rest if len(rows[split])}
-        return {split: self._first(parts[split]) for split in needed if split in parts}
-
-    def _first(self, part: Dataset) -> Dataset:
-        return part.take(min(self.limit or sys.maxsize, len(part)))
+        return {split: _first(parts[split], limit) for split in needed if split in parts}
 
     def _cut(self, table: Dataset, sources: dict[str, str]) -> dict[str, Sequence[int]]:
         """The rows of each split within one table. A split that has a source of its own gets none of them."""
@@ -256,9 +255,13 @@ class PairDataModule(LightningDataModule):
             return pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
         return pairs.split_by_position(len(table), val, test)
 
+    def read_from(self) -> dict[str, str]:
+        """The source of the dev and the test pairs, or that which they are cut off."""
+        return {"val": self.val_source or self.source, "test": self.test_source or self.source}
+
     def splits(self) -> set[str]:
         """The splits that the source holds or leaves."""
-        return set(self._read_splits(pairs.SPLITS))
+        return set(self._read_splits(pairs.SPLITS, self.limit))
 
     def texts(self, split: str, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """`text_a` and `text_b` of the pairs with these rows, which rise, in a split that was loaded."""
@@ -274,7 +277,7 @@ class PairDataModule(LightningDataModule):
         """
         train = self.tables.get("train")
         if train is None:
-            train = self._read_splits(("train",)).get("train")
+            train = self._read_splits(("train",), self.trained_limit).get("train")
         return pairs.unseen(self._pairs(split, rows), train) if train is not None else np.ones(len(rows), dtype=bool)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
@@ -373,6 +376,7 @@ class PairDataModule(LightningDataModule):
         Raises:
             CheckpointError: something differs, and `on_mismatch` is `refuse`.
         """
+        self.trained_limit = state.get("limit")
         if not (self.trainer and self.trainer.state.fn == TrainerFn.FITTING and "plan" in state):
             return
         before, now = _told(state), _told(self.facts)
@@ -434,9 +438,14 @@ def digest(part: Dataset) -> str:
     return found.hexdigest()[:12]
 
 
+def _first(part: Dataset, limit: int | None) -> Dataset:
+    return part.take(min(limit or sys.maxsize, len(part)))
+
+
 def _told(facts: dict[str, Any]) -> dict[str, Any]:
     """The plan's entries as a person reads them: digests with what they are of."""
     of = {"training tokens": facts["source"], "tokenizer": facts["backbone"]}
+    of["dev tokens"] = facts.get("sources", {}).get("val")
     return {name: f"{value} of {of[name]}" if name in of else value for name, value in facts["plan"].items()}
 
 

@@ -92,7 +92,8 @@ def evaluate(
         shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
         save(pictures, folder / "figures")
         errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
-        write_report(folder, str(model), module.figures, module.threshold, pictures, errors)
+        sources = {split: source for split, source in data.read_from().items() if split in columns}
+        write_report(folder, str(model), module.figures, module.threshold, sources, pictures, errors)
     return module.figures
 
 
@@ -130,7 +131,8 @@ def finish(
             figures |= {f"{name}/{key}": value for key, value in found.items()}
     module.figures = figures
     folder.mkdir(parents=True, exist_ok=True)
-    write_figures(folder, checkpoint, figures)
+    sources = data.read_from()
+    write_figures(folder, checkpoint, figures, {split: sources[split] for split in module.scored})
     evaluated = {split: columns | data.texts(split, columns["row"]) for split, columns in module.scored.items()}
     write_scores(folder, checkpoint, evaluated)
     return evaluated
@@ -143,6 +145,8 @@ def print_figures(figures: dict[str, float], folded: bool = True) -> None:
     from rich.table import Table
 
     splits, rows = metric_table(figures, folded)
+    if not splits:
+        return
     table = Table("", *splits, box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)

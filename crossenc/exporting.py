@@ -73,10 +73,12 @@ def export(
         DataError, HubError: The dev pairs cannot be read.
         ExportError: The folder is there already, or the export does not score as the checkpoint does.
         HubError: The upload was refused; the folder stays.
-        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`.
+        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`, or `dev` without `int8`.
     """
     if private and push_to_hub is None:
         raise UsageError("--private is of the upload; give --push_to_hub REPO too")
+    if dev is not None and not int8:
+        raise UsageError("--dev is what 8-bit weights are measured on; give --int8 too")
     target = Path(output)
     if target.exists():
         if not overwrite:
@@ -90,7 +92,7 @@ def export(
         expected = _module_scores(module, tokenizer, _PROBES)
         _write(unfinished, module, tokenizer)
         found = score_pairs(unfinished, _PROBES)
-        worst = max(abs(a - b) for a, b in zip(expected, found, strict=True))
+        worst = _difference(expected, found)
         if not worst <= TOLERANCE:
             raise ExportError(
                 f"the export of {checkpoint} gives scores that differ by {worst:.2g} from the checkpoint's"
@@ -117,7 +119,12 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private or None, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=address.repo_id, commit_message="Upload by crossenc")
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=address.repo_id,
+            commit_message="Upload by crossenc",
+            delete_patterns=["onnx/*", "figures/*"],  # those of an earlier model that this one has not
+        )
     except Exception as error:  # the HTTP library's own too, which is another from version to version of the client
         command = ["hf", "upload", repository, str(folder), *["--private"] * private]
         raise HubError(
@@ -125,6 +132,13 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
             f"`hf auth login` or set HF_TOKEN, and repeat it with: {shlex.join(command)}"
         ) from error
     return str(address)
+
+
+def _difference(expected: Sequence[float], found: Sequence[float]) -> float:
+    """The largest difference of two lists of scores; NaN if one holds a NaN, which Python's `max` could pass over."""
+    import numpy as np
+
+    return float(np.abs(np.subtract(expected, found)).max())
 
 
 def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[str, float]:
@@ -138,7 +152,7 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
         return sigmoid(logits)
 
     write_onnx(folder, int8=dev is not None)
-    worst = abs(score("onnx", _PROBES) - expected).max()
+    worst = _difference(expected, score("onnx", _PROBES))
     if not worst <= ONNX_TOLERANCE:
         raise ExportError(
             f"{folder.name}/onnx/model.onnx gives scores that differ by {worst:.2g} from the checkpoint's"
@@ -263,12 +277,13 @@ def _write_card(
 ) -> None:
     from .card import worst_errors, write_card
     from .figures import draw, draw_learning, save
-    from .records import read_figures, read_scores
+    from .records import read_figures, read_scores, read_sources
 
     figures, threshold = loaded["crossenc"]["figures"], loaded["crossenc"]["threshold"]
-    known, evaluated = read_figures(checkpoint), read_scores(checkpoint)
-    if abs(known.get("val/threshold", threshold or 0) - (threshold or 0)) > 1e-4:  # of a `validate` on other dev pairs
-        known, evaluated = {}, {}
+    known, evaluated, sources = read_figures(checkpoint), read_scores(checkpoint), read_sources(checkpoint)
+    at = 0.5 if threshold is None else threshold
+    if abs(known.get("val/threshold", at) - at) > 1e-4:  # of a `validate` on other dev pairs
+        known, evaluated, sources = {}, {}, {}
     figures = figures | known
     pictures = draw(evaluated, threshold)
     if learning := draw_learning(checkpoint.parent):
@@ -276,4 +291,4 @@ def _write_card(
     if pictures:
         save(pictures, folder / "figures")
     errors = worst_errors(evaluated["val"], threshold) if "val" in evaluated and threshold is not None else []
-    write_card(folder, name, loaded, figures, max_length, pictures, errors, onnx)
+    write_card(folder, name, loaded, figures, max_length, sources, pictures, errors, onnx)

@@ -7,37 +7,53 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from .parts import replacing
+from .parts import read_json, replacing
 
 FIGURES_FILE = "metrics.json"
 
 
-def write_figures(folder: Path, checkpoint: str | None, figures: dict[str, float]) -> None:
-    """Write `metrics.json`: flat, `val/f1` and the like, and the name of the checkpoint that they belong to.
+def write_figures(
+    folder: Path, checkpoint: str | None, figures: dict[str, float], sources: Mapping[str, str] | None = None
+) -> None:
+    """Write `metrics.json`: flat, `val/f1` and the like, the name of the checkpoint that they belong to, and as
+    `val/source` what the pairs of a split were read from.
 
-    Figures of the same checkpoint that stand there already are kept, those of another are dropped; NaN becomes null.
+    What stands there already of the same checkpoint and of other splits is kept, the rest is dropped; NaN becomes null.
     """
-    known = read_figures(folder / checkpoint) if checkpoint else {}
+    known = _read(folder / checkpoint) if checkpoint else {}
+    known = {name: value for name, value in known.items() if re.split("[_/]", name)[0] not in (sources or {})}
     content: dict[str, Any] = {"checkpoint": checkpoint}
-    for name, value in sorted((known | figures).items()):
-        content[name] = None if math.isnan(value) else int(value) if name.endswith("/rows") else value
+    named = {f"{split}/source": source for split, source in (sources or {}).items()}
+    for name, value in sorted((known | figures | named).items()):
+        number = isinstance(value, float)
+        content[name] = None if number and math.isnan(value) else int(value) if name.endswith("/rows") else value
     with replacing(folder / FIGURES_FILE) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_figures(checkpoint: Path) -> dict[str, float]:
     """The figures in the `metrics.json` beside a checkpoint; none if they belong to another or there is no file."""
+    found = {name: value for name, value in _read(checkpoint).items() if not name.endswith("/source")}
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}
+
+
+def read_sources(checkpoint: Path) -> dict[str, str]:
+    """What the pairs of each split in the `metrics.json` beside a checkpoint were read from, where it tells that."""
+    found = _read(checkpoint)
+    return {split: found[f"{split}/source"] for split in ("val", "test") if f"{split}/source" in found}
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint.parent / FIGURES_FILE
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if content.pop("checkpoint", None) != checkpoint.name:
-        return {}
-    return {name: math.nan if value is None else float(value) for name, value in content.items()}
+    content: dict[str, Any] = read_json(file) if file.is_file() else {}
+    return content if content.pop("checkpoint", None) == checkpoint.name else {}
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -45,7 +61,7 @@ def is_evaluation(folder: Path) -> bool:
     file = folder / FIGURES_FILE
     if not file.is_file() or (folder / "config.yaml").exists() or (folder / "config.json").exists():
         return False
-    return json.loads(file.read_text(encoding="utf-8")).get("checkpoint", "none") is None
+    return read_json(file).get("checkpoint", "none") is None
 
 
 SCORES_FILE = "scores.parquet"

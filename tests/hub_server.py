@@ -104,6 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         folder = self.server.uploads.joinpath(*parts[2:4])  # /api/models/owner/name/commit/main
         for line in map(json.loads, self.body.splitlines()):
             file, target = line["value"], folder / line["value"].get("path", "")
+            if line["key"] == "deletedFile":
+                target.unlink()
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             if line["key"] == "file":
                 target.write_bytes(base64.b64decode(file["content"]))

@@ -67,6 +67,22 @@ def test_the_card_names_the_source_of_each_split_and_what_changed_the_weights(pa
     assert "| pairs | 6 |" in card.text
 
 
+def test_figures_of_other_test_pairs_are_not_told_of_the_runs(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    from huggingface_hub import ModelCard
+
+    other = tmp_path / "other.csv"
+    other.write_bytes(pairs_file.read_bytes())
+    named = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--output", str(tmp_path)]
+    assert main(["fit", *named, "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]) == 0
+    best = tmp_path / "run" / "best.ckpt"
+    where = ["--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best", "--data.limit", "50"]
+    assert main(["test", *where, "--data.test_source", str(other)]) == 0
+    card = ModelCard.load(export(str(best), str(tmp_path / "again")) / "README.md")
+    names = {result.dataset_split: result.dataset_name for result in card.data.eval_results}
+    assert (names["val"], names["test"]) == ("pairs.csv (dev)", "other.csv (test)")
+    assert re.search(r"6 pairs for dev \(33\.3 % duplicates\); 50 pairs for test .* from `other\.csv`\.", card.text)
+
+
 def test_the_surest_errors_come_first_and_break_no_table():
     columns = {
         "label": [1.0, 0.0, 0.0, 1.0, 1.0],

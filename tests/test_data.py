@@ -43,6 +43,14 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
     fresh.tables["val"] = one.tables["val"]
     rows = np.arange(0, 50, 7)
     assert fresh.unseen("val", rows).tolist() == one.unseen("val", rows).tolist() == [False] * 8
+    # A run's checkpoint tells how many training pairs there were; `limit` is of the evaluation.
+    head = pairs_file.read_text().splitlines(keepends=True)
+    (tmp_path / "late.csv").write_text(head[0] + "".join(head[-5:]))
+    later = PairDataModule(str(pairs_file), val_source=str(tmp_path / "late.csv"), limit=4, **make)
+    later.tables["val"] = later.read_split("val")
+    assert not later.unseen("val", np.arange(4)).any()
+    later.load_state_dict({"limit": 10})
+    assert later.unseen("val", np.arange(4)).any()
     with pytest.raises(DataError, match="leaves no test pairs"):
         one.test_dataloader()
     with pytest.raises(UsageError, match=r"data\.batch_size"):

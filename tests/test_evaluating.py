@@ -42,6 +42,8 @@ def test_a_checkpoint_and_its_export_get_the_same_report(trained: Path, pairs_fi
     scored = pq.read_table(tmp_path / "one" / "scores.parquet").filter(pc.field("split") == "test")
     assert scored["score"].to_numpy() == pytest.approx(score(trained / "best.ckpt", pairs_file), abs=1e-6)
     assert "### Most confident errors on dev pairs" in text
+    assert text.startswith("# Evaluation of short/best.ckpt\n")
+    assert "; dev pairs from `pairs.csv`, test pairs from `pairs.csv`." in text
     for name in ("precision_recall", "reliability", "scores"):
         assert f"](figures/{name}.png)" in text
         assert (tmp_path / "one" / "figures" / f"{name}.png").is_file()

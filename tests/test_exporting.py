@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from crossenc import export
+from crossenc.backbone import load_tokenizer
 from crossenc.cli import main
 from crossenc.encode import PairCollator, encode
 from crossenc.errors import CheckpointError, ExportError, UsageError
@@ -105,6 +106,8 @@ def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Pa
 def test_options_that_need_others_are_named(trained: Path, write, tmp_path: Path):
     with pytest.raises(UsageError, match="give --push_to_hub"):
         export(str(trained / "best.ckpt"), str(tmp_path / "model"), private=True)
+    with pytest.raises(UsageError, match="give --int8 too"):
+        export(str(trained / "best.ckpt"), str(tmp_path / "model"), dev="gone.csv")
     one = write("one.csv", "question1,question2,is_duplicate\na,b,1\nc,d,1\n")
     with pytest.raises(ExportError, match="all dev labels are the same"):
         export(str(trained / "best.ckpt"), str(tmp_path / "model"), int8=True, dev=str(one))
@@ -113,16 +116,29 @@ def test_options_that_need_others_are_named(trained: Path, write, tmp_path: Path
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "junk.ckpt").write_text("junk")
     (tmp_path / "table.ckpt").write_text("question1,question2\na,b\n")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     for name, said in (
         ("text.ckpt", "no checkpoint"),
+        ("junk.ckpt", "no checkpoint"),
         ("table.ckpt", "no checkpoint"),
         ("other.ckpt", "not written by crossenc"),
     ):
         with pytest.raises(CheckpointError, match=said):
             export(str(tmp_path / name), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_gives_no_number_is_refused(trained: Path, tmp_path: Path):
+    """For one of the pairs that an export is checked with, and not the first."""
+    loaded = torch.load(trained / "best.ckpt", weights_only=True)
+    row = load_tokenizer(BACKBONE).convert_tokens_to_ids("es")
+    loaded["state_dict"]["model.bert.embeddings.word_embeddings.weight"][row] = torch.nan
+    torch.save(loaded, tmp_path / "nan.ckpt")
+    with pytest.raises(ExportError, match="differ by nan"):
+        export(str(tmp_path / "nan.ckpt"), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
 
 
 def test_lora_is_merged_at_export(pairs_file: Path, tmp_path: Path):

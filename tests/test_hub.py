@@ -90,7 +90,10 @@ def push(endpoint: str, home: Path, token: str, *arguments: str) -> subprocess.C
 
 
 def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: Path):
-    with serve({}) as server:
+    old = tmp_path / "hub" / "owner" / "mine" / "onnx" / "model.onnx"  # of an earlier model
+    old.parent.mkdir(parents=True)
+    old.write_text("other scores")
+    with serve({"models/owner/mine": old.parents[1]}) as server:
         server.uploads = tmp_path / "hub"
         arguments = [str(trained / "best.ckpt"), str(tmp_path / "mine"), "--push-to-hub", "owner/mine"]
         done = push(server.endpoint, tmp_path, "wrong", *arguments, "--private")

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from crossenc.records import read_figures, read_scores, write_figures, write_scores
+from crossenc.records import read_figures, read_scores, read_sources, write_figures, write_scores
 
 
 def test_metrics_json_keeps_figures_of_its_checkpoint_only(tmp_path: Path):
     write_figures(tmp_path, "best.ckpt", {"val/f1": 0.5, "val/rows": 3.0, "val/roc_auc": math.nan})
-    write_figures(tmp_path, "best.ckpt", {"test/f1": 0.25})
+    write_figures(tmp_path, "best.ckpt", {"test/f1": 0.5, "test_unseen/f1": 0.1}, {"test": "others.csv"})
+    write_figures(tmp_path, "best.ckpt", {"test/f1": 0.25}, {"test": "pairs.csv"})
+    assert read_sources(tmp_path / "best.ckpt") == {"test": "pairs.csv"}
     content = json.loads((tmp_path / "metrics.json").read_text())
-    assert content == {"checkpoint": "best.ckpt", "test/f1": 0.25, "val/f1": 0.5, "val/roc_auc": None, "val/rows": 3}
+    expected = {"test/f1": 0.25, "test/source": "pairs.csv", "val/f1": 0.5, "val/roc_auc": None, "val/rows": 3}
+    assert content == {"checkpoint": "best.ckpt", **expected}
     write_figures(tmp_path, "last.ckpt", {"val/f1": 0.4})
     assert read_figures(tmp_path / "best.ckpt") == {}
     assert read_figures(tmp_path / "last.ckpt") == {"val/f1": 0.4}
+    assert read_sources(tmp_path / "last.ckpt") == {}
 
 
 def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
