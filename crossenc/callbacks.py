@@ -139,7 +139,10 @@ class TerminalProgress(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
+        found = {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
+        if "lr" in found:
+            found["lr"] = f"{found['lr']:.2e}"  # the bar's own three digits would make 0.000 of it
+        return found
 
 
 class PlainProgress(ProgressBar):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import random
 import shlex
 import signal
@@ -225,7 +224,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, OSError) as error:
+    except Exception as error:  # of bytes that are no checkpoint the unpickler makes errors of any kind
         raise CheckpointError(
             f"{path} is no checkpoint that can be read: the file is damaged or of another kind"
         ) from error
@@ -246,7 +245,9 @@ def find_newest(folder: Path) -> Path | None:
     found = []
     for path in folder.glob("[!.]*.ckpt"):  # a name with a dot is one that was never finished
         try:
-            found.append((read_checkpoint(path, mmap=True)["global_step"], path.name == "last.ckpt", path))
+            loaded = read_checkpoint(path, mmap=True)
+            if "optimizer_states" in loaded:  # else it has weights only, as a ModelCheckpoint can be told to write
+                found.append((loaded["global_step"], path.name == "last.ckpt", path))
         except CheckpointError as error:
             log.warning("passed over: %s", error)
     for step, _, path in sorted(found, reverse=True):

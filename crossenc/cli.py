@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from . import __version__
@@ -187,9 +188,9 @@ def main(args: list[str] | None = None) -> int:
                 _quiet_lightning()
             if COMMANDS[name][1] in (_run, _export, _evaluate, _mine) and not sys.stderr.isatty():
                 _without_bars()
-        if COMMANDS[name][1] not in (_run, _evaluate):  # where it is Lightning's to end in order
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        COMMANDS[name][1](name, rest)
+        # In the others it is Lightning's to end in order.
+        with nullcontext() if COMMANDS[name][1] in (_run, _evaluate) else _exit_at_sigterm():
+            COMMANDS[name][1](name, rest)
     except BrokenPipeError:  # who reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or python complains at its end
         return 1
@@ -212,6 +213,15 @@ def main(args: list[str] | None = None) -> int:
             raise
         return 130  # Lightning makes a SystemExit of it
     return 0
+
+
+@contextmanager
+def _exit_at_sigterm() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_helper() -> bool:

@@ -218,16 +218,24 @@ class CrossEncoderModule(LightningModule):
         layer = last_layer(self.model)
         if self.hparams["calibrate"] and layer is not None:
             self.fitted, crossed = calibrate(scored.logits, scored.labels, shifted=layer.bias is not None)
-        self._report("val", score_columns(scored, self.calibration, self.fitted, crossed), None, loss)
-        self.threshold, self.evaluated_step = self.figures["val/threshold"], self.trainer.global_step
+        truth = scored.labels >= 0.5
+        chosen = bool(truth.any()) and not bool(truth.all())  # pairs of one label choose none
+        columns = score_columns(scored, self.calibration, self.fitted, crossed)
+        self._report("val", columns, None if chosen else self._fixed_threshold(), loss)
+        if chosen:
+            self.threshold = self.figures["val/threshold"]
+        self.evaluated_step = self.trainer.global_step
         self.val_metrics.reset()
 
     def on_test_epoch_end(self) -> None:
         scored, loss = self.test_metrics.gather()
-        # Never the test pairs' own best; one half where no dev pairs have chosen a threshold.
-        threshold = 0.5 if self.threshold is None else self.threshold
-        self._report("test", score_columns(scored, self.calibration, self.fitted), threshold, loss)
+        # Never the test pairs' own best.
+        self._report("test", score_columns(scored, self.calibration, self.fitted), self._fixed_threshold(), loss)
         self.test_metrics.reset()
+
+    def _fixed_threshold(self) -> float:
+        """The threshold that dev pairs have chosen, or one half."""
+        return 0.5 if self.threshold is None else self.threshold
 
     def _report(self, split: str, columns: dict[str, NDArray[Any]], threshold: float | None, loss: float) -> None:
         figures = evaluation_figures(columns, threshold) | {"loss": loss}

@@ -54,8 +54,11 @@ TRAINER_DEFAULTS = {
 }
 
 
-# Where these differ, a checkpoint's weights and its optimizer are those of other parameters.
-_WHAT_IS_TRAINED = ("optimizer", "layer_decay", "head_rate", "freeze_layers", "shared_segments", "lora")
+# Where these differ, a checkpoint's optimizer is one of other parameters, or would go on at its own rates unheard.
+_WHAT_IS_TRAINED = (
+    *("optimizer", "learning_rate", "weight_decay", "layer_decay", "head_rate"),
+    *("freeze_layers", "shared_segments", "lora"),
+)
 
 
 def native_precision(accelerator: str) -> str:
@@ -70,12 +73,16 @@ def native_precision(accelerator: str) -> str:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` when training starts: a run that refuses to go on leaves the folder's own as it was."""
+    """Writes `config.yaml` when training starts: a run that refuses to go on leaves the folder's own as it was.
+
+    Without the checkpoint, which would else stand against one that is named before `--config`.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        del self.config.ckpt_path
         super().setup(trainer, pl_module, "fit")
 
 
@@ -276,7 +283,8 @@ class RunCLI(LightningCLI):
                 keep_evaluation(Path(best), self.model.evaluation())
             self.trainer.strategy.barrier()
             # The checkpoint's own, for other batches give scores that differ in the last digits.
-            self.model.figures["val/threshold"] = read_threshold(best)
+            if (threshold := read_threshold(best)) is not None:
+                self.model.figures["val/threshold"] = threshold
         figures = dict(self.model.figures)  # the checkpoint that the test loads knows less of the dev pairs
         if "test" in self.datamodule.encoded and self.trainer.limit_test_batches != 0:
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)

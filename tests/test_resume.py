@@ -243,6 +243,9 @@ def test_a_damaged_checkpoint_is_passed_over(
         assert main(fit(options, tmp_path, ckpt_path="last")) == 0
     assert f"going on from {folder / 'best.ckpt'}, step {weights(whole / 'best.ckpt')[0]}" in caplog.text
     assert same(folder / "last.ckpt", whole / "last.ckpt")
+    light = torch.load(whole / "last.ckpt", weights_only=True)
+    del light["optimizer_states"]
+    torch.save(light, folder / "epoch=0.ckpt")  # of a ModelCheckpoint that saves weights only: none to go on with
     for name in ("last.ckpt", "best.ckpt"):
         (folder / name).write_bytes(b"nothing")
     assert find_newest(folder) is None

@@ -64,7 +64,7 @@ def test_ckpt_path_last_goes_on_with_the_run(trained: Path, tmp_path: Path):
 
 def test_validate_and_test_repeat_the_fits_figures(trained: Path):
     before = json.loads((trained / "metrics.json").read_text())
-    where = ["--config", str(trained / "config.yaml"), "--ckpt_path", "best"]
+    where = ["--ckpt_path", "best", "--config", str(trained / "config.yaml")]
     for command in ("validate", "test"):
         assert main([command, *where]) == 0
         after = json.loads((trained / "metrics.json").read_text())
@@ -95,6 +95,21 @@ def test_a_fit_without_dev_pairs_keeps_its_last_weights(trained: Path, pairs_fil
     assert (figures["checkpoint"], figures["test/threshold"], figures["test/rows"]) == ("last.ckpt", 0.5, 60)
     assert "val/rows" not in figures
     assert (tmp_path / "blind" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_dev_pairs_of_one_label_choose_no_threshold(
+    pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, label: int
+):
+    dev = write("dev.csv", f"question1,question2,label\na,b,{label}\nc,d,{label}\n")
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, "--data.val_source", str(dev), "--data.test_size=6")) == 0
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (figures["val/threshold"], figures["test/threshold"]) == (0.5, 0.5)
+    assert "crossenc" not in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "at the threshold 0.5000, which was not chosen on dev pairs" in card
+    assert "or more means a duplicate" not in card
+    assert "| pairs | 2 | 6 |" in card
 
 
 def test_two_processes_train_one_model(trained: Path, tmp_path: Path):
@@ -180,6 +195,7 @@ def test_sigterm_is_no_success(
     if command == "fit":
         where = fit(pairs_file, tiny_backbone, tmp_path, "--trainer.enable_checkpointing=false")[1:]
     handler = signal.getsignal(signal.SIGTERM)
+    assert main(["export", "gone.ckpt", str(tmp_path / "model")]) == 2  # which ends by itself
     assert main([command, *([str(tiny), "--accelerator=cpu"] if command == "evaluate" else []), *where]) == 143
     assert signal.getsignal(signal.SIGTERM) == handler
     assert "ended by SIGTERM" in capsys.readouterr().err
