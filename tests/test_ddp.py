@@ -56,16 +56,17 @@ def test_any_number_of_processes_makes_the_same_updates(
     assert dev == [pytest.approx(dev[0], rel=1e-5)] * len(dev)
 
 
-def test_evaluation_and_prediction_are_the_same_on_any_number_of_processes(trained: Path, pairs_file: Path):
+def test_evaluation_and_prediction_are_the_same_on_any_number_of_processes(trained: Path, tmp_path: Path):
     """7 test rows and 60 pairs to score, in small batches, on 1 and 3 processes: once each, in the file's order."""
-    found, scores = [], []
+    run, found, scores = shutil.copytree(trained, tmp_path / "short"), [], []
     for devices in (1, 3):
-        where = ["--config", str(trained / "config.yaml"), "--ckpt_path=best", "--data.eval_tokens=50"]
+        where = ["--config", str(run / "config.yaml"), f"--output={tmp_path}", "--ckpt_path=best"]
+        where += ["--data.eval_tokens=50"]
         where += ["--trainer.precision=32-true", "--trainer.strategy=" + ("ddp" if devices > 1 else "auto")]
         run_on(devices, ["test", *where, "--data.test_size=7"])
-        found.append(json.loads((trained / "metrics.json").read_text()))
+        found.append(json.loads((run / "metrics.json").read_text()))
         run_on(devices, ["predict", *where])
-        with (trained / "predictions.csv").open() as file:
+        with (run / "predictions.csv").open() as file:
             scores.append([(int(row["row"]), float(row["score"])) for row in csv.DictReader(file)])
     assert found[0]["test/rows"] == 7
     for figures, rows in zip(found[1:], scores[1:], strict=True):

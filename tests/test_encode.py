@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossenc.backbone import load_tokenizer
-from crossenc.encode import cut_pieces, encode, tell_cut
+from crossenc.encode import PairCollator, cut_pieces, encode, tell_cut
 from crossenc.pairs import read
 
 from .conftest import BACKBONE
@@ -46,6 +48,17 @@ def test_tokens_are_cached_until_the_length_changes(pairs_file: Path):
     assert encode(table, tokenizer, 33).cache_files != first
     shared = encode(table, tokenizer, 100, num_proc=2)
     assert shared["input_ids"][:] == encode(table, tokenizer, 101)["input_ids"][:]
+    assert shared["row"][:] == table["row"][:]
+
+
+def test_padding_is_the_tokenizers():
+    tokenizer = copy.copy(load_tokenizer(BACKBONE))  # which others share
+    tokenizer.pad_token_id, tokenizer.padding_side = 7, "left"
+    columns = {"input_ids": [[1, 2, 3], [4]], "length": [3, 1], "row": [0, 1]}
+    batch = PairCollator(tokenizer, piece_cost=100)(pa.table(columns))
+    assert batch["padding"] == {"input_ids": 7}
+    longest = batch["pieces"][0][1]
+    assert batch["slots"].tolist() == [longest - 3, longest - 2, longest - 1, 2 * longest - 1]
 
 
 def test_cut_pairs_are_counted_and_named(write, caplog: pytest.LogCaptureFixture):

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from crossenc import CrossEncoderModule
-from crossenc.errors import UsageError
+from crossenc.errors import BackboneError, UsageError
 from crossenc.optim import make_optimizer, make_schedule, parameter_groups
 
 from .conftest import BACKBONE
@@ -56,6 +56,25 @@ def test_rates_fall_from_the_head_to_the_embeddings(lora: dict | None):
         assert found == ({1e-3 * (0.5**depth if depth else 3.0)} if found else set())
         assert found or lora
     assert groups[0]["lr"] == 3e-3
+
+
+def test_the_head_may_learn_at_a_rate_of_its_own():
+    module = CrossEncoderModule(BACKBONE)
+    groups = parameter_groups(module.model, 0.1, 1e-3, head_rate=3)
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    found = {name: rates[p] for name, p in module.model.named_parameters() if p.requires_grad}
+    head = {name for name, rate in found.items() if rate == pytest.approx(3e-3)}
+    assert {name for name in found if ".encoder." not in name and ".embeddings." not in name} == head
+    assert {rate for name, rate in found.items() if name not in head} == {1e-3}
+
+
+def test_all_layers_may_be_frozen_and_no_more():
+    module = CrossEncoderModule(BACKBONE, freeze_layers=6)
+    trained = [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in trained if ".layer." in name or ".embeddings." in name]
+    assert "classifier.weight" in trained
+    with pytest.raises(BackboneError, match="cannot freeze 7 layers of a backbone with 6"):
+        CrossEncoderModule(BACKBONE, freeze_layers=7)
 
 
 def test_adapters_of_frozen_layers_are_frozen_too():

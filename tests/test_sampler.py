@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossenc.errors import DataError
-from crossenc.sampler import EvaluationOrder, TrainingOrder, plan_evaluation, plan_steps
+from crossenc.sampler import EvaluationOrder, TrainingOrder, deal, plan_evaluation, plan_steps
 
 LENGTHS = st.lists(st.integers(5, 512), min_size=1, max_size=300).map(lambda found: np.array(found, dtype=np.int64))
 BY = st.sampled_from(["pairs", "tokens"])
@@ -81,7 +81,7 @@ def test_devices_and_accumulation_change_no_step(lengths, by, epoch):
             assert min(map(len, parts)) >= 1
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
             tokens = [lengths[part].sum() for part in parts]
-            assert max(tokens) - min(tokens) <= lengths.max()
+            assert max(tokens) - min(tokens) <= max(lengths[part].max() for part in parts)
         assert shares[0].mean_pairs() == pytest.approx(len(lengths) / (len(batches) * ranks))
 
 
@@ -103,8 +103,15 @@ def test_windows_save_padding(by: str, least: float):
     assert lengths.sum() / padded(lengths, plain) < 0.5
     assert lengths.sum() / padded(lengths, sorted_) > least
     tokens = [lengths[rows].sum() for rows in sorted_]
+    means = [lengths[rows].mean() for rows in sorted_]
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # steps of long texts do not follow each other
     if by == "tokens":
         assert max(tokens) < 1.1 * np.mean(tokens)
+
+
+def test_the_share_with_the_fewest_tokens_gets_the_longest_row():
+    lengths = np.array([100, 60, 50, 10])
+    assert [lengths[part].sum() for part in deal(np.arange(4), lengths, 2)] == [110, 110]
 
 
 def test_odd_sets_make_plans():

@@ -1,0 +1,50 @@
+"""Tables: what a format can hold comes back, and nothing is written over by mistake."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from crossenc.errors import OutputError, UsageError
+from crossenc.tables import claim_output, open_table, read_texts, write_table
+
+
+def test_tsv_has_tabs_and_lists_are_json(tmp_path: Path):
+    output = tmp_path / "out.tsv"
+    with write_table(str(output), ["a", "b"]) as take:
+        take([{"a": "x, y", "b": [1, {"z": "é"}]}, {"a": "tab\there", "b": None, "c": "left out"}])
+    lines = output.read_text().splitlines()
+    assert lines[0] == "a\tb"
+    rows = list(csv.DictReader(lines, delimiter="\t"))
+    assert rows == [{"a": "x, y", "b": '[1, {"z": "é"}]'}, {"a": "tab\there", "b": ""}]
+
+
+def test_nothing_is_written_over_that_was_not_to_be(tmp_path: Path):
+    (tmp_path / "out.csv").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="is there already"):
+            claim_output(str(tmp_path / "out.csv"), (".csv",), overwrite)
+    (tmp_path / "file.csv").write_text("a")
+    with pytest.raises(OutputError, match="give --overwrite"):
+        claim_output(str(tmp_path / "file.csv"), (".csv",), False)
+    claim_output(str(tmp_path / "file.csv"), (".csv",), True)
+    with pytest.raises(UsageError, match=r"name it \.csv, or -"):
+        claim_output(str(tmp_path / "file.txt"), (".csv",), True)
+    claim_output(str(tmp_path / "new" / "file.csv"), (".csv",), False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "new", "out.csv"]
+    with pytest.raises(ZeroDivisionError), write_table(str(tmp_path / "file.csv"), ["a"]) as take:
+        take([{"a": 1 / 0}])
+    assert (tmp_path / "file.csv").read_text() == "a"
+
+
+def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path):
+    pq.write_table(pa.table({"_id": ["x"], "title": ["Dogs"], "text": ["What is one?"]}), tmp_path / "a.parquet")
+    with open_table(tmp_path / "a.parquet", ["text"]) as table:
+        assert read_texts(table, None) == (["x"], ["What is one?"], [])
+        assert read_texts(table, None, titled=True)[1] == ["Dogs What is one?"]
+        assert read_texts(table, "title")[1] == ["Dogs"]
+        assert table.schema().names == ["_id", "title", "text"]
