@@ -21,8 +21,8 @@ REPORT = """\
 | {{ row | join(" | ") }} |
 {% endfor %}
 Accuracy, F1, precision and recall are taken at the threshold
-{{- " %.4f" | format(0.5 if threshold is none else threshold) }}, which
-{%- if chosen %} the dev pairs chose{% else %} was not chosen on dev pairs{% endif %}; "own best" is the figure at the
+{{- " %.4f" | format(0.5 if threshold is none else threshold) }}, which was {{ "not " if threshold is none -}}
+chosen on dev pairs; "own best" is the figure at the
 threshold that suits the very pairs it is measured on, as sentence-transformers reports it. In brackets stands the 95 %
 interval (bootstrap over pairs). "Unseen questions" are the pairs that share no question with the training pairs. The
 calibration error is the mean distance of score and share of duplicates in ten bins; on dev pairs it is cross-fitted, so
@@ -54,7 +54,7 @@ TEMPLATE = (
 # {{ name }}
 
 A cross-encoder: it reads two questions at once and gives one score from 0 to 1 for whether they ask the same thing.
-It was made from `{{ backbone }}` with [crossenc](https://pypi.org/project/crossenc/) {{ version }}.
+It was made from `{{ backbone }}` with crossenc {{ version }}.
 {% if summary %}
 {{ summary }}
 {% endif %}
@@ -266,7 +266,6 @@ def _report(
         "splits": splits,
         "metric_rows": rows,
         "threshold": threshold,
-        "chosen": threshold is not None and "val/threshold" in figures,
         "pictures": [(picture, text) for picture, text in _PICTURES.items() if picture in pictures],
         "errors": errors,
     }

@@ -257,6 +257,9 @@ def _set_up_terminal() -> None:
     # Errors of these libraries reach the user as exceptions.
     for library in ("huggingface_hub", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    # When these two are imported later, they set their levels anew.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     # Tokens are cached and padding is cheap, so that no worker process is the right number of them.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # torch's own pytree, called by Lightning 2.6 in the old way.

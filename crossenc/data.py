@@ -444,8 +444,13 @@ def _first(part: Dataset, limit: int | None) -> Dataset:
 
 def _told(facts: dict[str, Any]) -> dict[str, Any]:
     """The plan's entries as a person reads them: digests with what they are of."""
-    of = {"training tokens": facts["source"], "tokenizer": facts["backbone"]}
-    of["dev tokens"] = facts.get("sources", {}).get("val")
+    sources, rows = {"train": facts["source"], **facts.get("sources", {})}, facts["rows"]
+    of = {
+        f"{name} tokens": f"{rows[split]:,} pairs of {sources[split]}"
+        for split, name in (("train", "training"), ("val", "dev"))
+        if split in rows and split in sources
+    }
+    of["tokenizer"] = facts["backbone"]
     return {name: f"{value} of {of[name]}" if name in of else value for name, value in facts["plan"].items()}
 
 

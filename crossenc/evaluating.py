@@ -75,7 +75,7 @@ def evaluate(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
     splits = data.splits()
     if not {"val", "test"} & splits:

@@ -130,6 +130,7 @@ class CrossEncoderModule(LightningModule):
             self.model = _add_lora(self.model, lora)
         freeze_first_layers(base_model(self.model), freeze_layers)  # adapters in them too
         if gradient_checkpointing:
+            self.model.config.use_cache = False  # of decoders' keys and values, or transformers warns
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         if cuda_graphs and not self._can_graph():
             raise UsageError(

@@ -240,12 +240,15 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             else:
                 yield _NOT_UTF8
         elif fields:
+            lines.put_back()
             yield f"{len(fields)} fields where the header has {len(header)}; quote fields that hold the separator"
 
 
 class _Lines:
-    """Lines of a csv, of which all but the first of the row at hand can be read once more: a quote that is never closed
-    takes the lines after it into its row, and spoils its own only."""
+    """Lines of a csv, of which all but the first of the row at hand can be read once more.
+
+    A quote that is not closed in its row takes the lines after it along, but spoils its own only.
+    """
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines, self.waiting = iter(lines), deque[str]()
@@ -268,7 +271,9 @@ def refuse_twice(header: list[str], where: str) -> None:
         raise DataError(f"{where} has more than one column {twice[0]!r}; rename one")
 
 
-_LONGEST_FIELD = 2**31 - 1  # Python's own limit would not let a long text pass beside the questions
+# Python's own limit would not let a long text pass beside the questions; without any, a quote that is never closed
+# would take all that follows into memory.
+_LONGEST_FIELD = 2**24
 _NOT_UTF8 = "not UTF-8; save the file as UTF-8"
 
 

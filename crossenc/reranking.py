@@ -18,7 +18,7 @@ from .errors import DataError, UsageError, require, require_choice
 from .neighbors import BLOCK, Index, embed, make_search
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
-from .scoring import score_into, sigmoid
+from .scoring import decimals, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, read_texts, write_table
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scor
         start += len(found)
         # By the logits: the scores of two that are both nearly sure can be equal.
         order = np.argsort(-own, kind="stable").tolist()
-        after.append([(found[i][0], score) for i, score in zip(order, sigmoid(own)[order].tolist(), strict=True)])
+        after.append([(found[i][0], score) for i, score in zip(order, decimals(sigmoid(own)[order]), strict=True)])
     return after
 
 

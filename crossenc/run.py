@@ -217,7 +217,7 @@ class RunCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UsageError(f"trainer: {one_line(error)}") from error
 
     def _callbacks(self, given: Any) -> list[Any]:
@@ -246,11 +246,16 @@ class RunCLI(LightningCLI):
     def before_fit(self) -> None:
         if self.checkpoint:
             before = read_checkpoint(Path(self.checkpoint), mmap=True)["hyper_parameters"]
-            changed = [name for name in _WHAT_IS_TRAINED if before.get(name) != self.model.hparams[name]]
+            now = self.model.hparams
+            changed = [
+                f"model.{name} {before.get(name)} (now {now[name]})"
+                for name in _WHAT_IS_TRAINED
+                if before.get(name) != now[name]
+            ]
             if changed:
                 raise CheckpointError(
-                    f"the run began with other model.{', model.'.join(changed)}, which its optimizer depends on; go on "
-                    "with the same, or begin a run of another name"
+                    f"the run began with {', '.join(changed)}, which its optimizer depends on; go on with the same, or "
+                    "begin a run of another name"
                 )
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())

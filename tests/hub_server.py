@@ -27,7 +27,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories = repositories
         self.requests: list[str] = []
         self.uploads: Path | None = None  # a folder that takes uploads, from those who know TOKEN
-        self.private: dict[str, bool] = {}
+        self.visibility: dict[str, str | None] = {}  # of what was made; None leaves it to the owner's settings
 
     @property
     def endpoint(self) -> str:
@@ -72,9 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         content = json.loads(self.body) if self.body[:1] == b"{" and parts[-2] != "commit" else {}
         if parts == ["api", "repos", "create"]:
             name = f"{content['organization']}/{content['name']}"
-            self.server.private[name] = content.get("visibility") == "private" or bool(content.get("private"))
+            about = {"url": f"{self.server.endpoint}/{name}", "id": name, "name": name}
+            if name in self.server.visibility:
+                return self.send(json.dumps(about).encode(), {"Content-Type": "application/json"}, status=409)
+            older = {True: "private", False: "public"}.get(content.get("private"))
+            self.server.visibility[name] = content.get("visibility", older)
             (self.server.uploads / name).mkdir(parents=True, exist_ok=True)
-            return self.send_json({"url": f"{self.server.endpoint}/{name}", "id": name, "name": name})
+            return self.send_json(about)
         if parts == ["api", "validate-yaml"]:
             from huggingface_hub import ModelCard
 

@@ -12,6 +12,7 @@ import torch
 from crossenc import export
 from crossenc.card import is_hub_id, worst_errors
 from crossenc.cli import main
+from crossenc.records import read_scores
 
 from .conftest import BACKBONE
 
@@ -22,6 +23,7 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     card = ModelCard.load(trained / "model" / "README.md")
     figures = json.loads((trained / "metrics.json").read_text())
     results = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert card.data.model_name == "short"  # the run's name, where the folder's own is `model`
     assert card.data.library_name == "sentence-transformers"
     assert card.data.pipeline_tag == "text-ranking"
     assert results["test", "f1"] == figures["test/f1"]
@@ -36,6 +38,12 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     assert f"torch {torch.__version__}" in card.text
     assert f"Of 6 test pairs, {100 * figures['test/duplicates']:.1f} % of them duplicates" in card.text
     assert str(trained.parent) not in card.text
+    scores = read_scores(trained / "best.ckpt")
+    dev, test = (worst_errors(scores[split], figures["val/threshold"]) for split in ("val", "test"))
+    told = card.text.partition("### Most confident errors on dev pairs")[2]
+    assert [" | ".join(row) in told for row in dev + test] == [True] * len(dev) + [False] * len(test)
+    assert dev
+    assert test
     shown = re.findall(r"!\[.+\]\((figures/\w+\.png)\)", card.text)
     assert shown == [f"figures/{name}.png" for name in ("precision_recall", "reliability", "scores", "learning")]
     assert {str(path.relative_to(trained / "model")) for path in (trained / "model" / "figures").iterdir()} == set(
@@ -55,6 +63,8 @@ def test_the_card_names_the_source_of_each_split_and_what_changed_the_weights(pa
     assert main(["fit", *named]) == 0
     card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
     names = {result.dataset_split: result.dataset_name for result in card.data.eval_results}
+    content = json.loads((tmp_path / "run" / "model" / "sentence_bert_config.json").read_text())
+    assert content["max_seq_length"] == 16
     assert names["val"] == "pairs.csv (dev)"
     assert names["test"] == "other.csv (test)"
     assert "40 pairs for test (42.5 % duplicates) from `other.csv`." in card.text

@@ -105,8 +105,12 @@ def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pa
     assert "nan" not in (tmp_path / "out" / "README.md").read_text()
     left = {f"figures/{path.name}" for path in (tmp_path / "out" / "figures").iterdir()}
     assert left == set(re.findall(r"figures/\w+\.png", (tmp_path / "out" / "README.md").read_text()))
-    with pytest.raises(UsageError, match="accelerator, devices or precision"):
-        evaluate(tiny, {"test_source": str(one)}, output, precision="best")
+    assert re.search(
+        r"at the threshold 0\.\d+, which was chosen on dev pairs", (tmp_path / "out/README.md").read_text()
+    )
+    for wrong in ({"precision": "best"}, {"devices": "many"}):
+        with pytest.raises(UsageError, match="accelerator, devices or precision"):
+            evaluate(tiny, {"test_source": str(one)}, output, **wrong)
 
 
 def test_unseen_questions_are_those_of_no_training_pair(write):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossenc import export
+from crossenc import export, exporting
 from crossenc.backbone import load_tokenizer
 from crossenc.cli import main
 from crossenc.encode import PairCollator, encode
@@ -78,6 +78,7 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
     assert content["config_sentence_transformers.json"]["model_type"] == "CrossEncoder"
     assert content["modules.json"][0]["type"] == "sentence_transformers.base.modules.transformer.Transformer"
     assert content["tokenizer_config.json"]["model_max_length"] == 512
+    assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it too
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",
@@ -96,11 +97,20 @@ def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Pa
     assert export(str(trained / "last.ckpt"), str(target)) == target
     with pytest.raises(ExportError, match="is there already"):
         export(str(trained / "last.ckpt"), str(target))
+    before = load_tokenizer(str(target))
     assert main(["export", str(trained / "best.ckpt"), str(target), "--overwrite"]) == 0
+    assert load_tokenizer(str(target)) is not before  # which may have been another one
     (tmp_path / "other").mkdir()
     with pytest.raises(ExportError, match="is no export"):
         export(str(trained / "last.ckpt"), str(tmp_path / "other"), overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+
+
+def test_an_export_that_scores_otherwise_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exporting, "score_pairs", lambda folder, pairs: [1.0] * len(pairs))
+    with pytest.raises(ExportError, match=r"differ by 0\.\d+ from the checkpoint's"):
+        export(str(trained / "last.ckpt"), str(tmp_path / "model"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_that_need_others_are_named(trained: Path, write, tmp_path: Path):

@@ -10,7 +10,7 @@ from torch import nn
 
 from crossenc.attention import ATTENTION, Packing, attend_packed
 from crossenc.backbone import load_model, load_tokenizer, locate
-from crossenc.forward import _parts, pair_logits, piece_cost
+from crossenc.forward import _LAST_LAYERS, _parts, pair_logits, piece_cost
 from crossenc.pairs import sample_pairs
 
 from .conftest import BACKBONE, collate
@@ -38,28 +38,34 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
     named = {"vocab_size": 30522, "num_labels": 1, "initializer_range": 0.3, "pad_token_id": 0}
+    roberta = {**named, "max_position_embeddings": 200, "type_vocab_size": 2, "pad_token_id": 1}  # of its positions
     distil = {"dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40}
     configs = {
         "bert": t.BertConfig(**sizes, **named),
-        "roberta": t.RobertaConfig(**sizes, **named, max_position_embeddings=200, type_vocab_size=2),
-        "xlm-roberta": t.XLMRobertaConfig(**sizes, **named, max_position_embeddings=200, type_vocab_size=2),
-        "camembert": t.CamembertConfig(**sizes, **named, max_position_embeddings=200, type_vocab_size=2),
+        "roberta": t.RobertaConfig(**sizes, **roberta),
+        "xlm-roberta": t.XLMRobertaConfig(**sizes, **roberta),
+        "camembert": t.CamembertConfig(**sizes, **roberta),
         "distilbert": t.DistilBertConfig(**distil, **named),
         "electra": t.ElectraConfig(**sizes, **named, embedding_size=24),  # takes padded pieces
+        # So does this one, which reads a pair's last token that is no padding.
+        "llama": t.LlamaConfig(**sizes, **{**named, "pad_token_id": 1}, num_key_value_heads=3),
     }
     folders = {"minilm": BACKBONE}
     for name, config in configs.items():
         folder = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
         t.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-        names = ["input_ids", "attention_mask", *["token_type_ids"] * (name != "distilbert")]
-        tokenizer = t.AutoTokenizer.from_pretrained(locate(BACKBONE), model_input_names=names)
+        names = ["input_ids", "attention_mask", *["token_type_ids"] * (name not in ("distilbert", "llama"))]
+        padding = {"pad_token": "[unused0]"} if name == "llama" else {}  # of number 1
+        tokenizer = t.AutoTokenizer.from_pretrained(locate(BACKBONE), model_input_names=names, **padding)
         tokenizer.save_pretrained(folder)
         folders[name] = str(folder)
     return folders
 
 
-@pytest.mark.parametrize("family", ["minilm", "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"])
+@pytest.mark.parametrize(
+    "family", ["minilm", "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "llama"]
+)
 def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str, backbones: dict[str, str]):
     model, plain = (load_model(backbones[family], name).eval() for name in (None, "sdpa"))
     plain.load_state_dict(model.state_dict())
@@ -76,6 +82,8 @@ def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str
         logits = in_order(batch, pair_logits(model, batch))
         assert torch.allclose(logits, expected, atol=1e-5), cost
         assert torch.allclose(gradients(model, logits), expected_gradients, atol=1e-5), cost
+        # With its attention exchanged it is given padded pieces.
+        assert torch.allclose(in_order(batch, pair_logits(plain, batch)), expected, atol=1e-5), cost
     single = [pair_logits(model, collate([pair], backbones[family])) for pair in PAIRS[-3:]]
     assert torch.allclose(torch.cat(single), expected[-3:], atol=1e-5)
 
@@ -103,6 +111,7 @@ def test_scoring_by_parts_and_threads_changes_nothing(threads: int):
     finally:
         torch.set_num_threads(before)
     assert torch.allclose(logits, expected, atol=1e-6)
+    assert rough.dtype == torch.float32
     assert 1e-5 < (rough - expected).abs().max() < 0.05  # in bf16 in the threads too
 
 
@@ -130,6 +139,32 @@ def test_dropout_of_the_attention_is_the_plain_models(cost: int):
     every = attend_packed(query, key, key, packing)
     firsts = attend_packed(query[batch["starts"]], key, key, packing)
     assert torch.allclose(firsts, every[batch["starts"]], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_every_dropout_of_the_model_is_there_while_it_trains(family: str, backbones: dict[str, str]):
+    model = load_model(backbones[family])
+    batch = collate(PAIRS, backbones[family])
+    drops = {name: part for name, part in model.named_modules() if isinstance(part, nn.Dropout)}
+    for part in drops.values():
+        part.p = 0.0
+    expected = pair_logits(model, batch)
+    for name, part in drops.items():
+        part.p = 0.5
+        assert not torch.allclose(pair_logits(model, batch), expected, atol=1e-5), name
+        part.p = 0.0
+    assert torch.allclose(pair_logits(model, batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_wrapped_last_layer_gives_the_same(family: str, backbones: dict[str, str]):
+    """Sharding gives it a class of its own, and only its own call brings its weights together."""
+    model = load_model(backbones[family]).eval()
+    batch = collate(PAIRS, backbones[family])
+    expected = pair_logits(model, batch)
+    last = [part for part in model.modules() if type(part).__name__ in _LAST_LAYERS][-1]
+    last.__class__ = type("Wrapped", (type(last),), {})
+    assert torch.allclose(pair_logits(model, batch), expected, atol=1e-5)
 
 
 def test_padding_on_the_left_is_the_models_own(backbones: dict[str, str], tmp_path: Path):

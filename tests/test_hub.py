@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crossenc.backbone import locate
+from crossenc.exporting import upload
 from crossenc.pairs import sample_pairs
 
 from .conftest import BACKBONE, run_all
@@ -107,7 +109,7 @@ def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: 
         assert done.returncode == 0, done.stderr
         assert "arning" not in done.stderr
         assert f"uploaded: {server.endpoint}/owner/mine" in done.stderr
-        assert server.private == {"owner/mine": True}
+        assert server.visibility == {"owner/mine": "private"}
     done = push("http://127.0.0.1:9", tmp_path, TOKEN, *arguments, "--overwrite")
     assert done.returncode == 2  # nobody answers there
     assert "hf upload owner/mine" in done.stderr.splitlines()[-1]
@@ -117,6 +119,20 @@ def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: 
     )
     assert here == there
     assert 'CrossEncoder("owner/mine")' in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_an_upload_goes_to_what_is_there_too_and_leaves_the_visibility_to_its_owner(tmp_path: Path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("---\npipeline_tag: text-ranking\n---\n")
+    with serve({"models/owner/model": tmp_path / "hub" / "owner" / "model"}) as server:
+        server.uploads = tmp_path / "hub"
+        client = partial(huggingface_hub.HfApi, server.endpoint, TOKEN)
+        monkeypatch.setattr(huggingface_hub, "HfApi", client)
+        for _ in range(2):
+            assert upload(tmp_path / "model", "owner/model") == f"{server.endpoint}/owner/model"
+        assert server.visibility == {"owner/model": None}
 
 
 def test_a_model_on_the_hub_is_evaluated_and_scores_as_the_folder_does(trained: Path, pairs_file: Path, tmp_path: Path):

@@ -13,9 +13,11 @@ import pytest
 
 from crossenc import export, score
 from crossenc.cli import main
-from crossenc.errors import BackboneError, UsageError
+from crossenc.errors import BackboneError, ExportError, UsageError
 from crossenc.exporting import score_pairs
+from crossenc.onnx_model import OnnxModel
 from crossenc.pairs import sample_pairs
+from crossenc.records import read_scores
 
 DEV = sample_pairs()["val"][:200]
 PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:40]] + [("word " * 600, "")]
@@ -33,7 +35,9 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_onnx_scores_as_torch_does_and_int8_nearly(exported: Path):
     expected = score_pairs(exported, PAIRS)
     assert score(str(exported), PAIRS, backend="onnx") == pytest.approx(expected, abs=1e-5)
-    assert score(str(exported), PAIRS, backend="onnx-int8") == pytest.approx(expected, abs=0.05)
+    rough = score(str(exported), PAIRS, backend="onnx-int8")
+    assert rough == pytest.approx(expected, abs=0.05)
+    assert rough != pytest.approx(expected, abs=1e-4)
     assert score(str(exported), PAIRS, backend="onnx", devices=2) == pytest.approx(expected, abs=1e-5)
 
 
@@ -58,9 +62,22 @@ def test_the_card_tells_what_8_bits_cost(exported: Path):
     from sklearn.metrics import average_precision_score
 
     labels = [row["label"] for row in DEV]
+    scores = []
     for backend, figure in (("onnx-int8", told[2]), ("onnx", told[3])):
         found = score(str(exported), [(row["text_a"], row["text_b"]) for row in DEV], backend=backend)
         assert average_precision_score(labels, np.asarray(found)) == pytest.approx(float(figure), abs=1e-4)
+        scores.append(found)
+    difference = re.search(r"Scores differ by (\S+) at most", card)
+    assert float(difference[1]) == pytest.approx(abs(scores[0] - scores[1]).max(), abs=1e-3)
+
+
+def test_onnx_alone_is_written_and_checked(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = export(str(trained / "best.ckpt"), str(tmp_path / "model"), onnx=True)
+    assert [file.name for file in (folder / "onnx").iterdir()] == ["model.onnx"]
+    monkeypatch.setattr(OnnxModel, "__call__", lambda self, inputs: np.zeros(len(inputs["input_ids"]), np.float32))
+    with pytest.raises(ExportError, match=r"onnx/model\.onnx gives scores that differ by 0"):
+        export(str(trained / "best.ckpt"), str(tmp_path / "other"), onnx=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_is_missing_is_said(trained: Path, exported: Path, tmp_path: Path):
@@ -76,4 +93,6 @@ def test_dev_pairs_are_those_of_the_run(trained: Path, tmp_path: Path):
     from crossenc.exporting import _dev_pairs
 
     dev = _dev_pairs(trained / "best.ckpt", None)
+    scored = read_scores(trained / "best.ckpt")["val"]
+    assert dev["text_a"][:] == scored["text_a"].tolist()
     assert len(dev) == json.loads((trained / "metrics.json").read_text())["val/rows"]

@@ -108,6 +108,13 @@ def test_the_readme_runs(
     assert "test/f1" in json.loads((tmp_path / "checkpoints" / "mine" / "metrics.json").read_text())
 
 
+def test_the_readmes_python_runs(tmp_path: Path):
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ten-steps-model" / "modules.json").is_file()
+
+
 def test_no_private_attribute_of_another_package_is_touched():
     """Each name with an underscore that is read or set is defined in the same file, or public all the same."""
     for file in (ROOT / "crossenc").glob("*.py"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossenc import rerank, score
+from crossenc import rerank, reranking, score
 from crossenc.cli import main
 from crossenc.errors import BackboneError, DataError, OutputError, UsageError
 from crossenc.pairs import sample_groups
@@ -93,6 +93,41 @@ def test_the_retriever_finds_what_its_cosines_say():
         assert [score for _, score in found] == pytest.approx(sorted(similarities[number])[:-6:-1], abs=1e-5)
 
 
+def test_many_queries_are_looked_up_in_blocks(monkeypatch: pytest.MonkeyPatch):
+    expected = retrieve(QUERIES, CORPUS, BACKBONE, 5)
+    monkeypatch.setattr(reranking, "BLOCK", 3)
+    found = retrieve(QUERIES, CORPUS, BACKBONE, 5)
+    assert [[place for place, _ in own] for own in found] == [[place for place, _ in own] for own in expected]
+
+
+def test_the_order_is_that_of_the_logits_where_scores_are_equal(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    def sure(parts, scoring, chunks, total):
+        parts[0] = np.array([20, 40, 30], dtype=np.float32)
+
+    monkeypatch.setattr(reranking, "score_into", sure)
+    (found,) = rerank(tiny, ["a"], ["b", "c", "d"])
+    assert [row["corpus_id"] for row in found] == [1, 2, 0]
+    assert [row["score"] for row in found] == [1, 1, 1]
+
+
+def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
+    """In files they are text; an output that is there is replaced if it may be."""
+    (tmp_path / "out.run").write_text("older")
+    with caplog.at_level(logging.INFO):
+        rerank(
+            tiny,
+            ["a", "b"],
+            ["c", "d"],
+            tmp_path / "out.run",
+            candidates=[(1, 0, 0.5), (1, "1", 0.9)],
+            qrels=[(1, 1, 1)],
+            overwrite=True,
+        )
+    assert "before 1.0000" in caplog.text
+    lines = [line.split()[:3] for line in (tmp_path / "out.run").read_text().splitlines()]
+    assert sorted(lines) == [["1", "Q0", "0"], ["1", "Q0", "1"]]
+
+
 def test_figures_are_those_of_hand():
     relevant = {"a": {"x": 1}, "b": {"x": 1, "y": 1}}
     ranking = [[(1, 0.9), (0, 0.9)], [(0, 0.5), (2, 0.4), (1, 0.3)]]
@@ -172,5 +207,10 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(BackboneError, "is a cross-encoder, which makes no vectors", retriever=str(tiny))
     refused(UsageError, "not both", candidates=str(tmp_path / "a.run"), retriever=BACKBONE)
     refused(UsageError, "top_k and retrieve_k", top_k=0)
+    refused(UsageError, "top_k and retrieve_k", retriever=BACKBONE, retrieve_k=0)
+    refused(UsageError, "precision 'best' is not one of", precision="best")
+    refused(UsageError, "devices 0", devices=0)
+    refused(BackboneError, r"there is no .*model\.onnx", backend="onnx")
     refused(UsageError, "cannot hold the id 'q 1'", queries=[{"id": "q 1", "text": "a"}])
+    refused(UsageError, "cannot hold the id 'd 1'", corpus=[{"id": "d 1", "text": "a"}])
     refused(OutputError, "is there already", output=files["corpus"])

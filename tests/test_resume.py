@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import shutil
@@ -13,15 +15,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from crossenc import checkpoints
 from crossenc.checkpoints import AtomicCheckpointIO, find_newest
 from crossenc.cli import main
+from crossenc.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 EPOCHS, STEPS = 16, 96
@@ -187,8 +194,9 @@ class SavedSteps(Callback):
     thresholds: ClassVar[dict[int, float | None]] = {}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        assert trainer.state.fn == "fit"  # what is validated afterwards are the best weights, and not the last
         self.steps.append(checkpoint["global_step"])
-        self.thresholds[checkpoint["global_step"]] = pl_module.evaluation()["threshold"]
+        self.thresholds.setdefault(checkpoint["global_step"], pl_module.evaluation()["threshold"])  # of the first
 
 
 @pytest.mark.parametrize(
@@ -197,6 +205,8 @@ class SavedSteps(Callback):
         ({}, [50, 55]),
         ({"checkpoint_every_n_steps": 20}, [20, 40, 55]),
         ({"checkpoint_every_n_minutes": 1e-9, "trainer.max_steps": 3}, [1, 2, 3]),
+        # An epoch that ends within a step ends it.
+        ({"checkpoint_every_n_minutes": 1e-9, "trainer.max_steps": 3, "trainer.limit_train_batches": 3}, [1, 2, 3]),
     ],
 )
 def test_checkpoints_come_every_n_steps_and_minutes_and_early(
@@ -210,13 +220,89 @@ def test_checkpoints_come_every_n_steps_and_minutes_and_early(
     assert SavedSteps.steps == expected
 
 
-def test_a_checkpoint_has_the_threshold_of_its_own_weights_only(options: dict[str, Any], tmp_path: Path):
-    """Checkpoints every four steps, validations every five, and after the last."""
+def test_minutes_count_from_the_last_checkpoint(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a clock that is 20 seconds further on whenever it is looked at: at each step, and when one is written."""
+    clock = count(0, 20)
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    SavedSteps.steps.clear()
+    plain = {**options, "data.num_workers": 0, "data.val_size": 0, "data.test_size": 0, "trainer.max_steps": 9}
+    plain |= {"checkpoint_every_n_steps": 500, "checkpoint_every_n_minutes": 1}
+    assert main(fit(plain, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps")) == 0
+    assert SavedSteps.steps == [3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Checkpoints every four steps, validations every five, and after the last.
+        (
+            {"trainer.max_steps": 24},
+            {4: False, 5: True, 8: False, 10: True, 12: False, 15: True, 16: False, 20: True, 24: True},
+        ),
+        # Six steps an epoch, and every other epoch is validated.
+        (
+            {
+                "checkpoint_every_n_steps": 6,
+                "trainer.max_epochs": 2,
+                "trainer.val_check_interval": 1.0,
+                "trainer.check_val_every_n_epoch": 2,
+            },
+            {6: False, 12: True},
+        ),
+    ],
+)
+def test_a_checkpoint_has_the_threshold_of_its_own_weights_only(
+    options: dict[str, Any], tmp_path: Path, settings: dict[str, Any], expected: dict[int, bool]
+):
     SavedSteps.thresholds.clear()
-    command = fit(options, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps", trainer__max_steps=11)
-    assert main(command) == 0
+    assert main(fit(options | settings, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps")) == 0
     found = {step: threshold is not None for step, threshold in SavedSteps.thresholds.items()}
-    assert found == {4: False, 5: True, 8: False, 10: True, 11: True}
+    assert found == expected
+
+
+class Signalled(Callback):
+    """Gets a SIGTERM at the moment that its class names."""
+
+    moment = ""
+
+    def __init__(self) -> None:
+        setattr(self, self.moment, self.note)
+
+    def note(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("moment", "step"), [("on_fit_start", 1), ("on_validation_start", 5)])
+def test_a_signal_is_noted_before_the_first_step_and_in_a_validation(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, moment: str, step: int
+):
+    monkeypatch.setattr(Signalled, "moment", moment)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert main(fit(options, tmp_path, trainer__callbacks="tests.test_resume.Signalled")) == 143
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert f"SIGTERM at step {step}; go on with" in capsys.readouterr().err
+    assert weights(tmp_path / "run" / "last.ckpt")[0] == step
+
+
+def test_all_random_generators_go_on(tmp_path: Path):
+    def draw() -> tuple[float, ...]:
+        return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+    draw()
+    AtomicCheckpointIO().save_checkpoint({"states": checkpoints._random_states()}, tmp_path / "last.ckpt")
+    expected = draw()
+    checkpoints._set_random_states(torch.load(tmp_path / "last.ckpt", weights_only=True)["states"])
+    assert draw() == expected
+
+
+def test_all_processes_must_find_the_checkpoint(monkeypatch: pytest.MonkeyPatch):
+    trainer: Any = SimpleNamespace(ckpt_path="last.ckpt")
+    monkeypatch.setattr(checkpoints, "gather", lambda trainer, item: [item, not item])
+    with pytest.raises(CheckpointError, match="a folder that all machines share"):
+        checkpoints.LastCheckpoint().setup(trainer, None, "fit")
 
 
 def test_last_begins_a_run_that_is_not_there_yet(options: dict[str, Any], tmp_path: Path):
@@ -231,6 +317,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 ):
     """Cut short, and with one bit turned in the middle; then the best one is the newest."""
     folder = copy(whole, tmp_path / "run")
+    assert find_newest(folder) == folder / "last.ckpt"
     content = (folder / "last.ckpt").read_bytes()
     middle = len(content) // 2
     for damaged in (content[:middle], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
@@ -268,6 +355,10 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(whole: Path, options: dict[
         next(kept for kept in checkpoint["callbacks"].values() if "best_model_path" in kept)
         for checkpoint in (torch.load(where / "last.ckpt", weights_only=True) for where in (folder, whole))
     )
+    with (whole / "metrics.csv").open() as file:
+        figures = [float(row["val/average_precision"]) for row in csv.DictReader(file) if row["val/average_precision"]]
+    assert before["best_model_score"].item() == pytest.approx(max(figures), abs=1e-6)
+    assert min(figures) < max(figures)
     assert state["best_model_score"] >= before["best_model_score"]
     assert state["best_model_path"] == str(folder / "best.ckpt")
     assert list(state["best_k_models"]) == [str(folder / "best.ckpt")]

@@ -128,7 +128,9 @@ def test_both_orders_give_the_mean_logit(trained):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bf16_is_close(trained, expected, precision):
-    assert score(str(trained / "model"), PAIRS, precision=precision) == pytest.approx(expected, abs=0.05)
+    found = score(str(trained / "model"), PAIRS, precision=precision)
+    assert found == pytest.approx(expected, abs=0.05)
+    assert found != pytest.approx(expected, abs=1e-5)
 
 
 def test_a_damaged_model_is_one_line(tiny, tmp_path, capsys):
@@ -175,6 +177,54 @@ def test_devices_share_chunks_and_change_nothing(tiny):
 def test_an_error_of_a_device_is_told(tmp_path):
     with pytest.raises(BackboneError, match=r"no config\.json"):
         list(score_chunks(Scoring(str(tmp_path), devices=2), [(0, PAIRS)]))
+
+
+def test_parts_of_another_model_or_way_are_not_taken_over(trained: Path, tiny: Path):
+    assert Scoring(tiny).facts() == Scoring(str(tiny), devices=2).facts()
+    ways = [{}, {"precision": "bf16-true"}, {"precision": "bf16-mixed"}, {"both_orders": True}]
+    ways += [{"backend": backend} for backend in ("onnx", "onnx-int8")]
+    facts = [Scoring(tiny, **way).facts() for way in ways]
+    facts += [Scoring(trained / name).facts() for name in ("model", "best.ckpt")]
+    assert len({json.dumps(of) for of in facts}) == len(facts)
+
+
+def on_two_devices(tiny: Path, then: str) -> list[str]:
+    """A command that scores without end, and does something after each chunk."""
+    code = f"""
+from multiprocessing import active_children
+from crossenc.scorer import Scoring, score_chunks
+for number, _ in score_chunks(Scoring({str(tiny)!r}, devices=2), ((n, [("a", "b")]) for n in range(10**9))):
+    {then}
+"""
+    return [sys.executable, "-c", code]
+
+
+def test_a_scoring_process_that_is_killed_ends_the_run(tiny: Path):
+    command = on_two_devices(tiny, "[child.kill() for child in active_children()]")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "LostProcessError: a scoring process ended by itself (exit code -9)" in done.stderr
+
+
+def runs(pid: int) -> bool:
+    """Also where nobody takes notice of an end: then its command line is empty."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def test_scoring_processes_end_with_a_parent_that_is_killed(tiny: Path):
+    command = on_two_devices(tiny, "print(*(child.pid for child in active_children()), flush=True)")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(children) == 2
+    until = time.monotonic() + 20
+    while (left := [pid for pid in children if runs(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 @pytest.fixture(scope="module")
@@ -283,16 +333,21 @@ def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
 def test_a_quote_that_is_never_closed_spoils_its_own_row_only(tiny, write, tmp_path):
     good = [f"question {i},is it {i}?" for i in range(40)]
     lines = ["question1,question2", *good[:2], '"never closed,b', *good[2:20], '"quoted, and\nclosed",b', *good[20:]]
-    lines += ['a,"neither']
+    lines += ['a,"neither', "a,b"]
     path = str(write("p.csv", "\n".join(lines) + "\n"))
     score(str(tiny), path, str(tmp_path / "out.csv"), on_error="skip")
     found = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines(keepends=True)))
-    assert len(found) == 41
+    assert len(found) == 42
     assert found[20]["question1"] == "quoted, and\nclosed"
     listed = [json.loads(line)["row"] for line in (tmp_path / "out.csv.skipped.jsonl").read_text().splitlines()]
     assert listed == [3, 43]
     with pytest.raises(DataError, match=r"p\.csv, row 3: "):
         score(str(tiny), path)
+    # One quote, and far below another that seems to close it.
+    path = str(write("q.csv", "\n".join(["question1,question2", '"never closed,b', *good, 'a",b,c', "d,e"])))
+    score(str(tiny), path, str(tmp_path / "other.csv"), on_error="skip")
+    assert len((tmp_path / "other.csv").read_text().splitlines()) == 42
+    assert len((tmp_path / "other.csv.skipped.jsonl").read_text().splitlines()) == 2
 
 
 def test_texts_with_line_ends_come_back_as_they_were(tiny, tmp_path):
