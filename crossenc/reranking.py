@@ -189,7 +189,7 @@ def _triples(source: Any, fields: int, places: tuple[int, int, int]) -> Iterator
         raise DataError(f"{source}: no such file")
     with ExitStack() as stack:
         if trec:
-            lines = stack.enter_context(Path(source).open(encoding="utf-8"))
+            lines = stack.enter_context(Path(source).open(encoding="utf-8-sig"))
             rows: Any = (line.split() for line in lines)
             where = source
         else:

@@ -108,8 +108,10 @@ def test_the_readme_runs(
     assert "test/f1" in json.loads((tmp_path / "checkpoints" / "mine" / "metrics.json").read_text())
 
 
-def test_the_readmes_python_runs(tmp_path: Path):
-    (code,) = blocks("python")
+def test_the_readmes_python_runs(trained: Path, tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "quickstart").symlink_to(trained)
+    code = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ten-steps-model" / "modules.json").is_file()

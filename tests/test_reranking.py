@@ -14,7 +14,7 @@ from crossenc import rerank, reranking, score
 from crossenc.cli import main
 from crossenc.errors import BackboneError, DataError, OutputError, UsageError
 from crossenc.pairs import sample_groups
-from crossenc.reranking import evaluate, retrieve
+from crossenc.reranking import evaluate, read_qrels, retrieve
 
 from .conftest import BACKBONE
 
@@ -113,6 +113,8 @@ def test_the_order_is_that_of_the_logits_where_scores_are_equal(tiny: Path, monk
 def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
     """In files they are text; an output that is there is replaced if it may be."""
     (tmp_path / "out.run").write_text("older")
+    (tmp_path / "x.qrels").write_text("\ufeff1 0 1 1\n")  # as some editors begin a file
+    assert read_qrels(tmp_path / "x.qrels") == {"1": {"1": 1}}
     with caplog.at_level(logging.INFO):
         rerank(
             tiny,

@@ -271,17 +271,20 @@ class Signalled(Callback):
         setattr(self, self.moment, self.note)
 
     def note(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
+        if not trainer.sanity_checking or "sanity" in self.moment:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("moment", "step"), [("on_fit_start", 1), ("on_validation_start", 5)])
+@pytest.mark.parametrize(("moment", "step"), [("on_sanity_check_start", 1), ("on_validation_start", 10)])
 def test_a_signal_is_noted_before_the_first_step_and_in_a_validation(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, moment: str, step: int
 ):
     monkeypatch.setattr(Signalled, "moment", moment)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert main(fit(options, tmp_path, trainer__callbacks="tests.test_resume.Signalled")) == 143
+    command = fit(
+        options, tmp_path, trainer__callbacks="tests.test_resume.Signalled", trainer__accumulate_grad_batches=1
+    )
+    assert main(command) == 143
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert f"SIGTERM at step {step}; go on with" in capsys.readouterr().err
     assert weights(tmp_path / "run" / "last.ckpt")[0] == step
@@ -369,6 +372,10 @@ def changed(options: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
     if what == "data":
         (folder / "other.csv").write_text(options["data.source"].read_text().replace("?", "!"))
         return {"data.source": folder / "other.csv"}
+    if what == "dev pairs":  # and the training pairs are the same
+        lines = options["data.source"].read_text().splitlines(keepends=True)
+        (folder / "dev.csv").write_text("".join(lines[:6]))
+        return {"data.val_source": folder / "dev.csv", "data.test_size": 12}
     if what == "tokenizer":
         other = shutil.copytree(options["model.backbone"], folder / "other")
         settings = json.loads((other / "tokenizer_config.json").read_text())
@@ -380,7 +387,8 @@ def changed(options: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("data", r"training tokens \w{12} of \S+pairs.csv \(now \w{12} of \S+other.csv\)"),
+        ("data", r"training tokens \w{12} of 48 pairs of \S+pairs.csv \(now \w{12} of 48 pairs of \S+other.csv\)"),
+        ("dev pairs", r"trained with dev tokens \w{12} of 6 pairs of \S+ \(now \w{12} of 5 pairs of \S+dev.csv\);"),
         ("tokenizer", r"tokenizer \w{12} of \S+backbone \(now \w{12} of \S+other\)"),
         ("batches", r"batch_size 4 \(now 6\)"),
     ],
@@ -399,7 +407,13 @@ def test_a_run_goes_on_with_the_same_only(
 
 
 @pytest.mark.parametrize(
-    "change", [{"model__optimizer": "SGD"}, {"model__freeze_layers": 1}, {"model__lora": "{r: 4}"}]
+    "change",
+    [
+        {"model__optimizer": "SGD"},
+        {"model__learning_rate": 0.5},
+        {"model__freeze_layers": 1},
+        {"model__lora": "{r: 4}"},
+    ],
 )
 def test_a_run_goes_on_with_the_parameters_that_it_began_with(
     whole: Path, options: dict[str, Any], tmp_path: Path, capsys, change: dict[str, Any]
@@ -408,7 +422,7 @@ def test_a_run_goes_on_with_the_parameters_that_it_began_with(
     before = {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
     assert main(fit(options, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1, **change)) == 2
     name = next(iter(change)).replace("__", ".")
-    assert f"the run began with other {name}" in capsys.readouterr().err.splitlines()[-1]
+    assert f"the run began with {name} " in capsys.readouterr().err.splitlines()[-1]
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
 
 
