@@ -74,7 +74,6 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The backbone's fast tokenizer; raises `BackboneError` if it has none."""
     from transformers import AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as MODELS
 
     with _clear_errors(backbone):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -86,9 +85,14 @@ def load_tokenizer(
         raise BackboneError(f"{backbone} has no vocabulary: tokenizer.json is missing")
     if tokenizer.pad_token is None:  # decoder models are trained without padding
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = MODELS.get(type(load_config(backbone, trust_remote_code, revision)), None)
-    if model and "token_type_ids" not in signature(model.forward).parameters:  # as DistilBERT with BERT's tokenizer
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    config = load_config(backbone, trust_remote_code, revision)
+    # To ask the model costs its import.
+    if "token_type_ids" in tokenizer.model_input_names and not hasattr(config, "type_vocab_size"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as MODELS
+
+        model: Any = MODELS.get(type(config), None)
+        if model and "token_type_ids" not in signature(model.forward).parameters:  # as DistilBERT with BERT's tokenizer
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer  # type: ignore[return-value]
 
 
