@@ -381,9 +381,9 @@ class PairDataModule(LightningDataModule):
             return
         before, now = _told(state), _told(self.facts)
         differing = [
-            f"{name} {before.get(name)} (now {now[name]})"
+            f"{name} {before[name]} (now {now[name]})"
             for name in now
-            if state["plan"].get(name) != self.facts["plan"][name]
+            if name in before and state["plan"][name] != self.facts["plan"][name]  # an older checkpoint may tell less
         ]
         self.position = state["position"]
         if differing and self.on_mismatch == "refuse":
