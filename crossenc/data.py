@@ -371,7 +371,8 @@ class PairDataModule(LightningDataModule):
         return {**self.facts, "position": self.train_loader.state_dict() if self.train_loader else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse to go on with another order of other batches than the checkpoint's, or skip to the next epoch.
+        """Refuse to go on with other batches, in another order, than the checkpoint's, or skip to the next epoch; and
+        with other dev pairs, by which another checkpoint would be the best.
 
         Raises:
             CheckpointError: something differs, and `on_mismatch` is `refuse`.
@@ -380,20 +381,23 @@ class PairDataModule(LightningDataModule):
         if not (self.trainer and self.trainer.state.fn == TrainerFn.FITTING and "plan" in state):
             return
         before, now = _told(state), _told(self.facts)
-        differing = [
-            f"{name} {before[name]} (now {now[name]})"
+        differing = {
+            name: f"{name} {before[name]} (now {now[name]})"
             for name in now
             if name in before and state["plan"][name] != self.facts["plan"][name]  # an older checkpoint may tell less
-        ]
+        }
         self.position = state["position"]
         if differing and self.on_mismatch == "refuse":
             raise CheckpointError(
-                f"the checkpoint was trained with {', '.join(differing)}; go on with the same, or give "
+                f"the checkpoint was trained with {', '.join(differing.values())}; go on with the same, or give "
                 "--on_mismatch continue to keep weights and optimizer and start at the next epoch"
             )
         if differing:
-            log.info("the checkpoint was trained with %s: going on with the next epoch", ", ".join(differing))
-            self.position = {**self.position, "batches": sys.maxsize}
+            reordered = differing.keys() != {"dev tokens"}
+            where = " with the next epoch" if reordered else ""
+            log.info("the checkpoint was trained with %s: going on%s", ", ".join(differing.values()), where)
+            if reordered:
+                self.position = {**self.position, "batches": sys.maxsize}
         if self.train_loader:  # sharded weights are read late
             self.train_loader.load_state_dict(self.position)
 

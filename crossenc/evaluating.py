@@ -19,7 +19,7 @@ from .loading import find, load_checkpoint, plain_model, read_threshold, require
 from .metrics import evaluation_figures, intervals
 from .module import CrossEncoderModule
 from .parts import writing
-from .records import is_evaluation, write_figures, write_scores
+from .records import is_evaluation, split_of, write_figures, write_scores
 
 
 def evaluate(
@@ -131,8 +131,10 @@ def finish(
             figures |= {f"{name}/{key}": value for key, value in found.items()}
     module.figures = figures
     folder.mkdir(parents=True, exist_ok=True)
-    sources = data.read_from()
-    write_figures(folder, checkpoint, figures, {split: sources[split] for split in module.scored})
+    sources = {split: source for split, source in data.read_from().items() if split in module.scored}
+    # Not those of other splits, which the checkpoint knows too: they may have been evaluated anew on others.
+    own = {name: value for name, value in figures.items() if split_of(name) in sources}
+    write_figures(folder, checkpoint, own, sources)
     evaluated = {split: columns | data.texts(split, columns["row"]) for split, columns in module.scored.items()}
     write_scores(folder, checkpoint, evaluated)
     return evaluated

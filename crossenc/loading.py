@@ -111,7 +111,7 @@ def read_threshold(model: str | Path) -> float | None:
 
         stored = read_checkpoint(path, mmap=True)["crossenc"]
     else:
-        stored = read_json(path / "config.json").get("crossenc", {})
+        stored = read_json(path / "config.json").get("crossenc") or {}
     threshold: float | None = stored.get("threshold")
     return threshold
 

@@ -25,7 +25,7 @@ from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of
 from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, read_json, writing
 from .scorer import Backend, Precision, Scoring, score_chunks
-from .scoring import OnError, decimals, parts_folder, score_into, sigmoid
+from .scoring import OnError, decimals, parts_folder, reaches, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
 
 if TYPE_CHECKING:
@@ -252,8 +252,7 @@ def _duplicates(
     candidates: NDArray[Any], scores: NDArray[np.float32], first: NDArray[np.int64], threshold: float
 ) -> NDArray[Any]:
     """The pairs that count, of copies and of the model, in order."""
-    # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
-    kept = scores.astype(np.float64) >= threshold
+    kept = reaches(scores, threshold)
     copies = np.flatnonzero(first != np.arange(len(first)))
     pairs = np.empty(int(kept.sum()) + len(copies), dtype=DUPLICATE)
     found, same = pairs[: int(kept.sum())], pairs[int(kept.sum()) :]

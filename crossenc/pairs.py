@@ -240,14 +240,14 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             else:
                 yield _NOT_UTF8
         elif fields:
-            lines.put_back()
-            yield f"{len(fields)} fields where the header has {len(header)}; quote fields that hold the separator"
+            over = f" (over {len(lines.row):,} lines, which a quote holds together)" if len(lines.row) > 1 else ""
+            yield f"{len(fields)} fields where the header has {len(header)}{over}; quote fields that hold the separator"
 
 
 class _Lines:
     """Lines of a csv, of which all but the first of the row at hand can be read once more.
 
-    A quote that is not closed in its row takes the lines after it along, but spoils its own only.
+    A quote that is never closed takes the lines after it along, but spoils its own only.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:

@@ -106,12 +106,15 @@ def _write(file: Path, content: bytes | memoryview) -> None:
     unfinished.replace(file)
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; raises `DataError` where it is damaged."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; raises `DataError` where it is damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
     except ValueError as error:
         raise DataError(f"{file} is damaged: {one_line(error)}; remove it, or put a whole one in its place") from error
+    return content
 
 
 def file_digest(path: Path) -> str:

@@ -28,7 +28,7 @@ def write_figures(
     What stands there already of the same checkpoint and of other splits is kept, the rest is dropped; NaN becomes null.
     """
     known = _read(folder / checkpoint) if checkpoint else {}
-    known = {name: value for name, value in known.items() if re.split("[_/]", name)[0] not in (sources or {})}
+    known = {name: value for name, value in known.items() if split_of(name) not in (sources or {})}
     content: dict[str, Any] = {"checkpoint": checkpoint}
     named = {f"{split}/source": source for split, source in (sources or {}).items()}
     for name, value in sorted((known | figures | named).items()):
@@ -36,6 +36,11 @@ def write_figures(
         content[name] = None if number and math.isnan(value) else int(value) if name.endswith("/rows") else value
     with replacing(folder / FIGURES_FILE) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def split_of(figure: str) -> str:
+    """`val` of `val/f1` and of `val_unseen/f1`."""
+    return re.split("[_/]", figure)[0]
 
 
 def read_figures(checkpoint: Path) -> dict[str, float]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import DataError, UsageError, one_line, require_choice
 from .loading import read_threshold
@@ -89,16 +90,16 @@ def score(
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
     require_choice("on_error", on_error, OnError)
-    new = _New(column, "logit" if logit else None, decision, read_threshold(model) if decision else None)
+    new = _New(column, "logit" if logit else None, decision, None if decision is None else read_threshold(model))
     if not all(new.names()) or len(set(new.names())) < len(new.names()):
-        raise UsageError(f"column {column!r} cannot be the score's; give it a name of its own with --column")
-    if decision and new.threshold is None:
+        raise UsageError(f"the new columns cannot be called {new.names()}; name each otherwise: --column, --decision")
+    if decision is not None and new.threshold is None:
         raise UsageError(f"{model} has stored no threshold, which a decision needs")
     with ExitStack() as stack:
         table = stack.enter_context(open_table(pairs, SIDES))
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
-        if decision and output is None and isinstance(table.source, Path | list):
+        if decision is not None and output is None and isinstance(table.source, Path | list):
             raise UsageError("a decision stands beside its pair; give a DataFrame, or name an output")
         checked = _check(table, columns or {}, new.names(), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
@@ -140,6 +141,13 @@ def sigmoid(logits: Logits) -> Logits:
 
     scores: Logits = expit(logits)
     return scores
+
+
+def reaches(scores: Logits, threshold: float) -> NDArray[np.bool_]:
+    """Which scores call a pair a duplicate."""
+    # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
+    called: NDArray[np.bool_] = scores.astype(np.float64) >= threshold
+    return called
 
 
 def decimals(values: Logits) -> list[float]:
@@ -247,9 +255,7 @@ class _New(NamedTuple):
     def values(self, logits: Logits) -> dict[str, Any]:
         """The new columns of one part by their names."""
         scores = sigmoid(logits)
-        # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
-        called = scores.astype(np.float64) >= (self.threshold or 0)
-        columns = {self.logit: logits, self.score: scores, self.decision: called}
+        columns = {self.logit: logits, self.score: scores, self.decision: reaches(scores, self.threshold or 0)}
         return {name: values for name, values in columns.items() if name is not None}
 
 
@@ -263,6 +269,8 @@ def _in_memory(table: Table, checked: _Checked, parts: Parts, new: _New) -> Any:
     frame = table.source.copy()  # type: ignore[union-attr]
     for name, column in values.items():
         frame[name] = column
+    if new.decision is not None and np.isnan(logits).any():  # of broken rows there is none
+        frame[new.decision] = frame[new.decision].astype("boolean").mask(np.isnan(logits))
     return frame
 
 

@@ -90,6 +90,13 @@ def test_figures_of_other_test_pairs_are_not_told_of_the_runs(pairs_file: Path, 
     card = ModelCard.load(export(str(best), str(tmp_path / "again")) / "README.md")
     names = {result.dataset_split: result.dataset_name for result in card.data.eval_results}
     assert (names["val"], names["test"]) == ("pairs.csv (dev)", "other.csv (test)")
+    dev = tmp_path / "dev.csv"
+    dev.write_bytes(pairs_file.read_bytes())
+    assert main(["validate", *where[:4], "--data.val_source", str(dev)]) == 0
+    assert main(["test", *where[:4]]) == 0  # which knows of its own dev figures, and leaves these
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (figures["val/rows"], Path(figures["val/source"]).name) == (60, "dev.csv")
+    assert (figures["test/rows"], Path(figures["test/source"]).name) == (6, "pairs.csv")
     assert re.search(r"6 pairs for dev \(33\.3 % duplicates\); 50 pairs for test .* from `other\.csv`\.", card.text)
 
 

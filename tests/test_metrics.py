@@ -100,6 +100,7 @@ def test_a_threshold_from_elsewhere_is_used_and_the_own_best_stands_beside_it():
     assert (figures["accuracy"], figures["precision"], figures["recall"]) == (0.5, 0.5, 0.5)
     assert figures["f1_best"] == pytest.approx(0.8)
     assert figures["accuracy_best"] == 0.75
+    assert (figures["precision_best"], figures["recall_best"]) == (2 / 3, 1)
 
 
 def test_one_label_only_has_no_ranking():

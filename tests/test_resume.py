@@ -445,3 +445,11 @@ def test_a_mismatch_goes_on_with_the_next_epoch_if_it_may(whole: Path, options: 
     assert "batch_size 4 (now 6): going on with the next epoch" in capsys.readouterr().err
     left = EPOCHS - 1 - step // 6
     assert weights(folder / "last.ckpt")[0] == step + 4 * left
+
+
+def test_other_dev_pairs_change_no_step_of_a_run_that_may_go_on(whole: Path, options: dict[str, Any], tmp_path: Path):
+    folder = copy(whole, tmp_path / "run")
+    (folder / "last.ckpt").unlink()
+    other = options | changed(options, "dev pairs", tmp_path)
+    assert main(fit(other, tmp_path, ckpt_path="last", on_mismatch="continue")) == 0
+    assert same(folder / "last.ckpt", whole / "last.ckpt")
