@@ -246,8 +246,9 @@ def find_newest(folder: Path) -> Path | None:
     for path in folder.glob("[!.]*.ckpt"):  # a name with a dot is one that was never finished
         try:
             loaded = read_checkpoint(path, mmap=True)
-            if "optimizer_states" in loaded:  # else it has weights only, as a ModelCheckpoint can be told to write
-                found.append((loaded["global_step"], path.name == "last.ckpt", path))
+            if "optimizer_states" not in loaded:  # as a ModelCheckpoint can be told to write it
+                raise CheckpointError(f"{path} has weights only")
+            found.append((loaded["global_step"], path.name == "last.ckpt", path))
         except CheckpointError as error:
             log.warning("passed over: %s", error)
     for step, _, path in sorted(found, reverse=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -255,9 +255,10 @@ class PairDataModule(LightningDataModule):
             return pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
         return pairs.split_by_position(len(table), val, test)
 
-    def read_from(self) -> dict[str, str]:
+    def read_from(self, splits: Collection[str] = ("val", "test")) -> dict[str, str]:
         """The source of the dev and the test pairs, or that which they are cut off."""
-        return {"val": self.val_source or self.source, "test": self.test_source or self.source}
+        named = {"val": self.val_source or self.source, "test": self.test_source or self.source}
+        return {split: source for split, source in named.items() if split in splits}
 
     def splits(self) -> set[str]:
         """The splits that the source holds or leaves."""

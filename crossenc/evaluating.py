@@ -92,8 +92,7 @@ def evaluate(
         shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
         save(pictures, folder / "figures")
         errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
-        sources = {split: source for split, source in data.read_from().items() if split in columns}
-        write_report(folder, str(model), module.figures, module.threshold, sources, pictures, errors)
+        write_report(folder, str(model), module.figures, module.threshold, data.read_from(columns), pictures, errors)
     return module.figures
 
 
@@ -131,7 +130,7 @@ def finish(
             figures |= {f"{name}/{key}": value for key, value in found.items()}
     module.figures = figures
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {split: source for split, source in data.read_from().items() if split in module.scored}
+    sources = data.read_from(module.scored)
     # Not those of other splits, which the checkpoint knows too: they may have been evaluated anew on others.
     own = {name: value for name, value in figures.items() if split_of(name) in sources}
     write_figures(folder, checkpoint, own, sources)

@@ -281,8 +281,9 @@ def _write_card(
 
     figures, threshold = loaded["crossenc"]["figures"], loaded["crossenc"]["threshold"]
     known, evaluated, sources = read_figures(checkpoint), read_scores(checkpoint), read_sources(checkpoint)
-    at = 0.5 if threshold is None else threshold
-    if abs(known.get("val/threshold", at) - at) > 1e-4:  # of a `validate` on other dev pairs
+    at, own = 0.5 if threshold is None else threshold, (loaded.get("PairDataModule") or {}).get("sources", sources)
+    # Of a `validate` on other dev pairs.
+    if abs(known.get("val/threshold", at) - at) > 1e-4 or sources.get("val", own.get("val")) != own.get("val"):
         known, evaluated, sources = {}, {}, {}
     figures = figures | known
     pictures = draw(evaluated, threshold)

@@ -63,12 +63,13 @@ def _load(retriever: str) -> Any:
 
     from .backbone import has_head, quiet_transformers
 
-    file = find(retriever) / "config.json"
+    folder = find(retriever)
+    file = folder / "config.json"
     if file.is_file() and has_head(read_json(file).get("architectures")):
         raise BackboneError(f"{retriever} is a cross-encoder, which makes no vectors; name a bi-encoder")
     try:
         with quiet_transformers():
-            return library.SentenceTransformer(str(find(retriever)))
+            return library.SentenceTransformer(str(folder))
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: {one_line(error)[:300]}") from error
 

@@ -40,7 +40,12 @@ class Parts:
         self.mark = sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:8]
         if folder is None:
             return
-        known = self._known()
+        try:
+            known = self._known()
+        except DataError:
+            if not overwrite:
+                raise
+            known = {}
         self.begun = known == self.facts
         if known is not None and not self.begun:
             if not overwrite:

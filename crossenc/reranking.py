@@ -36,10 +36,10 @@ def rerank(
     *,
     candidates: Any = None,
     retriever: str | None = None,
-    retrieve_k: int = 100,
+    retrieve_k: int | None = None,
     top_k: int = 10,
     qrels: Any = None,
-    index: Index = "auto",
+    index: Index | None = None,
     both_orders: bool = False,
     precision: Precision = "32-true",
     backend: Backend = "torch",
@@ -57,11 +57,11 @@ def rerank(
         candidates: A TREC run, or jsonl with `query_id, corpus_id, score`, or such rows in a list.
         retriever: A bi-encoder that finds the candidates: a Hub id, a folder, or `package:NAME/PATH`. Needs the extra
             `mine`.
-        retrieve_k: Candidates of each query that it finds.
+        retrieve_k: Candidates of each query that it finds; null: 100.
         top_k: Texts of each query that are written.
         qrels: What is relevant, as TREC qrels or as BEIR's tsv, or such rows in a list. MRR@10, nDCG@10 and MAP of all
             candidates are reported, before and after. Needs the extra `rank`.
-        index: How the retriever's vectors are searched; see `mine`.
+        index: How the retriever's vectors are searched; see `mine`. Null: `auto`.
         both_orders: Score each pair in both orders and take the mean logit, in twice the time.
         precision: See `score`.
         backend: See `score`.
@@ -81,9 +81,10 @@ def rerank(
     scoring = Scoring(model, precision, backend, both_orders, devices)
     if candidates is not None and retriever is not None:
         raise UsageError("give candidates, or a retriever that finds them, and not both")
-    require_choice("index", index, Index)
-    if retriever is None and (retrieve_k, index) != (100, "auto"):
+    if retriever is None and (retrieve_k is not None or index is not None):
         raise UsageError("retrieve_k and index are the retriever's; name it with --retriever")
+    retrieve_k, index = 100 if retrieve_k is None else retrieve_k, index or "auto"
+    require_choice("index", index, Index)
     if top_k < 1 or retrieve_k < 1:
         raise UsageError("top_k and retrieve_k must be at least 1")
     if qrels is not None:

@@ -97,6 +97,13 @@ def test_figures_of_other_test_pairs_are_not_told_of_the_runs(pairs_file: Path, 
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (figures["val/rows"], Path(figures["val/source"]).name) == (60, "dev.csv")
     assert (figures["test/rows"], Path(figures["test/source"]).name) == (6, "pairs.csv")
+    # As with dev pairs of one label, which choose no threshold that would differ.
+    one = tmp_path / "one.csv"
+    one.write_text("question1,question2,label\na,b,1\nc,d,1\n")
+    assert main(["validate", *where[:4], "--data.val_source", str(one)]) == 0
+    card = ModelCard.load(export(str(best), str(tmp_path / "third")) / "README.md")
+    assert "6 pairs for dev (33.3 % duplicates)" in card.text
+    card = ModelCard.load(tmp_path / "again" / "README.md")
     assert re.search(r"6 pairs for dev \(33\.3 % duplicates\); 50 pairs for test .* from `other\.csv`\.", card.text)
 
 

@@ -40,6 +40,7 @@ def test_first_layers_are_frozen():
     trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
     assert not [name for name in trained if "embeddings" in name or ".layer.0." in name or ".layer.1." in name]
     assert any(".layer.2." in name for name in trained)
+    assert module.model.config.use_cache is False  # or transformers warns, with this attention
     with pytest.raises(BackboneError, match="cannot freeze 7 layers of a backbone with 6"):
         CrossEncoderModule(BACKBONE, freeze_layers=7)
 

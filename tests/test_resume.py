@@ -339,6 +339,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     for name in ("last.ckpt", "best.ckpt"):
         (folder / name).write_bytes(b"nothing")
     assert find_newest(folder) is None
+    assert "epoch=0.ckpt has weights only" in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path):

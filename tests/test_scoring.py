@@ -161,6 +161,7 @@ def test_a_damaged_model_is_one_line(tiny, tmp_path, capsys):
     (tmp_path / ".out.csv.parts" / "facts.json").write_text("{")
     assert main(["score", str(tiny), path, str(tmp_path / "out.csv")]) == 2
     assert "facts.json is damaged" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--overwrite"]) == 0
 
 
 def test_standard_input_and_output(trained, expected, capsys, monkeypatch):
