@@ -15,6 +15,8 @@ import torch
 from crossenc import evaluate, score
 from crossenc.cli import main
 from crossenc.errors import OutputError, UsageError
+from crossenc.exporting import score_pairs
+from crossenc.metrics import intervals
 
 from .conftest import BACKBONE
 
@@ -56,7 +58,7 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(pairs_file: Path, tmp_path:
     from crossenc.backbone import locate
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(locate(BACKBONE))
+    tokenizer = AutoTokenizer.from_pretrained(locate(BACKBONE), model_max_length=16)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1
     )
@@ -66,6 +68,9 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(pairs_file: Path, tmp_path:
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     figures, text = report(capsys, tmp_path / "elsewhere", pairs_file, tmp_path / "out", "--data.limit", "40")
     assert figures["val/rows"] == 40
+    scored = pq.read_table(tmp_path / "out" / "scores.parquet").filter(pc.field("split") == "val").to_pydict()
+    texts = list(zip(scored["text_a"], scored["text_b"], strict=True))
+    assert scored["score"] == pytest.approx(score_pairs(tmp_path / "elsewhere", texts), abs=1e-5)
     assert text.startswith("# Evaluation of elsewhere\n")
     assert figures["val/calibration_error"] < figures["val/calibration_error_raw"]  # what a calibration would bring
     cell = f"{figures['val/calibration_error_raw']:.4f} | {figures['test/calibration_error_raw']:.4f} |"
@@ -111,6 +116,21 @@ def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pa
     for wrong in ({"precision": "best"}, {"devices": "many"}):
         with pytest.raises(UsageError, match="accelerator, devices or precision"):
             evaluate(tiny, {"test_source": str(one)}, output, **wrong)
+
+
+def test_pairs_of_unseen_questions_have_intervals_of_their_own(tiny: Path, pairs_file: Path, write, tmp_path: Path):
+    train = write("train.csv", "".join(pairs_file.read_text().splitlines(keepends=True)[:31]))
+    figures = evaluate(tiny, {"source": str(train), "val_source": str(pairs_file)}, str(tmp_path / "out"))
+    scored = pq.read_table(tmp_path / "out" / "scores.parquet")
+    unseen = [row >= 30 for row in scored["row"].to_pylist()]  # but for those whose questions stand in both halves
+    assert 0 < figures["val_unseen/rows"] <= sum(unseen)
+    seen = {text for side in ("text_a", "text_b") for text in scored[side].to_pylist()[:30]}
+    sides = zip(scored["text_a"].to_pylist(), scored["text_b"].to_pylist(), strict=True)
+    own = np.array([not {a, b} & seen for a, b in sides])
+    columns = {name: scored[name].to_numpy()[own] for name in ("score", "label")}
+    for name, value in intervals(columns, figures["val/threshold"]).items():
+        assert figures[f"val_unseen/{name}"] == pytest.approx(value)
+    assert figures["val_unseen/f1_low"] != figures["val/f1_low"]
 
 
 def test_unseen_questions_are_those_of_no_training_pair(write):
