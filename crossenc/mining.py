@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError, UsageError, require, require_choice
-from .loading import find, fingerprint, read_threshold
-from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, kind_of_index
+from .loading import fingerprint, read_threshold
+from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
-from .parts import Parts, read_json, writing
+from .parts import Parts, writing
 from .scorer import Backend, Precision, Scoring, score_chunks
 from .scoring import OnError, decimals, parts_folder, reaches, score_into, sigmoid
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
@@ -160,7 +160,8 @@ def mine(
     first = first_copies(texts)
     distinct = np.flatnonzero(first == np.arange(len(texts)))
     log.info("%s questions, %s of them copies", f"{len(texts):,}", f"{len(texts) - len(distinct):,}")
-    _tell_memory(texts, len(distinct), retriever, top_k, kind_of_index(len(distinct), index))
+    bi_encoder, config = find_retriever(retriever)
+    _tell_memory(texts, len(distinct), config, top_k, kind_of_index(len(distinct), index))
 
     home = Path(work) if work else None if output is None else parts_folder(output)
 
@@ -170,7 +171,7 @@ def mine(
     def parts(name: str) -> Parts:
         return Parts(home and home / name, facts, overwrite)
 
-    facts |= {"retriever": fingerprint(find(retriever))}
+    facts |= {"retriever": fingerprint(bi_encoder)}
     vectors = embed([texts[row] for row in distinct], retriever, parts("vectors"))
     facts |= {"index": index, "top_k": top_k, "min_similarity": min_similarity}
     candidates = find_candidates(vectors, top_k, min_similarity, index, parts("neighbours"))
@@ -358,10 +359,8 @@ def _groups_file(output: str) -> str:
     return str(path.with_name(f"{path.stem}.groups{path.suffix}"))
 
 
-def _tell_memory(texts: list[str], count: int, retriever: str, top_k: int, index: str) -> None:
+def _tell_memory(texts: list[str], count: int, config: dict[str, Any], top_k: int, index: str) -> None:
     """Say about how much memory the run will take at its fullest, models apart."""
-    file = find(retriever) / "config.json"
-    config = read_json(file) if file.is_file() else {}
     vectors = 4 * count * int(config.get("hidden_size", 768))
     own = {"exact": 0, "ivf": vectors + 8 * count, "hnsw": vectors + 4 * 64 * count}[index]
     held = {

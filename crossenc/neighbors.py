@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .backbone import has_head, quiet_transformers
 from .errors import BackboneError, one_line, require
 from .loading import find
 from .parts import Parts, read_json
@@ -57,16 +59,27 @@ def embed(texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed
     return vectors
 
 
+def find_retriever(retriever: str) -> tuple[Path, dict[str, Any]]:
+    """A bi-encoder's folder and its `config.json`, empty where only its layers have one.
+
+    Raises:
+        BackboneError, HubError: it cannot be found, or is a cross-encoder.
+    """
+    folder = find(retriever)
+    if folder.is_file():
+        raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: it is a cross-encoder's checkpoint")
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if has_head(config.get("architectures")):
+        raise BackboneError(f"{retriever} is a cross-encoder, which makes no vectors; name a bi-encoder")
+    return folder, config
+
+
 def _load(retriever: str) -> Any:
     library = require("sentence_transformers", "mine")
     from safetensors import SafetensorError
 
-    from .backbone import has_head, quiet_transformers
-
-    folder = find(retriever)
-    file = folder / "config.json"
-    if file.is_file() and has_head(read_json(file).get("architectures")):
-        raise BackboneError(f"{retriever} is a cross-encoder, which makes no vectors; name a bi-encoder")
+    folder, _ = find_retriever(retriever)
     try:
         with quiet_transformers():
             return library.SentenceTransformer(str(folder))
