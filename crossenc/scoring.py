@@ -254,9 +254,11 @@ class _New(NamedTuple):
 
     def values(self, logits: Logits) -> dict[str, Any]:
         """The new columns of one part by their names."""
-        scores = sigmoid(logits)
-        columns = {self.logit: logits, self.score: scores, self.decision: reaches(scores, self.threshold or 0)}
-        return {name: values for name, values in columns.items() if name is not None}
+        columns: dict[str, Any] = {} if self.logit is None else {self.logit: logits}
+        columns[self.score] = sigmoid(logits)
+        if self.decision is not None and self.threshold is not None:
+            columns[self.decision] = reaches(columns[self.score], self.threshold)
+        return columns
 
 
 def _in_memory(table: Table, checked: _Checked, parts: Parts, new: _New) -> Any:
