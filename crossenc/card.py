@@ -180,7 +180,7 @@ def write_card(
     checkpoint: dict[str, Any],
     figures: dict[str, float],
     max_length: int,
-    sources: Mapping[str, str] | None = None,
+    sources: Mapping[str, str],
     pictures: Collection[str] = (),
     errors: Sequence[Sequence[str]] = (),
     onnx: dict[str, float] | None = None,
@@ -203,8 +203,9 @@ def write_card(
 
     from . import __version__
 
-    settings = checkpoint["hyper_parameters"]
-    data = _measured(checkpoint.get("PairDataModule") or {}, sources or {}, figures)
+    settings, data = checkpoint["hyper_parameters"], checkpoint.get("PairDataModule") or {}
+    if data:
+        data = _measured(data, sources, figures)
     source, on_hub = str(data.get("source", "unknown data")), is_hub_id(str(data.get("source", "")))
     card = ModelCard.from_template(
         ModelCardData(
@@ -375,7 +376,7 @@ def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
 
 def _measured(data: dict[str, Any], sources: Mapping[str, str], figures: dict[str, float]) -> dict[str, Any]:
     """What is known of a run's data, but of the pairs that the figures are of."""
-    for split, source in sources.items() if data else ():
+    for split, source in sources.items():
         of = {"rows": int(figures[f"{split}/rows"]), "duplicates": figures[f"{split}/duplicates"], "sources": source}
         data = data | {name: data.get(name, {}) | {split: value} for name, value in of.items()}
     return data

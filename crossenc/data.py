@@ -387,18 +387,17 @@ class PairDataModule(LightningDataModule):
             for name in now
             if name in before and state["plan"][name] != self.facts["plan"][name]  # an older checkpoint may tell less
         }
-        self.position = state["position"]
+        self.position, others = state["position"], ", ".join(differing.values())
+        reordered = bool(differing.keys() - {"dev tokens"})
         if differing and self.on_mismatch == "refuse":
             raise CheckpointError(
-                f"the checkpoint was trained with {', '.join(differing.values())}; go on with the same, or give "
-                "--on_mismatch continue to keep weights and optimizer and start at the next epoch"
+                f"the checkpoint was trained with {others}; go on with the same, or give --on_mismatch continue to "
+                f"keep weights and optimizer{' and start at the next epoch' * reordered}"
             )
         if differing:
-            reordered = differing.keys() != {"dev tokens"}
-            where = " with the next epoch" if reordered else ""
-            log.info("the checkpoint was trained with %s: going on%s", ", ".join(differing.values()), where)
-            if reordered:
-                self.position = {**self.position, "batches": sys.maxsize}
+            log.info("the checkpoint was trained with %s: going on%s", others, " with the next epoch" * reordered)
+        if reordered:
+            self.position = {**self.position, "batches": sys.maxsize}
         if self.train_loader:  # sharded weights are read late
             self.train_loader.load_state_dict(self.position)
 

@@ -281,9 +281,10 @@ def _write_card(
 
     figures, threshold = loaded["crossenc"]["figures"], loaded["crossenc"]["threshold"]
     known, evaluated, sources = read_figures(checkpoint), read_scores(checkpoint), read_sources(checkpoint)
-    at, own = 0.5 if threshold is None else threshold, (loaded.get("PairDataModule") or {}).get("sources", sources)
-    # Of a `validate` on other dev pairs.
-    if abs(known.get("val/threshold", at) - at) > 1e-4 or sources.get("val", own.get("val")) != own.get("val"):
+    at = 0.5 if threshold is None else threshold
+    own = (loaded.get("PairDataModule") or {}).get("sources", {}).get("val")  # an older checkpoint tells of none
+    others = own is not None and sources.get("val", own) != own
+    if others or abs(known.get("val/threshold", at) - at) > 1e-4:  # of a `validate` on other dev pairs
         known, evaluated, sources = {}, {}, {}
     figures = figures | known
     pictures = draw(evaluated, threshold)

@@ -56,8 +56,14 @@ TRAINER_DEFAULTS = {
 
 # Where these differ, a checkpoint's optimizer is one of other parameters, or would go on at its own rates unheard.
 _WHAT_IS_TRAINED = (
-    *("optimizer", "learning_rate", "weight_decay", "layer_decay", "head_rate"),
-    *("freeze_layers", "shared_segments", "lora"),
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "layer_decay",
+    "head_rate",
+    "freeze_layers",
+    "shared_segments",
+    "lora",
 )
 
 
