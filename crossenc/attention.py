@@ -1,9 +1,9 @@
 """Attention over packed pairs: the tokens of all pairs in one row, without padding, and no pair sees another.
 
 The linear layers of a backbone, which take nearly all of its time, compute text and nothing else. Only here are pairs
-taken apart, in pieces: on a CPU one for each length, on a GPU few, padded to their longest pair. CUDA graphs take a
-kernel that knows where each pair begins. Registered with transformers' own interface; without a `packing` it is
-transformers' `sdpa`.
+taken apart, in pieces of pairs of like length: on a CPU many, on a GPU few, padded to their longest pair. CUDA graphs
+take a kernel that knows where each pair begins. Registered with transformers' own interface; without a `packing` it
+is transformers' `sdpa`.
 """
 
 from __future__ import annotations
@@ -162,12 +162,15 @@ def _attend_piece(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
     """Plain attention, each tensor (pairs, heads, tokens, width)."""
-    if not dropout or query.device.type != "cpu":
+    if query.device.type != "cpu" or not (dropout or torch.is_grad_enabled()):
         return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
-    # In fp32: a fiftieth of the work, and products in bf16 are prepared anew for every shape.
+    # In fp32: a fiftieth of the work, and products in bf16 are prepared anew for every shape. torch's own backward pass
+    # in bf16 takes a quarter of a step more.
     with torch.autocast("cpu", enabled=False):
         scores = (query.float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.float().mT
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         shares = scores.softmax(-1)
-        return ((shares * kept(shares.shape, dropout, shares.dtype)) @ value.float()).to(value.dtype)
+        if dropout:
+            shares = shares * kept(shares.shape, dropout, shares.dtype)
+        return (shares @ value.float()).to(value.dtype)

@@ -338,10 +338,10 @@ class PairDataModule(LightningDataModule):
     def _on_cpu(self) -> bool:
         return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
 
-    def _piece_cost(self) -> int:
+    def _piece_cost(self, training: bool) -> int:
         if self.trainer and isinstance(self.trainer.strategy, ModelParallelStrategy):
             return 2**40  # one piece: devices that share their weights must compute equally many
-        return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda")
+        return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda", training)
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
         if split not in self.encoded:
@@ -358,7 +358,7 @@ class PairDataModule(LightningDataModule):
         return {
             "dataset": part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
             "batch_size": None,  # the order yields whole batches
-            "collate_fn": PairCollator(self.tokenizer, mean_pairs, self._piece_cost()),
+            "collate_fn": PairCollator(self.tokenizer, mean_pairs, self._piece_cost(split == "train")),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_group,

@@ -72,6 +72,7 @@ def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file
     assert sorted(order(1)) == list(range(12, 60))
     for batch in data.train_dataloader():
         assert sum(pairs for pairs, _ in batch["pieces"]) == len(batch["row"]) == len(batch["label"])
-        # A CPU computes text only: each piece holds pairs of one length.
-        assert sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
         assert batch["label"].dtype == torch.float32
+    for batch in data.val_dataloader():
+        # In evaluation a CPU computes text only: each piece holds pairs of one length.
+        assert sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
