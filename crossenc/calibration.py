@@ -6,7 +6,7 @@ the weights and the bias of the head's last layer, so that every reader of an ex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,17 @@ class Calibration(NamedTuple):
     def __call__(self, logits: Tensor) -> Tensor:
         """Calibrated logits: the very same numbers where nothing is to be calibrated."""
         return logits if self == (1.0, 0.0) else logits * self.scale + self.shift
+
+
+def sigmoid(logits: NDArray[Any]) -> NDArray[Any]:
+    """Scores of logits, of any shape and in their precision.
+
+    torch's own gives equal numbers results that differ in the last digit by their place, which would break ties.
+    """
+    from scipy.special import expit
+
+    scores: NDArray[Any] = expit(logits)
+    return scores
 
 
 def calibrate(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Calibration, Tensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backbone import load_tokenizer, quiet_transformers
+from .calibration import sigmoid
 from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint, plain_model
 
@@ -145,7 +146,6 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
     """Write the ONNX files, compare them with the checkpoint, and return what the card tells of them."""
     from .onnx_model import write_onnx
     from .scorer import Backend, Scoring, score_chunks
-    from .scoring import sigmoid
 
     def score(backend: Backend, pairs: Sequence[tuple[str, str]]) -> Any:
         ((_, logits),) = score_chunks(Scoring(str(folder), backend=backend), [(0, list(pairs))])

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import (
@@ -24,7 +23,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
-from .calibration import Calibration
+from .calibration import Calibration, sigmoid
 
 
 class Scored(NamedTuple):
@@ -101,8 +100,7 @@ def score_columns(
     if scored.swapped is not None:
         logits["score_swapped"] = applied(scored.swapped)
     columns = {"row": scored.rows.numpy(), "label": scored.labels.numpy()}
-    # torch's sigmoid gives equal numbers results that differ in the last digit by their place, which would break ties.
-    return columns | {name: expit(values.numpy()) for name, values in logits.items()}
+    return columns | {name: sigmoid(values.numpy()) for name, values in logits.items()}
 
 
 def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict[str, float]:

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice
 from .loading import fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, writing
 from .scorer import Backend, Precision, Scoring, score_chunks
-from .scoring import OnError, decimals, parts_folder, reaches, score_into, sigmoid
+from .scoring import OnError, decimals, parts_folder, reaches, score_into
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
 from .backbone import DEFAULT_BACKBONE, load_model, resolve_max_length
-from .calibration import Calibration, calibrate, last_layer
+from .calibration import Calibration, calibrate, last_layer, sigmoid
 from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
 from .forward import base_model, can_pack, pair_logits
@@ -251,7 +251,7 @@ class CrossEncoderModule(LightningModule):
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Rows, calibrated logits and scores (after the sigmoid) of a batch, each of shape (pairs,)."""
         logits = self.calibration(self(batch))
-        return {"row": batch["row"], "logit": logits, "score": logits.sigmoid()}
+        return {"row": batch["row"], "logit": logits, "score": torch.from_numpy(sigmoid(logits.numpy(force=True)))}
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and decay, unless the arguments say otherwise."""

@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice
 from .neighbors import BLOCK, Index, embed, make_search
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
-from .scoring import decimals, score_into, sigmoid
+from .scoring import decimals, score_into
 from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, read_texts, write_table
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .calibration import sigmoid
 from .errors import DataError, UsageError, one_line, require_choice
 from .loading import read_threshold
 from .pairs import SUFFIXES, match_columns, what_is_wrong
@@ -133,14 +134,6 @@ def score_into(parts: Parts, scoring: Scoring, chunks: Iterator[tuple[int, Texts
             parts[number] = logits
             advance(len(logits))
     log.info("%s pairs scored, %.0f a second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
-
-
-def sigmoid(logits: Logits) -> Logits:
-    """Scores of logits."""
-    from scipy.special import expit
-
-    scores: Logits = expit(logits)
-    return scores
 
 
 def reaches(scores: Logits, threshold: float) -> NDArray[np.bool_]:

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from crossenc.calibration import sigmoid
 from crossenc.cli import main
 from crossenc.exporting import score_pairs
 from crossenc.run import native_precision
@@ -80,6 +82,8 @@ def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pair
         pairs = [(row["question1"], row["question2"]) for row in csv.DictReader(file)]
     assert [int(row["row"]) for row in rows] == list(range(60))
     assert [float(row["score"]) for row in rows] == pytest.approx(score_pairs(trained / "model", pairs), abs=1e-5)
+    logits = np.array([float(row["logit"]) for row in rows], dtype=np.float32)
+    assert [float(row["score"]) for row in rows] == sigmoid(logits).tolist()  # equal logits have equal scores
 
 
 def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, trained: Path):
