@@ -165,21 +165,17 @@ class LastCheckpoint(Checkpoint):
     def _obey(self, trainer: Trainer, number: int) -> None:
         if not number:
             return
-        folder, environment = Path(trainer.default_root_dir), getattr(trainer.strategy, "cluster_environment", None)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment):
             signal.signal(number, signal.SIG_IGN)  # a process may get it only now
             self.signal = 0
             self.handlers[number](number, None)
             return
         self.save(trainer)
-        external = environment is not None and not isinstance(environment, LightningEnvironment)
         raise StoppedError(
-            f"{signal.Signals(number).name} at step {trainer.global_step}; go on with: "
-            f"{'torchrun ... -m' if external else 'python -m'} crossenc fit "
-            f"--config {shlex.quote(str(folder / 'config.yaml'))} "
-            f"--ckpt_path {shlex.quote(str(folder / 'last.ckpt'))}",
+            f"{signal.Signals(number).name} at step {trainer.global_step}; go on with: {command_to_go_on(trainer)}",
             # Lightning's launcher kills the first process when one that it started ends with any other code than 0.
-            0 if trainer.local_rank and not external else 128 + number,
+            0 if trainer.local_rank and not _is_started_by_others(trainer) else 128 + number,
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,6 +208,21 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.random = checkpoint.get("random_states", [])
+
+
+def command_to_go_on(trainer: Trainer) -> str:
+    """The command that goes on with a run from its `last.ckpt`."""
+    folder = Path(trainer.default_root_dir)
+    return (
+        f"{'torchrun ... -m' if _is_started_by_others(trainer) else 'python -m'} crossenc fit "
+        f"--config {shlex.quote(str(folder / 'config.yaml'))} --ckpt_path {shlex.quote(str(folder / 'last.ckpt'))}"
+    )
+
+
+def _is_started_by_others(trainer: Trainer) -> bool:
+    """Whether torchrun or a cluster has started the processes, and not Lightning."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment is not None and not isinstance(environment, LightningEnvironment)
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from .checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
     LastCheckpoint,
+    command_to_go_on,
     find_newest,
     keep_evaluation,
     read_checkpoint,
@@ -270,6 +271,13 @@ class RunCLI(LightningCLI):
         )
 
     def after_fit(self) -> None:
+        try:
+            self._test_and_export()
+        except (KeyboardInterrupt, SystemExit):  # a signal, of which Lightning can make an exit
+            log.info("training is done; test and export with: %s", command_to_go_on(self.trainer))
+            raise
+
+    def _test_and_export(self) -> None:
         """Test the best checkpoint, export it, and print what there is to know."""
         if self.config[self.command].trainer.fast_dev_run:
             discard_if_empty(self.folder)

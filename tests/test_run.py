@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -203,6 +205,22 @@ def test_sigterm_is_no_success(
     assert main([command, *([str(tiny), "--accelerator=cpu"] if command == "evaluate" else []), *where]) == 143
     assert signal.getsignal(signal.SIGTERM) == handler
     assert "ended by SIGTERM" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_test_after_training_tells_how_to_go_on(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch, capsys
+):
+    from crossenc import CrossEncoderModule
+
+    with monkeypatch.context() as patched:
+        step = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        patched.setattr(CrossEncoderModule, "on_test_batch_end", step)
+        assert main(fit(pairs_file, tiny_backbone, tmp_path, "--data.eval_tokens=100")) == 143
+    told = re.search(r"training is done; test and export with: python -m crossenc (.*)$", capsys.readouterr().err, re.M)
+    assert told
+    assert not (tmp_path / "run" / "model").exists()
+    assert main(shlex.split(told[1])) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
