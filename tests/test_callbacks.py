@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Trainer
 
-from crossenc import callbacks
+from crossenc import CrossEncoderModule, PairDataModule, callbacks
 from crossenc.cli import main
 
 
@@ -43,6 +45,23 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
     assert told["step"] == "9"
     assert 0 < float(told["train/lr"]) <= 5e-5  # the layers' rate, and not the head's
     assert [row["step"] for row in rows if row["val/f1"]] == ["11"]
+
+
+def test_the_speed_of_training_is_without_validations(
+    pairs_file: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
+):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(callbacks, "time", clock)
+
+    def passes(seconds: float):
+        return lambda *_: setattr(clock, "now", clock.now + seconds)
+
+    module = CrossEncoderModule(tiny_backbone)
+    module.on_train_batch_start, module.on_validation_epoch_start = passes(1), passes(1000)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(max_steps=10, val_check_interval=5, callbacks=[callbacks.TrainSpeed()], **quiet)
+    trainer.fit(module, PairDataModule(str(pairs_file), batch_size=4, backbone=str(tiny_backbone)))
+    assert trainer.callback_metrics["train/pairs_per_second"] == 4
 
 
 def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
