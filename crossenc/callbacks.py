@@ -192,24 +192,12 @@ class PredictionFile(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.rows: list[tuple[int, float, float]] = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.rows += zip(*(outputs[name].tolist() for name in ("row", "logit", "score")), strict=True)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = [row for share in gather(trainer, self.rows) for row in share]
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names, batches = ("row", "logit", "score"), trainer.predict_loop.predictions
+        own = [row for batch in batches for row in zip(*(batch[name].tolist() for name in names), strict=True)]
+        rows = [row for share in gather(trainer, own) for row in share]
         if trainer.is_global_zero:
             with replacing(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
-                writer.writerow(("row", "logit", "score"))
+                writer.writerow(names)
                 writer.writerows(sorted(rows))
