@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -128,10 +129,10 @@ def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) 
     names = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULES]
     if name not in names:
         raise UsageError(f"model.schedule: there is no schedule {name!r}; choose one of {', '.join(names)}")
-    if steps == float("inf"):
+    if math.isinf(steps):
         raise UsageError("a schedule needs the number of steps; set --trainer.max_epochs or --trainer.max_steps")
     # Rounded up, as the Hugging Face Trainer does.
-    warmup_steps = -int(-warmup * steps // 1) if warmup < 1 else int(warmup)
+    warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
     scheduler: LRScheduler = get_scheduler(
         name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(steps)
     )
