@@ -51,7 +51,7 @@ def plan_steps(
     if window > 1:
         key = np.where(number % 2, -lengths[order], lengths[order])
         order = order[np.lexsort((key, number))]
-    steps = max(1, min(math.ceil(count / pairs), count // shares))
+    steps = min(math.ceil(count / pairs), count // shares)
     parts = cut(order, lengths[order] if by == "tokens" else np.ones_like(order), steps, shares)
     return [part[np.argsort(-lengths[part], kind="stable")] for part in (parts[i] for i in draw.permutation(steps))]
 
