@@ -73,7 +73,6 @@ def evaluate(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            use_distributed_sampler=False,
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
