@@ -59,15 +59,8 @@ class PairMetrics(Metric):
 
     def gather(self) -> tuple[Scored, float]:
         """All pairs, and their mean loss."""
-        scored, loss = self.compute()
         # torchmetrics makes a number of a single pair.
-        return Scored(*(None if part is None else part.reshape(-1) for part in scored)), loss  # type: ignore[arg-type]
-
-    def compute(self) -> tuple[Scored, float]:
-        """As `gather`, which is what to call."""
-        rows, logits, labels, losses = (
-            dim_zero_cat(getattr(self, name)).cpu() for name in ("rows", "logits", "labels", "losses")
-        )
+        rows, logits, labels, losses = (part.cpu().reshape(-1) for part in self.compute())
         order = rows.argsort()
         backward = order[rows[order] < 0].flip(0)  # ~0 is the last of them
         forward = order[rows[order] >= 0]
@@ -79,6 +72,10 @@ class PairMetrics(Metric):
             logits[backward].double() if both else None,
         )
         return scored, losses[forward].mean().item()
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """What was collected, as it came; `gather` is what to call."""
+        return tuple(dim_zero_cat(getattr(self, name)) for name in ("rows", "logits", "labels", "losses"))
 
 
 Columns = Mapping[str, NDArray[Any]]

@@ -117,14 +117,14 @@ def test_batches_add_up_in_the_order_of_their_rows():
     labels = (torch.maximum(rows, ~rows) % 2).float()
     for part in (slice(0, 3), slice(3, 7), slice(7, 8)):
         metrics.update(rows[part], logits[part], labels[part], losses[part])
-    scored, loss = metrics.compute()
+    scored, loss = metrics.gather()
     assert scored.rows.tolist() == scored.logits.tolist() == [0, 1, 2, 3]
     assert scored.swapped.tolist() == [10, 11, 12, 13]
     assert scored.labels.tolist() == [0, 1, 0, 1]
     assert loss == 1.5
     metrics.reset()
     metrics.update(rows[:1], logits[:1], labels[:1], losses[:1])
-    assert metrics.compute()[0].swapped is None
+    assert metrics.gather()[0].swapped is None
 
 
 def test_calibration_figures_are_scikit_learns_and_the_definition():
