@@ -27,6 +27,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .errors import CheckpointError, StoppedError
+from .parts import replacing
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target and renames it: what stood there stays whole until the new one is."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        unfinished = Path(path).with_name(f".{Path(path).name}")
-        super().save_checkpoint(checkpoint, unfinished, storage_options)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())  # else a crash of the machine can leave the new name with no content
-        unfinished.replace(path)
+        with replacing(Path(path)) as unfinished:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -254,7 +252,7 @@ def keep_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
 def find_newest(folder: Path) -> Path | None:
     """The checkpoint of most steps in a run's folder; a damaged one is passed over, and a line says so."""
     found = []
-    for path in folder.glob("[!.]*.ckpt"):  # a name with a dot is one that was never finished
+    for path in folder.glob("*.ckpt"):
         try:
             loaded = read_checkpoint(path, mmap=True)
             if "optimizer_states" not in loaded:  # as a ModelCheckpoint can be told to write it

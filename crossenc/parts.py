@@ -102,13 +102,9 @@ class Parts:
 
 
 def _write(file: Path, content: bytes | memoryview) -> None:
-    # Its own name for each process: an earlier run that was thought dead may still be writing.
-    unfinished = file.with_name(f".{file.name}-{os.getpid()}")
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())  # or the name may outlive a crash of the machine, and the content not
-    unfinished.replace(file)
+    # A mark of its own for each process: an earlier run that was thought dead may still be writing.
+    with replacing(file, mark=str(os.getpid())) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -132,11 +128,13 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
     """The name to write a file under, which takes the file's place when it is whole and is gone if something fails."""
-    unfinished = file.with_name(f".{file.name}-unfinished")
+    unfinished = file.with_name(f".{file.name}-{mark}")
     try:
         yield unfinished
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())  # or the name may outlive a crash of the machine, and the content not
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
