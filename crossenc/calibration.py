@@ -26,8 +26,8 @@ class Calibration(NamedTuple):
     shift: float = 0.0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Calibrated logits: the very same numbers where nothing is to be calibrated."""
-        return logits if self == (1.0, 0.0) else logits * self.scale + self.shift
+        """Calibrated logits; by default the very same numbers."""
+        return logits * self.scale + self.shift
 
 
 def sigmoid(logits: NDArray[Any]) -> NDArray[Any]:
