@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import CrossencError, LostProcessError, StoppedError, UsageError, one_line
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +79,7 @@ def _evaluate(command: str, args: list[str]) -> None:
     parser.set_defaults({"data.source": ""})
     parser.add_argument("--output", type=str, default="evaluation", help="The folder to write the report into.")
     parser.add_function_arguments(evaluate, skip={"model", "arguments", "output"})
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    given = parser.parse_args(_spell_out(args, set())).as_dict()
-    given.pop("debug")
+    given = _parse(parser, args)
     figures = evaluate(arguments=given.pop("data"), **given)
     if getattr(rank_zero_only, "rank", 0) == 0:
         print_figures(figures, folded=False)
@@ -116,24 +117,24 @@ def _call(
         required = parameters[name].default is Parameter.empty
         parser.add_argument(f"--{name}", type=str, required=required, help="A file; see the function's help in Python.")
     parser.set_defaults(defaults or {})
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     flags = {f"--{name}" for name, about in parameters.items() if about.default is False}
-    given = parser.parse_args(_spell_out(args, flags)).as_dict()
-    given.pop("debug")
-    return function(**given)
+    return function(**_parse(parser, args, flags))
 
 
-def _spell_out(args: list[str], flags: set[str]) -> list[str]:
-    """Underscores for the dashes in the names of options, and `=true` after a flag that stands alone."""
+def _parse(parser: ArgumentParser, args: list[str], flags: Collection[str] = ()) -> dict[str, Any]:
+    """What the command line says. `flags` are the options that may stand alone, for true."""
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     words = []
     for word, following in zip(args, [*args, ""][1:], strict=True):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
-            name = "--" + name[2:].replace("-", "_")
+            name = "--" + name[2:].replace("-", "_")  # as the parameters are written
             alone = name in flags and not equals and following.lower() not in ("true", "false")
             word = f"{name}=true" if alone else name + equals + value
         words.append(word)
-    return words
+    given: dict[str, Any] = parser.parse_args(words).as_dict()
+    del given["debug"]  # which `main` has seen to
+    return given
 
 
 # name: (what it does, how it runs)
