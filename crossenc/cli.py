@@ -187,8 +187,6 @@ def main(args: list[str] | None = None) -> int:
             _set_up_terminal()
             if COMMANDS[name][1] in (_run, _export, _evaluate):
                 _quiet_lightning()
-            if COMMANDS[name][1] in (_run, _export, _evaluate, _mine) and not sys.stderr.isatty():
-                _without_bars()
         # In the others it is Lightning's to end in order.
         with nullcontext() if COMMANDS[name][1] in (_run, _evaluate) else _exit_at_sigterm():
             COMMANDS[name][1](name, rest)
@@ -258,9 +256,12 @@ def _set_up_terminal() -> None:
     # Errors of these libraries reach the user as exceptions.
     for library in ("huggingface_hub", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # When these two are imported later, they set their levels anew.
+    # When two of them are imported later, they set their levels anew.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Tokens are cached and padding is cheap, so that no worker process is the right number of them.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # torch's own pytree, called by Lightning 2.6 in the old way.
@@ -284,14 +285,6 @@ def _quiet_lightning() -> None:
 
     for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def _without_bars() -> None:
-    import datasets
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    datasets.disable_progress_bars()
-    disable_progress_bars()
 
 
 def entry_point() -> None:
