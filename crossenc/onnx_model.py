@@ -46,7 +46,6 @@ def write_onnx(folder: Path, int8: bool) -> None:
     inputs = dict(tokenizer([["one", "two"], ["one and two", "three"]], padding=True, return_tensors="pt"))
     file = folder / FILES["onnx"]
     file.parent.mkdir(exist_ok=True)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
     notes = logging.getLogger("torch.onnx")
     level = notes.level
     notes.setLevel(logging.ERROR)  # of operators in packages that are not installed
@@ -62,7 +61,7 @@ def write_onnx(folder: Path, int8: bool) -> None:
                 output_names=["logits"],
                 dynamic_shapes={name: {0: Dim("batch"), 1: Dim("length")} for name in inputs},
                 dynamo=True,
-                external_data=size > _ONE_FILE,
+                external_data=model.get_memory_footprint() > _ONE_FILE,
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
