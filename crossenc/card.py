@@ -196,8 +196,8 @@ def write_card(
         sources: of a split whose figures may be of other pairs than the run's, what these were read from.
         pictures: names of those in `figures/`.
         errors: as `worst_errors` gives them.
-        onnx: of an export with ONNX files; of that with 8-bit weights, if there is one: `rows`, the average precision
-            of `onnx` and `onnx-int8` on them, and the largest `difference` of scores.
+        onnx: None without ONNX files, and empty without 8-bit weights; else the dev pairs' `rows`, the average
+            precision of `onnx` and `onnx-int8` on them, and the largest `difference` of scores.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -375,7 +375,7 @@ def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
 
 
 def _measured(data: dict[str, Any], sources: Mapping[str, str], figures: dict[str, float]) -> dict[str, Any]:
-    """What is known of a run's data, but of the pairs that the figures are of."""
+    """A run's data facts, with those of the pairs that the figures were measured on in place of the run's own."""
     for split, source in sources.items():
         of = {"rows": int(figures[f"{split}/rows"]), "duplicates": figures[f"{split}/duplicates"], "sources": source}
         data = data | {name: data.get(name, {}) | {split: value} for name, value in of.items()}

@@ -99,7 +99,7 @@ def _call(
     defaults: dict[str, Any] | None = None,
     **positional: str,
 ) -> Any:
-    """Call a function with what the command line says; its parameters are the options, but for the positional ones.
+    """Call a function with what the command line says; its parameters are the options, except the positional ones.
 
     Options may be written with dashes, and those that are true or false without a value. `sources` are parameters that
     take more than files from Python; `defaults` are the command line's own.
@@ -266,7 +266,7 @@ def _set_up_terminal() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # torch's own pytree, called by Lightning 2.6 in the old way.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    # peft's, which transformers 5 tells of a new name.
+    # peft calls transformers 5 by a name that it is renaming.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
     # Weights that were averaged in training are all that a checkpoint is evaluated by.
     warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the 'fit' stage")
@@ -280,7 +280,7 @@ def _set_up_terminal() -> None:
 
 
 def _quiet_lightning() -> None:
-    """Without hardware lists, tips and seeds, which a log level of its own lets pass when it is imported."""
+    """Without hardware lists, tips and seeds. Imported first, since Lightning sets its level when it is imported."""
     import lightning.pytorch  # noqa: F401
 
     for library in ("lightning", "lightning.pytorch", "lightning.fabric"):

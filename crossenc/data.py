@@ -265,7 +265,7 @@ class PairDataModule(LightningDataModule):
         return set(self._read_splits(pairs.SPLITS, self.limit))
 
     def texts(self, split: str, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """`text_a` and `text_b` of the pairs with these rows, which rise, in a split that was loaded."""
+        """`text_a` and `text_b` of these rows (in ascending order) of a split that was loaded."""
         table = self._pairs(split, rows)
         return {name: np.array(table[name][:], dtype=object) for name in ("text_a", "text_b")}
 
@@ -273,8 +273,8 @@ class PairDataModule(LightningDataModule):
         return self.tables[split].select(np.flatnonzero(np.isin(self.tables[split]["row"][:], rows)))
 
     def unseen(self, split: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Of the pairs with these rows, which rise, in a split that was loaded: whether neither question stands in the
-        training pairs, shape (rows,). All True where the source leaves no training pairs.
+        """For each of these rows (in ascending order) of a split that was loaded, whether neither question stands in
+        the training pairs, shape (rows,). All True where the source leaves no training pairs.
         """
         train = self.tables.get("train")
         if train is None:

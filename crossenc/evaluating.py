@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         model: An export's folder, a Hub id, or a `.ckpt` file: any model with one logit, trained here or not.
-        arguments: Those of `PairDataModule`, but for the model's own. `source` is needed only where dev or test pairs
+        arguments: Those of `PairDataModule`, except the model's own. `source` is needed only where dev or test pairs
             are cut off it, or where the model was trained on it: then pairs whose questions are not in it are
             reported too.
         output: The folder to write: `README.md` with the report, `figures/`, `metrics.json`, `scores.parquet`.

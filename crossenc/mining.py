@@ -1,6 +1,6 @@
 """`mine`: the duplicates within a large set of questions.
 
-1 copies      questions that are the same but for case and white space, without any model
+1 copies      questions that are the same except for case and white space, without any model
 2 vectors     of the others, by a bi-encoder
 3 neighbours  pairs of questions with like vectors, by faiss; each pair once
 4 scores      of these pairs, by the cross-encoder
@@ -57,7 +57,7 @@ class Mined(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What counts for a pair's score: by itself the cross-encoder's logit alone."""
+    """What counts for a pair's score: by default the cross-encoder's logit alone."""
 
     logit: float = 1.0
     similarity: float = 0.0
@@ -230,7 +230,7 @@ def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judge
 
 
 def first_copies(texts: list[str]) -> NDArray[np.int64]:
-    """For each text the first that is the same but for case and white space, shape (texts,)."""
+    """For each text the first that is the same except for case and white space, shape (texts,)."""
     seen: dict[str, int] = {}
     return np.array([seen.setdefault(normalized(text), row) for row, text in enumerate(texts)])
 

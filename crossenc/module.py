@@ -61,8 +61,8 @@ class CrossEncoderModule(LightningModule):
         freeze_layers: The embeddings and this many first layers are not trained; 0 trains all.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, about a third slower.
         cuda_graphs: Let an NVIDIA GPU start the operations of a training step all at once, several times as fast where
-            batches are small. Null does so with one device, in `bf16-mixed`, with a backbone like BERT, but with
-            accumulated batches or gradient checkpointing, which it does not go with.
+            batches are small. Null does so with one device, in `bf16-mixed`, with a backbone like BERT, and without
+            accumulated batches and gradient checkpointing, which it does not go with.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`; null lets transformers choose.
         lora: Arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`; then only the adapter and the head
             are trained, and the export holds the merged weights. Needs the extra `lora`.
@@ -140,8 +140,8 @@ class CrossEncoderModule(LightningModule):
         self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
         self.threshold: float | None = None
         self.evaluated_step = -1  # the one that threshold, calibration and figures belong to
-        # What was fitted on the dev pairs, and what scores are reported with: the same, but for a model that is as it
-        # is, where `folds` is False and the report says what a calibration would bring.
+        # What was fitted on the dev pairs goes into scores, unless `folds` is False: then they stay as they are, and
+        # the report says what a calibration would bring.
         self.folds, self.fitted = True, Calibration()
         self.figures: dict[str, float] = {}
         self.scored: dict[str, dict[str, NDArray[Any]]] = {}  # the last evaluation of each split, pair by pair

@@ -55,7 +55,7 @@ TRAINER_DEFAULTS = {
 }
 
 
-# Where these differ, a checkpoint's optimizer is one of other parameters, or would go on at its own rates unheard.
+# Where these differ, a checkpoint's optimizer is one of other parameters, or would silently keep its own rates.
 _WHAT_IS_TRAINED = (
     "optimizer",
     "learning_rate",

@@ -148,7 +148,7 @@ class TrainingOrder(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[list[int]]:
         """The batches of the epoch from batch number `start` on."""
         count = len(self.lengths)
-        turned = np.zeros(count, dtype=np.int64)  # how far behind a pair the order lies that is taken
+        turned = np.zeros(count, dtype=np.int64)  # added to a row: its other order stands `count` rows behind it
         if self.symmetric:
             turned += count * (self.twice | (np.random.default_rng((self.seed, self.epoch, 1)).random(count) < 0.5))
         done, skipped = divmod(self.start, self.accumulate)

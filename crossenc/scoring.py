@@ -121,7 +121,7 @@ def score(
 
 
 def score_into(parts: Parts, scoring: Scoring, chunks: Iterator[tuple[int, Texts]], total: int) -> None:
-    """Score numbered chunks of `total` pairs in all, but for those that `parts` has already."""
+    """Score numbered chunks of `total` pairs in all, except those that `parts` has already."""
     number_of_parts = -(-total // CHUNK)
     done = sum(min(CHUNK, total - CHUNK * number) for number in range(number_of_parts) if number in parts)
     if done:
