@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -167,25 +167,20 @@ def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[t
         context.Process(target=_work, args=(scoring, rank, tasks, results), daemon=True)
         for rank in range(scoring.devices)
     ]
-    coming, underway = iter(chunks), 0
+    coming, underway = chain(chunks, [None] * scoring.devices), 0  # None ends a process
+    # Each process computes one chunk and prepares the next; as many wait, and no more are read ahead.
+    room = 4 * scoring.devices
     try:
         for worker in workers:
             worker.start()
-        # Each process computes one chunk and prepares the next; as many wait, and no more are read ahead.
-        for first in islice(coming, 4 * scoring.devices):
-            tasks.put(first)
-            underway += 1
-        more = True
-        while underway:
-            if more and (chunk := next(coming, None)) is not None:
-                tasks.put(chunk)
-                underway += 1
-            elif more:
-                more = False
-                for _ in workers:
-                    tasks.put(None)
+        while True:
+            for task in islice(coming, room):
+                tasks.put(task)
+                underway += task is not None
+            if not underway:
+                return
             yield _next_result(results, workers)
-            underway -= 1
+            underway, room = underway - 1, 1
     finally:
         tasks.cancel_join_thread()  # after an error nobody takes what is left, and the end would wait for that
         for worker in workers:
