@@ -217,7 +217,9 @@ class PairDataModule(LightningDataModule):
 
     def read_split(self, split: str) -> Dataset:
         """The pairs of one split as texts, with their labels; raises `DataError` if there are none."""
-        parts = self._read_splits((split,), self.limit)
+        return self._of(split, self._read_splits((split,), self.limit))
+
+    def _of(self, split: str, parts: dict[str, Dataset]) -> Dataset:
         if split not in parts:
             raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
         return parts[split]
@@ -344,9 +346,8 @@ class PairDataModule(LightningDataModule):
         return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda", training)
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
-        if split not in self.encoded:
-            raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
-        return self.encoded[split].with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]
+        part = self._of(split, self.encoded)
+        return part.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]
 
     def _loading(self, split: str, mean_pairs: float | None = None) -> dict[str, Any]:
         """The arguments of a split's DataLoader."""
