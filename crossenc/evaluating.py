@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
-from .backbone import load_config
 from .calibration import Calibration
 from .card import metric_table, worst_errors, write_report
 from .data import PairDataModule
@@ -103,7 +102,7 @@ def load_module(model: str | Path) -> CrossEncoderModule:
         module.model = plain_model(module)  # its calibration in its weights, as in its export
         module.fitted, module.folds, module.figures = Calibration(), False, {}
         return module
-    require_head(str(model), load_config(str(path)).architectures)
+    require_head(str(model), path)
     module = CrossEncoderModule(str(path))
     module.threshold, module.folds = read_threshold(model), False
     return module

@@ -48,8 +48,7 @@ def load(model: str | Path) -> LoadedModel:
     if path.is_file():
         _, module, tokenizer = load_checkpoint(path)
         return LoadedModel(plain_model(module).train(False), tokenizer, module.max_length)
-    config = read_json(path / "config.json")
-    require_head(str(model), config.get("architectures"))
+    require_head(str(model), path)
     folder = str(path)
     return LoadedModel(load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None))
 
@@ -61,9 +60,9 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
     return plain  # type: ignore[no-any-return]
 
 
-def require_head(model: str, architectures: list[str] | None) -> None:
-    """Raise `BackboneError` where a `config.json` names no sequence classifier among its architectures."""
-    if not has_head(architectures):
+def require_head(model: str, folder: Path) -> None:
+    """Raise `BackboneError` where a folder's `config.json` names no sequence classifier among its architectures."""
+    if not has_head(read_json(folder / "config.json").get("architectures")):
         raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
 
 
