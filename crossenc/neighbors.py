@@ -46,8 +46,7 @@ def embed(texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed
     missing = [number for number in range(len(starts)) if number not in parts]
     if missing:
         model = _load(retriever)
-        done = sum(min(BLOCK, len(texts) - start) for number, start in enumerate(starts) if number in parts)
-        with progress(what, len(texts), done) as advance:
+        with progress(what, len(texts), BLOCK * (len(starts) - len(missing))) as advance:
             for number in missing:
                 block = list(texts[starts[number] : starts[number] + BLOCK])
                 found = model.encode(block, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
