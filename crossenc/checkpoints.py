@@ -46,7 +46,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, by average precision on the dev pairs after each validation.
 
-    Lightning forgets what was best so far when the run's folder was moved; here the paths follow it.
+    Lightning forgets what was best so far when the run's folder was moved; here the paths follow it. A run that goes on
+    from a checkpoint of another chooses its own best.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,6 +65,9 @@ class BestCheckpoint(ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
+        best = here(state_dict["best_model_path"])
+        if best and not Path(best).is_file():
+            return
         paths = ("best_model_path", "kth_best_model_path", "last_model_path")
         moved: dict[str, Any] = {name: here(state_dict[name]) for name in paths}
         moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}

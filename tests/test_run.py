@@ -12,12 +12,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
+from crossenc import data
+from crossenc.backbone import load_tokenizer
 from crossenc.calibration import sigmoid
 from crossenc.cli import main
 from crossenc.exporting import score_pairs
@@ -64,6 +68,17 @@ def test_ckpt_path_last_goes_on_with_the_run(trained: Path, tmp_path: Path):
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] > 6
     assert (folder / "metrics.csv").is_file()
     assert (folder / "metrics-1.csv").read_text() == first_log
+    second_log = (folder / "metrics.csv").read_text()
+    assert main(["fit", *config, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    assert [(folder / f"metrics-{number}.csv").read_text() for number in (1, 2)] == [first_log, second_log]
+
+
+def test_a_checkpoint_of_another_run_is_only_read(trained: Path, tmp_path: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    where = ["--output", str(tmp_path), "--run", "other", "--ckpt_path", str(trained / "last.ckpt")]
+    assert main(["fit", "--config", str(trained / "config.yaml"), *where, "--trainer.max_epochs", "2"]) == 0
+    assert (tmp_path / "other" / "best.ckpt").is_file()  # its own, however good the other run's is
+    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
 def test_validate_and_test_repeat_the_fits_figures(trained: Path):
@@ -146,6 +161,27 @@ def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]
     named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": backbone, "output": output}
     named |= {"trainer.precision": "32-true", "trainer.accelerator": "cpu"}
     return ["fit", *(f"--{name}={value}" for name, value in named.items()), *more]
+
+
+def test_the_models_options_reach_the_data(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "load_tokenizer", lambda *given: seen.append(given) or load_tokenizer(given[0]))
+    options = ["--model.symmetric=true", "--model.consistency=1", "--model.revision=some", "--trainer.max_steps=1"]
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options, "--data.val_size=0", "--data.test_size=0")) == 0
+    plan = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["PairDataModule"]["plan"]
+    assert (plan["symmetric"], plan["twice"]) == (True, True)
+    assert seen == [(str(tiny_backbone), False, "some")]
+
+
+def test_a_logger_of_the_users_stands_beside_and_examples_are_scored(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys
+):
+    options = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'own'}", "--trainer.max_steps=1"]
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options, "--examples=[[one text, another]]")) == 0
+    assert list((tmp_path / "own").rglob("metrics.csv"))
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    (score,) = score_pairs(tmp_path / "run" / "model", [("one text", "another")])
+    assert f"scores that it gives:\n  {score:.3f}  one text | another\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -243,6 +279,7 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.overfit_batches=2"], "set --data.limit instead"),
         (["--trainer.strategy=ddp_spawn"], "use ddp"),
         (["--trainer.accelerator=abacus"], "trainer: "),
+        (["--trainer.val_check_interval=2.5"], "val_check_interval"),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "there is no schedule 'cosine_with_min_lr'"),
         (["--model.weight_decay=-1"], "model.warmup and weight_decay must be"),
@@ -269,10 +306,18 @@ def validated(folder: Path) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file) if row.get("val/f1")]
 
 
+class AsksForAStop(Callback):
+    """At the first batch, as one that stops early may."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
         (["--trainer.max_epochs=2", "--trainer.min_epochs=2"], [23]),
+        (["--trainer.max_epochs=4", "--trainer.min_epochs=2", f"--trainer.callbacks={__name__}.AsksForAStop"], [23]),
         (["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=6"], [1, 2]),  # not within a step
         (["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0"], []),
     ],
