@@ -9,8 +9,10 @@ import pty
 import re
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
@@ -86,3 +88,50 @@ def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(pairs_file: Path, tiny_b
     assert re.search(r"Epoch 0/0 .*12/12", text)
     assert re.search(r"loss: +\d\.\d+ +lr: +\d\.\d\de-\d\d +pairs_per_second: +\d+", text)
     assert "arning" not in text
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, *seconds: int) -> None:
+    """A clock that tells these, or is four seconds further on whenever it is looked at."""
+    ticks = iter(seconds or count(100, 4))
+    time = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=lambda: next(ticks))
+    monkeypatch.setattr(callbacks, "time", time)
+
+
+def test_the_plain_log_has_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    clock(monkeypatch)
+    figures = {"train/loss": 0.5, "train/lr": 1e-5, "train/pairs_per_second": 9.0}
+    trainer: Any = SimpleNamespace(progress_bar_metrics=figures, global_step=1, estimated_stepping_batches=12)
+    module: Any = None
+    progress = callbacks.PlainProgress()
+    with caplog.at_level(logging.INFO, logger="crossenc"):
+        for batch in range(7):  # 24 seconds
+            progress.on_train_batch_end(trainer, module, None, None, batch)
+    assert len(caplog.messages) == 3
+
+
+def test_speed_is_that_of_all_devices_without_validation_and_counts_a_pair_once(monkeypatch: pytest.MonkeyPatch):
+    clock(monkeypatch, 100, 200, 250, 260)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1e-5}])
+    trainer: Any = SimpleNamespace(world_size=4, sanity_checking=False, training=True, optimizers=[optimizer])
+    told: dict[str, float] = {}
+    settings = {"consistency": 1.0, "head_rate": 1.0}
+    module: Any = SimpleNamespace(hparams=settings, log=lambda name, value, **_: told.update({name: value}))
+    speed = callbacks.TrainSpeed()
+    speed.on_train_start(trainer, module)
+    speed.on_validation_start(trainer, module)
+    speed.on_validation_end(trainer, module)
+    speed.on_train_batch_end(trainer, module, None, {"label": range(10)}, 9)  # five pairs twice, in 110 seconds of 160
+    assert told["train/pairs_per_second"] == pytest.approx(20 / 110)
+
+
+def test_cost_is_that_of_all_parts_of_a_run(monkeypatch: pytest.MonkeyPatch):
+    clock(monkeypatch, 100, 110, 120)
+    monkeypatch.setattr(callbacks, "find_spec", lambda name: None)
+    trainer: Any = None
+    cost = callbacks.Cost()
+    cost.load_state_dict({"seconds": 1000.0, "energy_kwh": 2.0})
+    cost.on_train_start(trainer, trainer)
+    cost.tracker = SimpleNamespace(start_task=lambda: None, stop_task=lambda: SimpleNamespace(energy_consumed=0.5))
+    assert cost.state_dict() == {"seconds": 1010, "energy_kwh": 2.5}
+    cost.on_train_end(trainer, trainer)
+    assert cost.state_dict() == {"seconds": 1020, "energy_kwh": 3}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from crossenc import export
-from crossenc.card import is_hub_id, worst_errors
+from crossenc.card import is_hub_id, worst_errors, write_card
 from crossenc.cli import main
 from crossenc.records import read_scores
 
@@ -35,6 +37,8 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     assert "| weight_decay | 0.0 |" in card.text
     assert "| duration | " in card.text
     assert "| hardware | " in card.text
+    assert "| steps | 6 |" in card.text
+    assert "| epochs | 1 |" in card.text
     assert f"torch {torch.__version__}" in card.text
     assert f"Of 6 test pairs, {100 * figures['test/duplicates']:.1f} % of them duplicates" in card.text
     assert str(trained.parent) not in card.text
@@ -119,6 +123,7 @@ def test_the_surest_errors_come_first_and_break_no_table():
     assert found[1][2] == "a \\| b c \\<b\\>"
     assert len(found[0][3]) == 200
     assert len(worst_errors(columns, threshold=0.5, count=1)) == 1
+    assert worst_errors({"label": [1], "score": [0.5], "text_a": ["a"], "text_b": ["b"]}, threshold=0.5) == []
 
 
 @pytest.mark.parametrize(
@@ -136,3 +141,60 @@ def test_the_surest_errors_come_first_and_break_no_table():
 )
 def test_only_hub_ids_are_named_as_such(name: str, on_hub: bool):
     assert is_hub_id(name) == on_hub
+
+
+def test_a_folder_that_is_there_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_id("owner/name")
+
+
+def made(folder: Path, calibration: list[float], **figures: float) -> Any:
+    """The card of a checkpoint with these figures on test pairs, and with ONNX files."""
+    from huggingface_hub import ModelCard
+
+    data = {
+        "source": "owner/name:train",
+        "sources": {"val": "owner/name:train", "test": "other.csv"},
+        "subset": None,
+        "split": "question",
+        "rows": {"train": 800, "val": 100, "test": 1000},
+        "duplicates": {"train": 0.4, "val": 0.4, "test": 0.4},
+        "transitive": True,
+        "plan": {"batch_size": 8, "batch_by": "pairs", "window": 1, "seed": 42},
+    }
+    checkpoint = {
+        "hyper_parameters": {"backbone": "/models/mine", "max_length": None},
+        "PairDataModule": data,
+        "crossenc": {"calibration": calibration, "threshold": 0.25, "training": {}},
+        "callbacks": {"Cost": {"seconds": 120.0}},
+        "global_step": 100,
+        "epoch": 0,
+    }
+    told = {f"test/{name}": value for name, value in figures.items()}
+    told |= {f"test_unseen/{name}": value for name, value in figures.items()}
+    onnx = {"rows": 100, "onnx": 0.9, "onnx-int8": 0.875, "difference": 0.1}
+    write_card(folder, "mine", checkpoint, told, 128, {}, onnx=onnx)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
+    shares = {"accuracy": 0.9, "recall": 0.8, "precision": 0.7, "average_precision": 0.6}
+    bounds = {f"{name}_{end}": shares[name] + by for name in shares for end, by in (("low", -0.05), ("high", 0.05))}
+    best = {"precision_best": 0.75, "recall_best": 0.85, "roc_auc": math.nan}
+    card = made(tmp_path, [2.0, 0.1], rows=1000, duplicates=0.4, swap_flips=3, **shares, **bounds, **best)
+    assert "it decides 90.0 % (85.0 to 95.0) rightly; it finds 80.0 % (75.0 to 85.0) of the duplicates" in card.text
+    assert "and 70.0 % (65.0 to 75.0) of those that it calls so are. Its average precision is 60.0 %" in card.text
+    assert "changes 3 of the decisions" in card.text
+    assert "| precision, own best | 0.7500 |" in card.text
+    assert "| recall, own best | 0.8500 |" in card.text
+    assert "of 0.2500 or more means a duplicate" in card.text
+    assert "Scores are calibrated" in card.text
+    assert "Scores are calibrated" not in made(tmp_path, [1.0, 0.0]).text
+    assert "Pairs of more than 128 tokens are cut" in card.text
+    assert "| duration | 2.0 minutes |" in card.text
+    assert "| transitive | True |" in card.text
+    assert "a change of -0.0250" in card.text
+    assert (card.data.base_model, card.data.datasets) == (None, ["owner/name"])  # ids on the Hub only
+    assert {result.dataset_type for result in card.data.eval_results} == {"other.csv"}
+    assert not [result for result in card.data.eval_results if math.isnan(result.metric_value)]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jsonargparse import ArgumentParser
 
+from crossenc import __version__, cli
 from crossenc.cli import COMMANDS, main
+from crossenc.errors import CheckpointError
 
 from .conftest import BACKBONE, run_all
 
@@ -46,6 +51,78 @@ def test_the_module_ends_bad_input_in_one_line_without_traceback(tmp_path: Path)
         command, capture_output=True, text=True, check=False, env={**os.environ, "CROSSENC_DEBUG": "1"}
     )
     assert "Traceback" in done.stderr
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(CheckpointError):
+        main(["export", "gone.ckpt", "out", "--debug"])
+
+
+def test_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def interrupted_twice() -> None:
+    """As Lightning makes a SystemExit of Ctrl-C."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "said"),
+    [
+        (lambda: throw(OSError(28, "No space left on device")), 2, "crossenc export: error: [Errno 28] No space left"),
+        (lambda: throw(KeyboardInterrupt()), 130, ""),
+        (interrupted_twice, 130, ""),
+    ],
+)
+def test_how_a_command_may_end(monkeypatch: pytest.MonkeyPatch, capsys, does: Any, code: int, said: str):
+    monkeypatch.setitem(cli.COMMANDS, "export", ("", lambda *_: does()))
+    assert main(["export"]) == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_sigterm_ends_a_command_with_its_code(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(cli.COMMANDS, "score", ("", lambda *_: signal.raise_signal(signal.SIGTERM)))
+    with pytest.raises(SystemExit) as stop:
+        main(["score"])
+    assert stop.value.code == 143
+
+
+def process_that(does: str) -> list[str]:
+    """The words of a process whose command does this."""
+    code = f"import sys; from crossenc import cli; cli.COMMANDS['export'] = ('', lambda *_: {does}); "
+    return [sys.executable, "-c", code + "sys.exit(cli.main(['export']))"]
+
+
+def test_a_reader_that_has_seen_enough_gets_no_complaint():
+    command = process_that("print('text', flush=True)")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_what_is_printed_into_a_file_is_utf_8():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(process_that(r"print('\u662f')"), capture_output=True, check=True, env=environment)
+    assert done.stdout == "是\n".encode()
+
+
+def test_options_may_have_dashes_and_flags_stand_alone_or_not():
+    parser = ArgumentParser()
+    for name, kind in {"first": str, "--int8": bool, "--on_x": bool, "--dev": str, "--val_size": str}.items():
+        parser.add_argument(name, type=kind)
+    words = ["a-b", "--int8", "--on-x", "false", "--dev", "c-d", "--val-size=e-f"]
+    expected = {"first": "a-b", "int8": True, "on_x": False, "dev": "c-d", "val_size": "e-f"}
+    assert cli._parse(parser, words, {"--int8", "--on_x"}) == expected
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("fit", "validate", "test", "predict")])
@@ -94,6 +171,13 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(capsys, write, tmp_path:
     assert said in line
     assert str(path) in line
     assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_that_cannot_be_read_is_one_line(capsys, write, tmp_path: Path, command: str):
+    path = write("bad.ckpt", "nothing")
+    arguments = ["--data.source", "sample", "--model.backbone", BACKBONE, "--output", str(tmp_path / "runs")]
+    assert "is no checkpoint that can be read" in fail(capsys, command, *arguments, "--ckpt_path", str(path))
 
 
 def test_an_output_that_cannot_be_written_is_one_line(capsys, tmp_path: Path):

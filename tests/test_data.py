@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 
 from crossenc import PairDataModule
-from crossenc.errors import DataError, UsageError
+from crossenc.errors import CheckpointError, DataError, UsageError
 
 from .conftest import BACKBONE
 
@@ -32,6 +36,7 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
     assert rows_of(one) == {"train": 50, "val": 50}
     by_question = PairDataModule(str(pairs_file), split="question", val_size=0.1, test_size=0.1, **make)
     assert sum(rows_of(by_question).values()) == 60
+    assert by_question.unseen("val", np.array(by_question.tables["val"]["row"][:])).all()
     (tmp_path / "train.csv").write_text(pairs_file.read_text())
     (tmp_path / "dev.csv").write_text(pairs_file.read_text())
     assert rows_of(PairDataModule(str(tmp_path), **make)) == {"train": 60, "val": 60}
@@ -53,8 +58,9 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
     assert later.unseen("val", np.arange(4)).any()
     with pytest.raises(DataError, match="leaves no test pairs"):
         one.test_dataloader()
-    with pytest.raises(UsageError, match=r"data\.batch_size"):
-        PairDataModule(batch_size=0, **make)
+    for name in ("batch_size", "window", "eval_tokens", "num_proc", "limit"):
+        with pytest.raises(UsageError, match=rf"data\.{name} 0 is not at least 1"):
+            PairDataModule(**{name: 0}, **make)
     for name in ("split", "batch_by", "on_mismatch"):
         with pytest.raises(UsageError, match=rf"data\.{name} 'questions' is not one of"):
             PairDataModule(**{name: "questions"}, **make)
@@ -69,6 +75,10 @@ def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file
         return torch.cat([batch["row"] for batch in data.train_dataloader()]).tolist()
 
     assert order(1) == order(1) != order(2)
+    for changed in ({"window": 4}, {"batch_by": "tokens"}):
+        other = PairDataModule(str(pairs_file), batch_size=7, backbone=BACKBONE, **changed)
+        other.setup("fit")
+        assert torch.cat([batch["row"] for batch in other.train_dataloader()]).tolist() != order(2)
     assert sorted(order(1)) == list(range(12, 60))
     for batch in data.train_dataloader():
         assert sum(pairs for pairs, _ in batch["pieces"]) == len(batch["row"]) == len(batch["label"])
@@ -76,3 +86,59 @@ def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file
     for batch in data.val_dataloader():
         # In evaluation a CPU computes text only: each piece holds pairs of one length.
         assert sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
+
+
+def trainer(function: TrainerFn = TrainerFn.FITTING, **settings: int) -> Any:
+    """As much of one as the data module asks for."""
+    state = SimpleNamespace(fn=function)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    settings = {"global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1, **settings}
+    return SimpleNamespace(state=state, strategy=strategy, **settings)
+
+
+def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write):
+    def made(source: Path = pairs_file, accumulated: int = 1, **settings: Any) -> PairDataModule:
+        data = PairDataModule(str(source), backbone=BACKBONE, **settings)
+        data.trainer = trainer(accumulate_grad_batches=accumulated)
+        data.setup("fit")
+        return data
+
+    before = made().state_dict()
+    made().load_state_dict(before)
+    text = pairs_file.read_text()
+    labels = write("labels.csv", text[::-1].replace("1\n"[::-1], "0\n"[::-1], 5)[::-1])  # the last ones are others
+    for other, said in (
+        (made(accumulated=2), r"accumulated batches 1 \(now 2\)"),
+        (made(symmetric=True), r"symmetric False \(now True\)"),
+        (made(twice=True), r"twice False \(now True\)"),
+        (made(labels), "training tokens"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            other.load_state_dict(before)
+
+
+def test_pairs_that_follow_from_others_are_added_where_it_is_asked_for(write):
+    source = write("pairs.csv", "question1,question2,label\na,b,1\nb,c,1\n")
+    settings = {"val_size": 0, "test_size": 0, "backbone": BACKBONE}
+    found = [rows_of(PairDataModule(str(source), transitive=asked, **settings)) for asked in (False, True)]
+    assert found == [{"train": 2}, {"train": 3}]
+
+
+def test_predict_needs_no_labels_and_takes_named_columns(write):
+    data = PairDataModule(str(write("pairs.csv", "left,right\na,b\n")), columns={"text_a": "left", "text_b": "right"},
+                          backbone=BACKBONE)  # fmt: skip
+    data.trainer = trainer(TrainerFn.PREDICTING)
+    data.setup("predict")
+    assert len(data.encoded["predict"]) == 1
+
+
+def test_what_is_cut_is_told_and_what_cannot_be_trained_is_refused(pairs_file: Path, caplog: pytest.LogCaptureFixture):
+    data = PairDataModule(str(pairs_file), max_length=16, backbone=BACKBONE)
+    with caplog.at_level(logging.INFO, logger="crossenc"):
+        data.setup("fit")
+    assert "train pairs are longer than 16 tokens and are cut" in caplog.text
+    data.trainer = trainer(world_size=7)
+    with pytest.raises(DataError, match="6 val pairs are too few for 7 devices"):
+        data.val_dataloader()
+    with pytest.raises(DataError, match="there are no training pairs"):
+        PairDataModule("", val_source=str(pairs_file), backbone=BACKBONE).setup("fit")

@@ -82,6 +82,8 @@ def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str
         logits = in_order(batch, pair_logits(model, batch))
         assert torch.allclose(logits, expected, atol=1e-5), cost
         assert torch.allclose(gradients(model, logits), expected_gradients, atol=1e-5), cost
+        with torch.no_grad():  # padded pieces too, as a GPU's evaluation has them
+            assert torch.allclose(in_order(batch, pair_logits(model, batch)), expected, atol=1e-5), cost
         # With its attention exchanged it is given padded pieces.
         assert torch.allclose(in_order(batch, pair_logits(plain, batch)), expected, atol=1e-5), cost
     single = [pair_logits(model, collate([pair], backbones[family])) for pair in PAIRS[-3:]]
@@ -141,7 +143,7 @@ def test_dropout_of_the_attention_is_the_plain_models(cost: int):
     assert torch.allclose(firsts, every[batch["starts"]], atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
 def test_every_dropout_of_the_model_is_there_while_it_trains(family: str, backbones: dict[str, str]):
     model = load_model(backbones[family])
     batch = collate(PAIRS, backbones[family])
@@ -181,3 +183,26 @@ def test_padding_on_the_left_is_the_models_own(backbones: dict[str, str], tmp_pa
     logits = in_order(batch, pair_logits(model, batch))
     assert torch.allclose(logits, model(**expected).logits[:, 0], atol=1e-5)
     assert piece_cost("electra", "cpu") > piece_cost("bert", "cpu", training=True) > piece_cost("bert", "cpu")
+
+
+def test_padding_is_zeros():
+    packing = Packing([(2, 2)], torch.tensor([0, 2]), torch.tensor([0, 1, 2]))
+    torch.use_deterministic_algorithms(True)  # with which what nobody writes is NaN
+    try:
+        assert packing.spread(torch.ones(3, 1)).flatten().tolist() == [1, 1, 1, 0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # the CPU's kernel only
+def test_one_kernel_for_all_pairs_drops_as_much():
+    """And scales as it is asked to."""
+    torch.manual_seed(0)
+    starts, bounds = torch.arange(0, 600, 20), torch.arange(0, 601, 20)
+    pieces, (query, key) = [(30, 20)], torch.randn(2, 600, 3, 8)
+    plain, ragged = Packing(pieces, starts, None), Packing(pieces, starts, None, bounds)
+    found = attend_packed(query, key, torch.ones(600, 3, 8), ragged, dropout=0.3)
+    assert found.mean().item() == pytest.approx(1, abs=0.05)
+    assert found.std() > 0.05
+    one, other = (attend_packed(query, key, key, packing, scaling=0.1) for packing in (plain, ragged))
+    assert torch.allclose(one, other, atol=1e-6)

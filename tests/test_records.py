@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossenc.records import read_figures, read_scores, read_sources, write_figures, write_scores
+from crossenc.records import is_evaluation, read_figures, read_scores, read_sources, write_figures, write_scores
 
 
 def test_metrics_json_keeps_figures_of_its_checkpoint_only(tmp_path: Path):
@@ -38,3 +38,15 @@ def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
     assert read_scores(tmp_path / "best.ckpt") == {}
     assert list(read_scores(tmp_path / "last.ckpt")) == ["test"]
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_only_a_report_of_its_own_counts_as_an_evaluation(tmp_path: Path):
+    assert not is_evaluation(tmp_path)
+    write_figures(tmp_path, None, {"val/f1": 0.5})
+    assert is_evaluation(tmp_path)
+    for name in ("config.yaml", "config.json"):  # a run's, a model's
+        (tmp_path / name).touch()
+        assert not is_evaluation(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "metrics.json").write_text('{"f1": 0.5}')  # some other tool's
+    assert not is_evaluation(tmp_path)

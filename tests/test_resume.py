@@ -128,6 +128,10 @@ def test_killed_runs_end_with_the_same_bits(how: list[str]):
 def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path):
     average = ["--trainer.max_epochs=4", "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
     assert main([*fit(options, tmp_path / "whole"), *average]) == 0
+    run = tmp_path / "whole" / "run"
+    figures = json.loads((run / "metrics.json").read_text())
+    assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "best"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["test/loss"] == pytest.approx(figures["test/loss"], abs=1e-6)
     command = [*fit(options, tmp_path / "killed", ckpt_path="last"), *average]
     last = tmp_path / "killed" / "run" / "last.ckpt"
     with start(command) as process:
@@ -308,11 +312,19 @@ def test_all_processes_must_find_the_checkpoint(monkeypatch: pytest.MonkeyPatch)
         checkpoints.LastCheckpoint().setup(trainer, None, "fit")
 
 
-def test_last_begins_a_run_that_is_not_there_yet(options: dict[str, Any], tmp_path: Path):
+def test_last_begins_a_run_that_is_not_there_yet(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     command = fit(options, tmp_path, trainer__max_steps=1, ckpt_path="last")
     assert main(command) == 0
     assert main(command) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "killed").mkdir()  # before its first checkpoint
+    assert main(fit(options, tmp_path, run="killed", trainer__max_steps=1, ckpt_path="last")) == 0
+    monkeypatch.chdir(tmp_path)  # one path of it relative
+    where = {"run": "run", "trainer__max_steps": 2, "ckpt_path": tmp_path / "run" / "last.ckpt"}
+    assert main(fit(options, Path(), **where)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "run"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -412,6 +424,10 @@ def test_a_run_goes_on_with_the_same_only(
     [
         {"model__optimizer": "SGD"},
         {"model__learning_rate": 0.5},
+        {"model__weight_decay": 0.1},
+        {"model__layer_decay": 0.9},
+        {"model__head_rate": 2.0},
+        {"model__shared_segments": True},
         {"model__freeze_layers": 1},
         {"model__lora": "{r: 4}"},
     ],
