@@ -34,7 +34,7 @@ class TrainSpeed(Callback):
         self.paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:  # which comes before the training
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:  # which comes before the training
             self.since += time.perf_counter() - self.paused
 
     def on_train_batch_end(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from crossenc import CrossEncoderModule, PairDataModule, callbacks
 from crossenc.cli import main
@@ -112,7 +113,8 @@ def test_the_plain_log_has_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPa
 def test_speed_is_that_of_all_devices_without_validation_and_counts_a_pair_once(monkeypatch: pytest.MonkeyPatch):
     clock(monkeypatch, 100, 200, 250, 260)
     optimizer = SimpleNamespace(param_groups=[{"lr": 1e-5}])
-    trainer: Any = SimpleNamespace(world_size=4, sanity_checking=False, training=True, optimizers=[optimizer])
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer: Any = SimpleNamespace(world_size=4, sanity_checking=False, state=state, optimizers=[optimizer])
     told: dict[str, float] = {}
     settings = {"consistency": 1.0, "head_rate": 1.0}
     module: Any = SimpleNamespace(hparams=settings, log=lambda name, value, **_: told.update({name: value}))
