@@ -65,11 +65,10 @@ class BestCheckpoint(ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
-        best = here(state_dict["best_model_path"])
-        if best and not Path(best).is_file():
-            return
         paths = ("best_model_path", "kth_best_model_path", "last_model_path")
         moved: dict[str, Any] = {name: here(state_dict[name]) for name in paths}
+        if (best := moved["best_model_path"]) and not Path(best).is_file():
+            return
         moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **moved, "dirpath": self.dirpath})
 
@@ -119,7 +118,7 @@ class LastCheckpoint(Checkpoint):
     def _take_signals(self, trainer: Trainer) -> None:
         if self.handlers:
             return
-        slurm, cluster = "SLURM_JOB_ID" in os.environ, getattr(trainer.strategy, "cluster_environment", None)
+        slurm, cluster = "SLURM_JOB_ID" in os.environ, _cluster(trainer)
         taken = [] if slurm else [signal.SIGTERM, signal.SIGINT]
         if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue and cluster.requeue_signal is not None:
             taken = [cluster.requeue_signal]
@@ -167,8 +166,7 @@ class LastCheckpoint(Checkpoint):
     def _obey(self, trainer: Trainer, number: int) -> None:
         if not number:
             return
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, SLURMEnvironment):
+        if isinstance(_cluster(trainer), SLURMEnvironment):
             signal.signal(number, signal.SIG_IGN)  # a process may get it only now
             self.signal = 0
             self.handlers[number](number, None)
@@ -223,8 +221,13 @@ def command_to_go_on(trainer: Trainer) -> str:
 
 def _is_started_by_others(trainer: Trainer) -> bool:
     """Whether torchrun or a cluster has started the processes, and not Lightning."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment is not None and not isinstance(environment, LightningEnvironment)
+    cluster = _cluster(trainer)
+    return cluster is not None and not isinstance(cluster, LightningEnvironment)
+
+
+def _cluster(trainer: Trainer) -> Any:
+    """What tells each process which one it is; None where there is only one."""
+    return getattr(trainer.strategy, "cluster_environment", None)
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -53,11 +53,11 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
 def test_the_speed_of_training_is_without_validations(
     pairs_file: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(callbacks, "time", clock)
+    time = SimpleNamespace(now=0.0, perf_counter=lambda: time.now)
+    monkeypatch.setattr(callbacks, "time", time)
 
     def passes(seconds: float):
-        return lambda *_: setattr(clock, "now", clock.now + seconds)
+        return lambda *_: setattr(time, "now", time.now + seconds)
 
     module = CrossEncoderModule(tiny_backbone)
     module.on_train_batch_start, module.on_validation_epoch_start = passes(1), passes(1000)
