@@ -157,6 +157,9 @@ class PlainProgress(ProgressBar):
     def disable(self) -> None:
         self.enabled = False
 
+    def enable(self) -> None:
+        self.enabled = True
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

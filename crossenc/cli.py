@@ -270,7 +270,13 @@ def _set_up_terminal() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
     # Weights that were averaged in training are all that a checkpoint is evaluated by.
     warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the 'fit' stage")
-    warnings.filterwarnings("ignore", message=".*add the following callbacks: .*WeightAveraging")
+    warnings.filterwarnings("ignore", message=".*add the following callbacks: ")
+    # A checkpoint that is evaluated writes nothing.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    # What `--seed_everything true` drew stands in config.yaml.
+    warnings.filterwarnings("ignore", message="No seed found")
+    # The summary's sizes are those of 32 bits.
+    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
     # The module's configure_model shards where it is asked to, and makes no layers that an average would miss.
     warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides")
     # A run shorter than the logging interval is a short run and no mistake.

@@ -24,7 +24,7 @@ from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
 from .forward import base_model, can_pack, pair_logits
 from .graphs import GraphedModel
-from .metrics import PairMetrics, evaluation_figures, score_columns
+from .metrics import PairMetrics, Scored, evaluation_figures, score_columns
 from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter_groups, share_segments
 from .sharding import shard
 
@@ -214,7 +214,7 @@ class CrossEncoderModule(LightningModule):
         if self.trainer.sanity_checking:  # a look at two batches is no evaluation
             self.val_metrics.reset()
             return
-        scored, loss = self.val_metrics.gather()
+        scored, loss = self._gather(self.val_metrics)
         crossed, self.fitted = None, Calibration()
         layer = last_layer(self.model)
         if self.hparams["calibrate"] and layer is not None:
@@ -226,17 +226,25 @@ class CrossEncoderModule(LightningModule):
         if chosen:
             self.threshold = self.figures["val/threshold"]
         self.evaluated_step = self.trainer.global_step
-        self.val_metrics.reset()
 
     def on_test_epoch_end(self) -> None:
-        scored, loss = self.test_metrics.gather()
+        scored, loss = self._gather(self.test_metrics)
         # Never the test pairs' own best.
         self._report("test", score_columns(scored, self.calibration, self.fitted), self._fixed_threshold(), loss)
-        self.test_metrics.reset()
 
     def _fixed_threshold(self) -> float:
         """The threshold that dev pairs have chosen, or one half."""
         return 0.5 if self.threshold is None else self.threshold
+
+    def _gather(self, metrics: PairMetrics) -> tuple[Scored, float]:
+        scored, loss = metrics.gather()
+        metrics.reset()
+        if not scored.logits.isfinite().all():
+            raise UsageError(
+                f"the scores at step {self.trainer.global_step} are no numbers: training has diverged, or the weights "
+                "were damaged before; lower --model.learning_rate, or start from other weights"
+            )
+        return scored, loss
 
     def _report(self, split: str, columns: dict[str, NDArray[Any]], threshold: float | None, loss: float) -> None:
         figures = evaluation_figures(columns, threshold) | {"loss": loss}

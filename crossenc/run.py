@@ -14,12 +14,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -39,6 +41,7 @@ from .errors import CheckpointError, LostProcessError, UsageError, one_line
 from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
 from .loading import read_threshold
+from .metrics import evaluation_figures
 from .module import CrossEncoderModule
 from .parts import writing
 
@@ -66,6 +69,13 @@ _WHAT_IS_TRAINED = (
     "shared_segments",
     "lora",
 )
+
+# Callbacks that change what the module and the data module have fixed by then, and what does their work here.
+_UNFIT = {
+    "LearningRateFinder": "--model.learning_rate",
+    "BatchSizeFinder": "--data.batch_size",
+    "BackboneFinetuning": "--model.freeze_layers",
+}
 
 
 def native_precision(accelerator: str) -> str:
@@ -171,7 +181,12 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
         config = self.config[self.command]
-        asked_for = config.ckpt_path
+        asked_for, self.asked = config.ckpt_path, config.model.clone()
+        _check_trainer(self.command, config)
+        try:
+            parser.dump(self.config, skip_none=False)  # as the run will write it
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"the options cannot be written into config.yaml: {one_line(error)[:300]}") from error
         config.ckpt_path = self.checkpoint = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)
         if self.command == "fit":
@@ -186,10 +201,15 @@ class RunCLI(LightningCLI):
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
             native = "multiplies" if config.trainer.precision == "bf16-mixed" else "does not multiply"
             log.info("precision %s: this hardware %s bf16 itself", config.trainer.precision, native)
-        if config.trainer.overfit_batches:
-            raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
-        if any(way in str(config.trainer.strategy) for way in ("spawn", "fork", "notebook")):
-            raise UsageError("--trainer.strategy: what ddp_spawn and the like find stays in other processes; use ddp")
+        if self.command != "fit" and self.checkpoint:
+            own, usual = config.model, self._parser(self.command).get_defaults().model
+            for name, value in self.asked.items():
+                if value not in (own[name], usual[name]):
+                    log.info("model.%s is the checkpoint's own, %s (not %s)", name, own[name], value)
+        if self.command in ("validate", "test"):
+            config.verbose = False  # one table is enough
+        elif self.command == "predict":
+            config.return_predictions = True  # they go into the file
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             config.trainer.devices, config.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
@@ -201,11 +221,21 @@ class RunCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.folder)  # also where the config of another run names that run's
         log.info("run %s", self.folder)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ImportError, TypeError, ValueError) as error:  # of the user's loggers and callbacks, and the Trainer's
+            raise UsageError(one_line(error)) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run's loggers and callbacks; those of the user stand beside them."""
         given = self.config_init[self.command].trainer
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
-        kwargs["callbacks"] = [*callbacks, *self._callbacks(given)]
+        _check_callbacks(callbacks, given.strategy)
+        kwargs["callbacks"] = [*callbacks, *self._callbacks(given, callbacks)]
+        if given.profiler in ("simple", "advanced"):  # whose report Lightning would log, to where nobody reads it
+            kind = SimpleProfiler if given.profiler == "simple" else AdvancedProfiler
+            kwargs["profiler"] = kind(self.folder, "profile")
         if self.command == "fit" and given.logger is not False:
             if self.goes_on:
                 self.old_log = _set_aside(self.folder / "metrics.csv")
@@ -222,14 +252,11 @@ class RunCLI(LightningCLI):
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] * (given.plugins is not None)
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"trainer: {one_line(error)}") from error
+        return super().instantiate_trainer(**kwargs)
 
-    def _callbacks(self, given: Any) -> list[Any]:
+    def _callbacks(self, given: Any, users: list[Any]) -> list[Any]:
         callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd(), Pictures()] if self.command == "fit" else []
-        if given.enable_progress_bar is not False:
+        if given.enable_progress_bar is not False and not any(isinstance(own, ProgressBar) for own in users):
             # Every look at the loss makes a GPU wait.
             refresh = 10 if torch.cuda.is_available() else 1
             callbacks.append(TerminalProgress(refresh) if sys.stderr.isatty() else PlainProgress())
@@ -284,6 +311,9 @@ class RunCLI(LightningCLI):
             return
         if self.trainer.interrupted:
             return
+        done, planned = self.trainer.global_step, self.trainer.estimated_stepping_batches
+        if 0 < done < planned:
+            log.info("training ended at step %d of %s: max_time or a callback stopped it", done, planned)
         if not self.trainer.checkpoint_callbacks or not self.trainer.global_step:
             log.info("no step was taken, or no checkpoint is to be written: there is none to test and to export")
             discard_if_empty(self.folder)
@@ -293,6 +323,10 @@ class RunCLI(LightningCLI):
         best = chosen = next((callback.best_model_path for callback in ours), "")
         if not chosen:  # without validation no checkpoint was chosen
             best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
+            if not Path(best).is_file():  # it is another run's checkpoint, and nothing was left to train
+                if self.trainer.is_global_zero:
+                    (self.folder / "config.yaml").unlink(missing_ok=True)
+                raise CheckpointError(f"{self.checkpoint} has all of its training; raise --trainer.max_epochs")
         # Lightning's weight averaging would put the weights that are not averaged into a model that is evaluated now.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
@@ -347,10 +381,60 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
         return str(newest)
     if config.ckpt_path in ("best", "last"):
         path = home / f"{config.ckpt_path}.ckpt"
+    if path.is_dir():
+        raise CheckpointError(f"--ckpt_path {path} is a folder; name a checkpoint in it, such as {path / 'best.ckpt'}")
     if not path.is_file():
         raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
     read_checkpoint(path, mmap=True)
     return str(path)
+
+
+def _check_trainer(command: str, config: Any) -> None:
+    """Refuse what does not go with crossenc, or mend what Lightning's own defaults would have made of it.
+
+    Raises:
+        UsageError: an option of the Trainer, or the seed.
+    """
+    trainer, seed = config.trainer, config.seed_everything
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise UsageError(f"--seed_everything {seed} is not from 0 to {2**32 - 1}, nor true or false")
+    if trainer.overfit_batches:
+        raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
+    if any(way in str(trainer.strategy) for way in ("spawn", "fork", "notebook")):
+        raise UsageError("--trainer.strategy: what ddp_spawn and the like find stays in other processes; use ddp")
+    evaluated = {"validate": "val"}.get(command, command)
+    for name in ("val", "test", "predict"):
+        limit = trainer[f"limit_{name}_batches"]
+        whole = limit is None or (isinstance(limit, float) and limit == 1)
+        if not whole and (limit or name == evaluated):  # batches are of like length, and the longest come first
+            raise UsageError(f"--trainer.limit_{name}_batches would take the longest pairs; set --data.limit instead")
+    if trainer.accumulate_grad_batches < 1:
+        raise UsageError("--trainer.accumulate_grad_batches must be at least 1")
+    if trainer.val_check_interval == 0:
+        raise UsageError("--trainer.val_check_interval must be above 0; for no validation set --data.val_size 0")
+    # Lightning's default of 1 is not ours, so that one of the two alone says what it says there.
+    if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float):
+        trainer.check_val_every_n_epoch = 1
+    elif trainer.check_val_every_n_epoch and trainer.val_check_interval == TRAINER_DEFAULTS["val_check_interval"]:
+        trainer.val_check_interval = 1.0
+        log.info("validation at the end of every %d epochs", trainer.check_val_every_n_epoch)
+
+
+def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
+    """Refuse callbacks that cannot work, before a run ends in them hours later; raises `UsageError`."""
+    some = dict.fromkeys(("label", "score", "score_raw", "score_crossed"), np.array([0.0, 1.0]))
+    logged = [f"val/{name}" for name in ("loss", *evaluation_figures(some))]
+    for callback in callbacks:
+        name = type(callback).__name__
+        if name in _UNFIT:
+            raise UsageError(f"{name} does not go with crossenc; set {_UNFIT[name]}")
+        if isinstance(callback, WeightAveraging) and strategy == "fsdp":
+            raise UsageError(f"{name} does not go with --trainer.strategy fsdp, whose weights are shared; use ddp")
+        monitor = getattr(callback, "monitor", None)
+        # A callback of the user's own may log figures of its own.
+        known = all(type(other).__module__.startswith("lightning.") for other in callbacks)
+        if known and monitor and monitor not in (*logged, "train/loss", "train/lr", "train/pairs_per_second"):
+            raise UsageError(f"{name}: there is no metric {monitor}; choose one of {', '.join(logged)}")
 
 
 def _run_folder(config: Any) -> tuple[Path, bool]:

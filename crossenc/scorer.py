@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backbone import load_tokenizer, resolve_max_length
-from .errors import CrossencError, LostProcessError, UsageError, require_choice
+from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require_choice
 from .loading import find, fingerprint, load
 from .onnx_model import OnnxModel
 
@@ -113,6 +113,11 @@ class Scorer:
     def logits(self, prepared: tuple[int, list[Any]]) -> Logits:
         """The logits of a chunk, in its order; the mean of both orders where both were asked for."""
         logits = self.compute(*prepared)
+        if not np.isfinite(logits).all():
+            raise BackboneError(
+                f"{self.scoring.model} gives some pairs no number: its weights are damaged, or too large for "
+                f"{self.scoring.backend} in {self.scoring.precision}"
+            )
         return logits.reshape(2, -1).mean(0) if self.scoring.both_orders else logits
 
     def _by_torch(self, count: int, batches: list[Any]) -> Logits:

@@ -81,18 +81,21 @@ def test_a_checkpoint_of_another_run_is_only_read(trained: Path, tmp_path: Path)
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
-def test_validate_and_test_repeat_the_fits_figures(trained: Path):
+def test_validate_and_test_repeat_the_fits_figures(trained: Path, capsys):
     before = json.loads((trained / "metrics.json").read_text())
     where = ["--ckpt_path", "best", "--config", str(trained / "config.yaml")]
     for command in ("validate", "test"):
         assert main([command, *where]) == 0
+        assert "Test metric" not in capsys.readouterr().out  # no table of Lightning's beside ours
         after = json.loads((trained / "metrics.json").read_text())
         assert after == {key: pytest.approx(value, abs=1e-6) for key, value in before.items()}
 
 
-def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pairs_file: Path):
+def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pairs_file: Path, caplog):
     config = ["--config", str(trained / "config.yaml"), "--ckpt_path", "best", "--trainer.precision", "32-true"]
-    assert main(["predict", *config]) == 0
+    with caplog.at_level("INFO", logger="crossenc"):
+        assert main(["predict", *config, "--return_predictions", "false", "--model.max_length", "8"]) == 0
+    assert "model.max_length is the checkpoint's own, None (not 8)" in caplog.messages
     with (trained / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     with pairs_file.open() as file:
@@ -187,9 +190,9 @@ def test_a_logger_of_the_users_stands_beside_and_examples_are_scored(
 @pytest.mark.parametrize(
     "limits",
     [
-        ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=2", "--data.eval_tokens=100"],
         ["--trainer.val_check_interval=00:00:00:01"],
-        ["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0", "--trainer.max_epochs=3"],
+        ["--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3"],
+        ["--trainer.val_check_interval=0.5"],
         ["--data.val_size=1", "--data.test_size=1"],
         ["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_algorithm=value"],
         ["--trainer.callbacks+=ModelCheckpoint"],
@@ -202,7 +205,7 @@ def test_evaluations_may_be_short_rare_and_timed(
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 1 <= figures["val/rows"] <= 6
     assert 1 <= figures["test/rows"] <= 6
-    assert (figures["test/rows"] < 6) == ("limit" in limits[0] or "size" in limits[0])
+    assert (figures["test/rows"] < 6) == ("size" in limits[0])
     assert figures["checkpoint"] == "best.ckpt"
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
 
@@ -278,7 +281,25 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--examples=[[one]]"], "examples"),
         (["--trainer.overfit_batches=2"], "set --data.limit instead"),
         (["--trainer.strategy=ddp_spawn"], "use ddp"),
-        (["--trainer.accelerator=abacus"], "trainer: "),
+        (["--trainer.accelerator=abacus"], "abacus"),
+        (["--trainer.precision=transformer-engine"], "transformer_engine"),
+        (["--trainer.limit_val_batches=2"], "would take the longest pairs; set --data.limit"),
+        (["--trainer.limit_test_batches=0.5"], "would take the longest pairs; set --data.limit"),
+        (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1"),
+        (["--trainer.val_check_interval=0"], "val_check_interval must be above 0"),
+        (["--seed_everything=-1"], "--seed_everything -1 is not from 0 to 4294967295"),
+        (["--trainer.logger=WandbLogger"], "wandb"),
+        (["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:01:00"], "cannot be written"),
+        (
+            ["--trainer.callbacks+=LearningRateFinder"],
+            "LearningRateFinder does not go with crossenc; set --model.learn",
+        ),
+        (["--trainer.callbacks+=BackboneFinetuning"], "set --model.freeze_layers"),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
+            "choose one of val/loss, val/av",
+        ),
+        (["--trainer.callbacks+=EMAWeightAveraging", "--trainer.strategy=fsdp"], "whose weights are shared; use ddp"),
         (["--trainer.val_check_interval=2.5"], "val_check_interval"),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "there is no schedule 'cosine_with_min_lr'"),
@@ -291,6 +312,35 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
 ):
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_that_diverges_ends_in_one_line(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys):
+    options = ["--model.learning_rate=1e10", "--trainer.val_check_interval=2"]
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 2
+    assert re.search(r"step \d+ are no numbers: training has diverged", capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "run" / "best.ckpt").exists()
+
+
+def test_bars_profilers_and_an_early_stop_are_lightnings(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    stop += ["--trainer.callbacks.divergence_threshold=0", "--trainer.val_check_interval=4"]
+    with caplog.at_level("INFO", logger="crossenc"):
+        options = [*stop, "--trainer.callbacks+=TQDMProgressBar", "--trainer.profiler=simple"]
+        assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
+    assert "training ended at step 4 of 12: max_time or a callback stopped it" in caplog.messages
+    assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_a_finished_run_of_another_name_is_not_gone_on_with(trained: Path, tmp_path: Path, capsys):
+    config, last = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path)], trained / "last.ckpt"
+    assert main(["fit", *config, "--ckpt_path", str(last), "--run", "new"]) == 2
+    assert f"{last} has all of its training; raise --trainer.max_epochs" in capsys.readouterr().err
+    assert main(["fit", *config, "--ckpt_path", str(trained)]) == 2
+    assert f"is a folder; name a checkpoint in it, such as {trained / 'best.ckpt'}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
