@@ -63,29 +63,29 @@ It was made from `{{ backbone }}` with crossenc {{ version }}.
 ```python
 from sentence_transformers import CrossEncoder
 
-model = CrossEncoder("{{ name }}")
+model = CrossEncoder("{{ place }}")
 scores = model.predict([("How do I learn to swim?", "What is the best way to learn swimming?")])
 ```
 
 ```python
 from transformers import pipeline
 
-scorer = pipeline("text-classification", model="{{ name }}")
+scorer = pipeline("text-classification", model="{{ place }}")
 scorer({"text": "How do I learn to swim?", "text_pair": "What is the best way to learn swimming?"})
 ```
 
 Both give the score after the sigmoid. A file of pairs of any size is scored by
-`python -m crossenc score {{ name }} pairs.csv scores.csv`. Others read it too:
+`python -m crossenc score {{ place }} pairs.csv scores.csv`. Others read it too:
 
 | reader | how | what it gives |
 |---|---|---|
-| transformers | `AutoModelForSequenceClassification.from_pretrained("{{ name }}")` | logit |
-| LangChain | `HuggingFaceCrossEncoder(model_name="{{ name }}")` | score |
-| Haystack | `SentenceTransformersSimilarityRanker(model="{{ name }}")` | score |
-| LlamaIndex | `SentenceTransformerRerank(model="{{ name }}")` | score |
-| rerankers | `Reranker("{{ name }}", model_type="cross-encoder")` | logit |
-| text-embeddings-inference | `text-embeddings-router --model-id {{ name }}`, then `/rerank` | score |
-| vLLM | `vllm serve {{ name }}`, then `/score` | score |
+| transformers | `AutoModelForSequenceClassification.from_pretrained("{{ place }}")` | logit |
+| LangChain | `HuggingFaceCrossEncoder(model_name="{{ place }}")` | score |
+| Haystack | `SentenceTransformersSimilarityRanker(model="{{ place }}")` | score |
+| LlamaIndex | `SentenceTransformerRerank(model="{{ place }}")` | score |
+| rerankers | `Reranker("{{ place }}", model_type="cross-encoder")` | logit |
+| text-embeddings-inference | `text-embeddings-router --model-id {{ place }}`, then `/rerank` | score |
+| vLLM | `vllm serve {{ place }}`, then `/score` | score |
 
 {% if threshold is not none -%}
 A score of {{ "%.4f" | format(threshold) }} or more means a duplicate: the threshold with the best F1 on the dev pairs.
@@ -116,7 +116,7 @@ Pairs of more than {{ max_length }} tokens are cut.
 `onnx/model.onnx` gives the same scores by onnxruntime, in fp32:
 
 ```python
-model = CrossEncoder("{{ name }}", backend="onnx")
+model = CrossEncoder("{{ place }}", backend="onnx")
 ```
 {% if onnx %}
 `onnx/model_qint8.onnx` has its weights in 8 bits (`model_kwargs={"file_name": "onnx/model_qint8.onnx"}`). On
@@ -189,7 +189,7 @@ def write_card(
 
     Args:
         folder: the export.
-        name: what the model is called in the card.
+        name: what the model is called in the card; where it is a Hub id, the card loads it from there.
         checkpoint: the Lightning checkpoint that was exported; its hyper-parameters and data facts are told.
         figures: metrics such as `val/f1` and `test/f1_best`, of that very checkpoint.
         max_length: in tokens.
@@ -219,6 +219,7 @@ def write_card(
         ),
         template_str=TEMPLATE,
         name=name,
+        place=name if "/" in name else "path/to/this/folder",
         backbone=_shown_path(settings["backbone"]),
         version=__version__,
         summary=_summary(figures),

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,12 @@ def _mine(command: str, args: list[str]) -> None:
 def _rerank(command: str, args: list[str]) -> None:
     from .reranking import rerank
 
-    sources = ("queries", "corpus", "candidates", "qrels")
+    sources = {
+        "queries": "csv, tsv, jsonl or parquet with a text, and an id (else the row's number, from 0), or - for jsonl.",
+        "corpus": "The same of what is ranked; a title goes before the text.",
+        "candidates": "A TREC run, or a table of query_id, corpus_id and score. Default: all of the corpus.",
+        "qrels": "TREC's qrels or BEIR's tsv, to report MRR@10, nDCG@10 and MAP.",
+    }
     _call(rerank, command, args, sources, {"output": "-"}, model=_MODEL)
 
 
@@ -95,14 +100,14 @@ def _call(
     function: Callable[..., Any],
     command: str,
     args: list[str],
-    sources: tuple[str, ...] = (),
+    sources: Mapping[str, str] | None = None,
     defaults: dict[str, Any] | None = None,
     **positional: str,
 ) -> Any:
     """Call a function with what the command line says; its parameters are the options, except the positional ones.
 
     Options may be written with dashes, and those that are true or false without a value. `sources` are parameters that
-    take more than files from Python; `defaults` are the command line's own.
+    take more than files from Python, with their help; `defaults` are the command line's own.
     """
     from inspect import Parameter, signature
 
@@ -111,11 +116,10 @@ def _call(
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
     for name, text in positional.items():
         parser.add_argument(name, type=str, help=text)
-    parser.add_function_arguments(function, skip={*positional, *sources})
+    parser.add_function_arguments(function, skip={*positional, *(sources or {})})
     parameters = signature(function).parameters
-    for name in sources:
-        required = parameters[name].default is Parameter.empty
-        parser.add_argument(f"--{name}", type=str, required=required, help="A file; see the function's help in Python.")
+    for name, text in (sources or {}).items():
+        parser.add_argument(f"--{name}", type=str, required=parameters[name].default is Parameter.empty, help=text)
     parser.set_defaults(defaults or {})
     flags = {f"--{name}" for name, about in parameters.items() if about.default is False}
     return function(**_parse(parser, args, flags))
@@ -140,7 +144,7 @@ def _parse(parser: ArgumentParser, args: list[str], flags: Collection[str] = ())
 # name: (what it does, how it runs)
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "fit": ("train, keep the best checkpoint, test it and export it", _run),
-    "validate": ("evaluate a checkpoint on the dev pairs and choose the threshold", _run),
+    "validate": ("evaluate a checkpoint on the dev pairs, and tell the threshold that they choose", _run),
     "test": ("evaluate a checkpoint on the test pairs at its stored threshold", _run),
     "predict": ("score every pair of a source into predictions.csv", _run),
     "evaluate": ("report on any model: evaluate MODEL --data.val_source DEV --data.test_source TEST", _evaluate),

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -202,10 +203,10 @@ class RunCLI(LightningCLI):
             native = "multiplies" if config.trainer.precision == "bf16-mixed" else "does not multiply"
             log.info("precision %s: this hardware %s bf16 itself", config.trainer.precision, native)
         if self.command != "fit" and self.checkpoint:
-            own, usual = config.model, self._parser(self.command).get_defaults().model
+            usual = signature(CrossEncoderModule).parameters
             for name, value in self.asked.items():
-                if value not in (own[name], usual[name]):
-                    log.info("model.%s is the checkpoint's own, %s (not %s)", name, own[name], value)
+                if value not in (config.model[name], usual[name].default):
+                    log.info("model.%s is the checkpoint's own, %s (not %s)", name, config.model[name], value)
         if self.command in ("validate", "test"):
             config.verbose = False  # one table is enough
         elif self.command == "predict":
