@@ -17,6 +17,7 @@ from crossenc.metrics import (
     PairMetrics,
     Scored,
     best_f1_and_threshold,
+    bin_numbers,
     calibration_error,
     chance_calibration_error,
     decision_figures,
@@ -108,6 +109,8 @@ def test_one_label_only_has_no_ranking():
     assert math.isnan(figures["average_precision"])
     assert math.isnan(figures["roc_auc"])
     assert figures["accuracy_best"] == 1.0  # calling none a duplicate is allowed
+    at_best = decision_figures(torch.tensor([0.2, 0.7]), torch.tensor([0, 0]), figures["accuracy_best_threshold"])
+    assert at_best["accuracy"] == 1.0
 
 
 def test_batches_add_up_in_the_order_of_their_rows():
@@ -122,8 +125,9 @@ def test_batches_add_up_in_the_order_of_their_rows():
     assert scored.swapped.tolist() == [10, 11, 12, 13]
     assert scored.labels.tolist() == [0, 1, 0, 1]
     assert loss == 1.5
+    assert scored.logits.dtype == scored.swapped.dtype == torch.float64  # in which a sigmoid keeps their order
     metrics.reset()
-    metrics.update(rows[:1], logits[:1], labels[:1], losses[:1])
+    metrics.update(rows[:2], logits[:2], labels[:2], losses[:2])  # an evaluation that ended early: 3, and 1 turned
     assert metrics.gather()[0].swapped is None
 
 
@@ -137,6 +141,7 @@ def test_calibration_figures_are_scikit_learns_and_the_definition():
     number = (scores * 10).astype(int)
     bins = [(scores[number == b].mean() - labels[number == b].mean(), (number == b).mean()) for b in range(10)]
     assert figures["calibration_error"] == pytest.approx(sum(abs(gap) * share for gap, share in bins), abs=1e-6)
+    assert bin_numbers(np.array([0.0, 0.05, 0.1, 0.95, 1.0])).tolist() == [0, 0, 1, 9, 9]
 
 
 def test_what_chance_shows_is_the_mean_calibration_error_of_true_probabilities():
@@ -173,6 +178,7 @@ def test_each_figure_is_of_its_own_scores():
         assert figures[f"calibration_error{name}"] == pytest.approx(expected)
     assert figures["calibration_error_chance"] == chance_calibration_error(columns["score_crossed"])
     assert figures["threshold"] == 0.6
+    assert figures["duplicates"] == 0.5
     assert figures["f1_best_threshold"] == pytest.approx(0.45)  # between the two scores that it divides
     assert best_f1_and_threshold(torch.tensor([0.2, 0.7]), torch.tensor([0, 0])) == (0.0, 0.0)
 
@@ -217,6 +223,7 @@ def test_intervals_repeat_and_hold_the_figures_themselves():
     for name in ("average_precision", "f1", "accuracy"):
         assert found[f"{name}_low"] < figures[name] < found[f"{name}_high"]
         assert found[f"{name}_high"] - found[f"{name}_low"] < 0.2
+    assert intervals(columns(scores, torch.where(labels > 0, 0.5, 0.4)), 0.4) == found  # from one half on a duplicate
     assert intervals(columns(scores, torch.ones_like(labels)), 0.4) == {}
 
 
@@ -231,8 +238,11 @@ def test_figures_of_a_resample_are_scikit_learns():
     """And its F1 and accuracy, with ties among the scores and pairs that are drawn several times or not at all."""
     scores, labels = world(60, 3)
     weights = np.random.default_rng(0).integers(0, 4, (5, 60)).astype(float)
-    found = resampled_figures(scores.numpy(), labels.numpy() >= 0.5, 0.4, weights)
+    at = scores.median().item()  # a score at the threshold is one of a duplicate
+    found = resampled_figures(scores.numpy(), labels.numpy() >= 0.5, at, weights)
     for row, (average_precision, f1, accuracy) in zip(weights, found.T, strict=True):
         assert average_precision == pytest.approx(average_precision_score(labels, scores, sample_weight=row))
-        assert f1 == pytest.approx(f1_score(labels, scores >= 0.4, sample_weight=row))
-        assert accuracy == pytest.approx(accuracy_score(labels, scores >= 0.4, sample_weight=row))
+        assert f1 == pytest.approx(f1_score(labels, scores >= at, sample_weight=row))
+        assert accuracy == pytest.approx(accuracy_score(labels, scores >= at, sample_weight=row))
+    none = resampled_figures(np.array([0.9, 0.1]), np.array([True, False]), 0.5, np.array([[0.0, 2.0]]))
+    assert none[:, 0].tolist() == [0, 0, 1]  # and no NaN, where no duplicate is drawn
