@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def test_fillers_change_neither_logits_nor_gradients():
     shape = fixed_shape(len(PAIRS), len(batch["input_ids"]), 128)
     filled = fill(batch, shape)
     assert [len(part) for part in filled] == [shape[1], shape[1], shape[0], shape[1]]
+    fillers = filled[2].diff(append=torch.tensor([shape[1]]))[len(PAIRS) :]
+    assert 1 <= fillers.min() <= fillers.max() <= 33
     expected, found = pair_logits(model, batch), Filled(model, shape)(*filled)[: len(PAIRS), 0]
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(gradients(model, found), gradients(model, expected), atol=1e-5)
@@ -51,7 +54,11 @@ def test_graphs_and_what_they_do_not_go_with():
         CrossEncoderModule(BACKBONE, cuda_graphs=True, gradient_checkpointing=True)
     with pytest.raises(UsageError, match=r"model\.cuda_graphs"):
         CrossEncoderModule(BACKBONE, cuda_graphs=True, attn_implementation="eager")
-    assert CrossEncoderModule(BACKBONE, cuda_graphs=True).graphed is None  # until a run on a GPU
+    module = CrossEncoderModule(BACKBONE, cuda_graphs=True)
+    assert module.graphed is None  # until a run on a GPU
+    module.trainer = SimpleNamespace(accumulate_grad_batches=2)
+    with pytest.raises(UsageError, match=r"model\.cuda_graphs does not go with accumulate_grad_batches"):
+        module.on_fit_start()
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from crossenc import PairDataModule
-from crossenc.errors import BackboneError
+from crossenc.calibration import Calibration
+from crossenc.errors import BackboneError, UsageError
 from crossenc.module import CrossEncoderModule, disagreement
 from crossenc.optim import share_segments
 
@@ -33,6 +37,8 @@ def test_dropout_is_on_in_training_and_one_pair_makes_one_logit():
     assert not torch.equal(module(batch), module(batch))
     module.eval()
     assert torch.equal(module(batch), module(batch))
+    module = CrossEncoderModule(BACKBONE, dropout=0.3)
+    assert {part.p for part in module.modules() if isinstance(part, nn.Dropout)} == {0.3}
 
 
 def test_first_layers_are_frozen():
@@ -40,9 +46,11 @@ def test_first_layers_are_frozen():
     trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
     assert not [name for name in trained if "embeddings" in name or ".layer.0." in name or ".layer.1." in name]
     assert any(".layer.2." in name for name in trained)
+    assert module.model.is_gradient_checkpointing
     assert module.model.config.use_cache is False  # or transformers warns, with this attention
-    with pytest.raises(BackboneError, match="cannot freeze 7 layers of a backbone with 6"):
-        CrossEncoderModule(BACKBONE, freeze_layers=7)
+    for count in (7, -1):
+        with pytest.raises(BackboneError, match=f"cannot freeze {count} layers of a backbone with 6"):
+            CrossEncoderModule(BACKBONE, freeze_layers=count)
 
 
 def test_shared_segments_leave_the_order_of_texts_to_positions():
@@ -58,6 +66,87 @@ def test_shared_segments_leave_the_order_of_texts_to_positions():
     with torch.no_grad():  # RoBERTa and its kind have one segment
         plain.model.bert.embeddings.token_type_embeddings = nn.Embedding(1, 384)
     share_segments(plain.model)
+
+
+def test_the_optimizer_and_its_schedule_are_those_that_were_asked_for(tiny_backbone: Path):
+    rates = {"learning_rate": 1e-3, "layer_decay": 0.5, "head_rate": 4.0, "warmup": 4}
+    kinds = {"optimizer": "RAdam", "schedule": "constant_with_warmup"}
+    module = CrossEncoderModule(str(tiny_backbone), weight_decay=0.1, **rates, **kinds)
+    module.trainer = SimpleNamespace(precision="32-true", estimated_stepping_batches=10)
+    made = module.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]
+    assert type(optimizer) is torch.optim.RAdam
+    assert {(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        (rate, decay) for rate in (4e-3, 5e-4, 2.5e-4, 1.25e-4) for decay in (0.1, 0.0)
+    }
+    assert schedule["interval"] == "step"
+    for share in (0, 0.25, 0.5, 0.75, 1, 1):
+        assert schedule["scheduler"].get_last_lr()[0] == pytest.approx(4e-3 * share)
+        optimizer.step()
+        schedule["scheduler"].step()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_gradients_are_clipped_by_value_and_by_norm(tiny_backbone: Path, precision: str):
+    module = CrossEncoderModule(str(tiny_backbone))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    module.trainer = Trainer(accelerator="cpu", precision=precision, **quiet)
+    weights = list(module.parameters())
+    for algorithm, norm in (("norm", 0.5), ("value", 0.5 * sum(part.numel() for part in weights) ** 0.5)):
+        for part in weights:
+            part.grad = torch.full_like(part, 2.0)
+        module.configure_gradient_clipping(torch.optim.SGD(weights), 0.5, algorithm)
+        assert nn.utils.get_total_norm([part.grad for part in weights]).item() == pytest.approx(norm, rel=1e-2)
+
+
+def validated(module: CrossEncoderModule, logits: torch.Tensor, labels: torch.Tensor, **state: bool) -> None:
+    """Let the module look at a validation's end at logits of dev pairs."""
+    state = {"sanity_checking": False, "global_step": 7, "state": SimpleNamespace(fn=TrainerFn.FITTING), **state}
+    module.trainer = SimpleNamespace(**state)
+    module.log_dict = lambda *_, **__: None
+    module.val_metrics.update(torch.arange(len(logits)), logits, labels, torch.zeros_like(logits))
+    module.on_validation_epoch_end()
+
+
+def test_dev_pairs_choose_calibration_and_threshold(tiny_backbone: Path):
+    draw = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(2_000, generator=draw)
+    labels = (torch.rand(2_000, generator=draw) < (logits / 3 + 1).sigmoid()).float()
+    module = CrossEncoderModule(str(tiny_backbone))
+    validated(module, logits, labels, sanity_checking=True)  # a few batches, that choose nothing
+    assert (module.threshold, module.calibration, module.figures) == (None, Calibration(), {})
+    assert module.evaluation()["threshold"] is None
+    validated(module, logits, labels)
+    assert module.calibration == pytest.approx((1 / 3, 1), abs=0.15)
+    assert module.figures["val/rows"] == 2_000
+    chosen = module.threshold
+    assert module.evaluation() == {
+        "threshold": chosen, "calibration": list(module.calibration), "figures": module.figures,
+    }  # fmt: skip
+    validated(module, logits, torch.ones(2_000))  # of one label they choose no other threshold, and no calibration
+    assert (module.threshold, module.calibration) == (chosen, Calibration())
+    assert (module.figures["val/threshold"], module.figures["val/rows"]) == (chosen, 2_000)
+    module.trainer.global_step = 8  # the weights have moved on
+    assert module.evaluation() == {"threshold": None, "calibration": [1, 0], "figures": {}}
+    plain = CrossEncoderModule(str(tiny_backbone), calibrate=False)
+    validated(plain, logits, labels)
+    assert plain.calibration == Calibration()
+    module.model.classifier = nn.Linear(32, 1, bias=False)  # has no place for a shift
+    validated(module, logits, labels)
+    assert module.calibration.shift == 0
+    assert module.calibration.scale != 1
+    module.model.classifier = nn.Identity()  # has none for a scale either
+    validated(module, logits, labels)
+    assert module.calibration == Calibration()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"pos_weight": 0}, {"layer_decay": 0}, {"layer_decay": 1.1}, {"consistency": -1}, {"dropout": 1}, {"warmup": -1}],
+)
+def test_a_number_out_of_its_range_is_named(tiny_backbone: Path, wrong: dict[str, float]):
+    with pytest.raises(UsageError, match=f"model.{next(iter(wrong))}"):
+        CrossEncoderModule(str(tiny_backbone), **wrong)
 
 
 def test_bf16_ends_before_the_loss():
@@ -100,3 +189,5 @@ def test_a_pair_that_comes_twice_weighs_once(symmetric: bool, pairs_file: Path):
     else:
         expected = module.loss(module(batch), batch["label"])
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    # In an epoch whose batches have 24 pairs on average, each of these pairs still weighs as much as another's.
+    assert module.training_step({**batch, "mean_pairs": 24}, 0).item() == pytest.approx(2 * loss.item(), rel=1e-5)

@@ -38,8 +38,10 @@ def test_schedule_rises_and_falls():
     for name, kind in (("Adam W", "torch.optim has no optimizer"), ("Optimizers", "torch.optim has no optimizer")):
         with pytest.raises(UsageError, match=kind):
             make_optimizer(name, [], 1.0)
-    with pytest.raises(UsageError, match="there is no schedule"):
-        make_schedule("line", optimizer, 0.1, 10)
+    rates_of_their_own = ("warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
+    for name in ("line", "reduce_lr_on_plateau", "greedy", *rates_of_their_own):
+        with pytest.raises(UsageError, match="there is no schedule"):
+            make_schedule(name, optimizer, 0.1, 10)
     with pytest.raises(UsageError, match="max_epochs"):
         make_schedule("linear", optimizer, 0.1, float("inf"))
 
