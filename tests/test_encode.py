@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crossenc.backbone import load_tokenizer
-from crossenc.encode import PairCollator, cut_pieces, encode, tell_cut
+from crossenc.encode import PairCollator, cut_pieces, encode, encode_texts, tell_cut
 from crossenc.pairs import read
 
 from .conftest import BACKBONE
@@ -59,6 +59,12 @@ def test_padding_is_the_tokenizers():
     assert batch["padding"] == {"input_ids": 7}
     longest = batch["pieces"][0][1]
     assert batch["slots"].tolist() == [longest - 3, longest - 2, longest - 1, 2 * longest - 1]
+
+
+def test_padding_that_comes_with_a_tokenizer_is_no_part_of_a_pair():
+    tokenizer = copy.deepcopy(load_tokenizer(BACKBONE))  # which others share
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert encode_texts([("a", "b")], tokenizer, 32)["length"] == [5]
 
 
 def test_cut_pairs_are_counted_and_named(write, caplog: pytest.LogCaptureFixture):

@@ -35,6 +35,13 @@ def test_csv_tsv_jsonl_and_parquet_read_the_same(tmp_path: Path):
     assert pairs.read(str(tmp_path / "p.parquet"), columns=columns).to_list() == expected
 
 
+def test_a_long_parquet_is_read_to_its_end(tmp_path: Path):
+    count = 10_001  # one more than are read at once
+    pq.write_table(pa.table({"text_a": list(map(str, range(count))), "text_b": ["b"] * count}), tmp_path / "p.parquet")
+    rows = list(pairs.rows_of_file(tmp_path / "p.parquet", "p"))
+    assert [row["text_a"] for row in rows] == list(map(str, range(count)))
+
+
 def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path: Path):
     (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbf" + (HEADER + "a,b,1\n").encode())
     assert pairs.read(str(tmp_path / "p.csv"))["text_a"][:] == ["a"]
@@ -49,6 +56,16 @@ def test_a_folder_has_one_file_for_each_split_and_one_to_train_on(tmp_path: Path
     (tmp_path / "val.jsonl").write_text("")
     with pytest.raises(DataError, match=r"has dev\.csv and val\.jsonl: which one"):
         pairs.files_of(tmp_path)
+    (tmp_path / "val.jsonl").unlink()
+    (tmp_path / "test.parquet").write_text("")
+    for name in ("validation.tsv", "valid.tsv"):
+        (tmp_path / "dev.csv").rename(tmp_path / name)
+        assert pairs.files_of(tmp_path) == {
+            "train": str(tmp_path / "train.csv"),
+            "val": str(tmp_path / name),
+            "test": str(tmp_path / "test.parquet"),
+        }
+        (tmp_path / name).rename(tmp_path / "dev.csv")
 
 
 def test_an_edited_file_is_read_anew(write):
@@ -69,6 +86,7 @@ def test_an_edited_file_is_read_anew(write):
         ("p.csv", HEADER + "a,b,1\na,b,2\n", "row 2: is_duplicate '2' is not allowed"),
         ("p.csv", HEADER + "a,b,yes\n", "row 1: is_duplicate 'yes' is not allowed"),
         ("p.csv", HEADER + "a,b,nan\n", "row 1: is_duplicate 'nan' is not allowed"),
+        ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate None is not allowed"),
         ("p.csv", HEADER + "a,b,1.2\n", "row 1: is_duplicate '1.2' is not allowed"),
         ("p.csv", HEADER + "a,b,1\na,b,c,1\n", "row 2: 4 fields where the header has 3"),
         ("p.csv", HEADER, "has no rows"),
@@ -107,14 +125,18 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path):
 def test_a_missing_file_and_an_unknown_column_key_are_named(write):
     with pytest.raises(DataError, match="no such file"):
         pairs.read("gone.csv")
+    with pytest.raises(DataError, match=r"\./gone: no such file"):
+        pairs.read("./gone")
+    with pytest.raises(DataError, match="is a folder, where one file is needed"):
+        pairs.read(".")
     path = write("p.csv", HEADER + "a,b,1\n")
     with pytest.raises(DataError, match="columns: "):
         pairs.read(str(path), columns={"left": "question1"})
 
 
 def test_labels_are_optional_for_prediction_and_may_be_similarities(write):
-    path = write("p.csv", "sentence1,sentence2,score\na,b,0.25\na,b,True\n")
-    assert pairs.read(str(path))["label"][:] == [0.25, 1.0]
+    path = write("p.csv", "sentence1,sentence2,score\na,b,0.25\na,b,True\na,b, FALSE \n")
+    assert pairs.read(str(path))["label"][:] == [0.25, 1.0, 0.0]
     assert pairs.read(str(write("q.csv", "sentence1,sentence2\na,b\n")), labelled=False).column_names == [
         "row",
         "text_a",
@@ -128,6 +150,7 @@ def test_positions_are_the_peers_and_sizes_fit():
     assert split["test"] == range(10_000, 20_000)
     assert len(split["train"]) == 384_290
     assert pairs.sizes(200, None, 0.25, "x") == (20, 50)
+    assert pairs.sizes(10, 1, 2.0, "x") == (1, 2)
     with pytest.raises(DataError, match="leave none for training"):
         pairs.sizes(10, 5, 5, "x")
 
@@ -143,6 +166,13 @@ def test_no_question_stands_in_two_splits(quora: Path):
     assert pairs.split_by_question(a, b, 800, 800) == split
     for name in ("val", "test"):  # from all over the file
         assert len(a) * 0.4 < sum(split[name]) / 800 < len(a) * 0.6
+
+
+def test_questions_that_hang_together_are_moved_as_a_whole():
+    """The first three pairs fit neither dev nor test, though there is room for one or two of them."""
+    split = pairs.split_by_question("abckmoq", "bcdlnpr", 2, 2)
+    assert split["train"] == [0, 1, 2]
+    assert (len(split["val"]), len(split["test"])) == (2, 2)
 
 
 def test_real_pairs_read_as_the_csv_module_reads_them(quora: Path):
@@ -163,6 +193,14 @@ def test_the_sample_is_what_the_readme_of_a_data_set_would_claim():
     assert (min(lengths), max(lengths) <= 40) == (3, True)
     held_out = ("what do apples consist of", "what are in apple devices", "good at programming", "good programmer")
     assert not [q for q in questions if any(part in q.casefold() for part in held_out)]
+
+
+def test_one_split_of_the_sample_is_read_by_its_name():
+    splits = pairs.sample_pairs()
+    for name, rows in (("sample:test", splits["test"]), ("sample", [row for part in splits.values() for row in part])):
+        table = pairs.read(name)
+        assert table["text_a"][:] == [row["text_a"] for row in rows]
+        assert table["label"][:] == [row["label"] for row in rows]
 
 
 def test_sample_pairs_are_split_by_group_and_always_the_same():
@@ -196,6 +234,6 @@ def test_pairs_follow_from_others_and_from_no_contradiction(write):
 
 
 def test_either_question_of_a_pair_may_have_been_seen(write):
-    dev = pairs.read(str(write("dev.csv", HEADER + "B,x,1\ny,D,0\ny,z,1\n")))
-    train = pairs.read(str(write("train.csv", HEADER + "a,b,1\nc,d,0\n")))
-    assert pairs.unseen(dev, train).tolist() == [False, False, True]
+    dev = pairs.read(str(write("dev.csv", HEADER + "B,x,1\ny,D,0\ny,z,1\nE \t F,y,1\n")))
+    train = pairs.read(str(write("train.csv", HEADER + "a,b,1\nc,d,0\ne f,g,1\n")))
+    assert pairs.unseen(dev, train).tolist() == [False, False, True, False]
