@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,28 @@ def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pa
     for wrong in ({"precision": "best"}, {"devices": "many"}):
         with pytest.raises(UsageError, match="accelerator, devices or precision"):
             evaluate(tiny, {"test_source": str(one)}, output, **wrong)
+
+
+def test_an_exports_threshold_decides_where_no_dev_pairs_choose_one(tiny: Path, pairs_file: Path, tmp_path: Path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"crossenc": {"threshold": 0.25}}))
+    figures = evaluate(model, {"test_source": str(pairs_file)}, str(tmp_path / "out"), accelerator="cpu")
+    assert figures["test/threshold"] == 0.25
+
+
+def test_a_checkpoint_cuts_pairs_as_it_did_in_training(tiny_backbone: Path, pairs_file: Path, write, tmp_path: Path):
+    """Pairs that differ behind its longest only have one score, in evaluating, scoring and its export."""
+    where = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--output", str(tmp_path)]
+    options = ["--model.max_length=16", "--trainer.max_steps=1", "--data.val_size=0", "--data.test_size=0"]
+    assert main(["fit", *where, *options, "--trainer.accelerator=cpu"]) == 0
+    run, long = tmp_path / "run", "word " * 30
+    pairs = write("pairs.csv", f"text_a,text_b,label\na,{long}one,1\na,{long}other,0\na,one,0\n")
+    evaluate(run / "last.ckpt", {"test_source": str(pairs)}, str(tmp_path / "out"), accelerator="cpu")
+    expected = score(run / "model", pairs)
+    assert expected[0] == expected[1] != expected[2]
+    assert pq.read_table(tmp_path / "out" / "scores.parquet")["score"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert score(run / "last.ckpt", pairs) == pytest.approx(expected, abs=1e-6)
 
 
 def test_pairs_of_unseen_questions_have_intervals_of_their_own(tiny: Path, pairs_file: Path, write, tmp_path: Path):

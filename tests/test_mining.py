@@ -144,6 +144,8 @@ def test_groups_and_their_representatives():
     groups, representatives = group(chain, 8, "components", 0.5)
     assert groups.tolist() == [-1, 0, 0, 0, -1, 1, 1, -1]
     assert representatives == {0: 2, 1: 5}
+    ring = made((0, 1, 0.5), (0, 2, 0.5), (1, 3, 0.9), (2, 3, 0.9))
+    assert group(ring, 4, "components", 0.5)[1] == {0: 3}  # the first has as many duplicates, with lower scores
     groups, representatives = group(chain, 8, "complete", 0.5)
     assert groups.tolist() == [-1, 0, 0, -1, -1, 1, 1, -1]  # 1 and 3 were never called duplicates
     assert representatives == {0: 1, 1: 5}
@@ -195,12 +197,24 @@ def test_kept_work_serves_another_threshold_and_no_other_work(tiny: Path, tmp_pa
     assert list(zip(found["a"], found["b"], strict=True)) == kept
     assert 1 < len(kept) < len(rows)
     assert pd.read_parquet(second.groups)["representative"].dtype == bool
-    for name, other in {"top_k": 6, "min_similarity": 0.4, "index": "hnsw", "both_orders": True}.items():
+    others = {"top_k": 6, "min_similarity": 0.4, "index": "hnsw", "both_orders": True}
+    for name, other in (others | {"column": "text", "on_error": "skip"}).items():
         with pytest.raises(OutputError, match=f"unfinished work with other {name};"):
             mine(str(tiny), QUESTIONS, **(options | {name: other}))
     with pytest.raises(OutputError, match="unfinished work with other questions;"):
         mine(str(tiny), [*QUESTIONS, "What else?"], **options)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")} == stamps
+
+
+def test_a_copy_in_the_middle_moves_no_other_question(tiny: Path):
+    """The rows of those behind it are not their places among the questions that are compared."""
+    options = {"retriever": BACKBONE, "top_k": 5, "min_similarity": 0.5, "threshold": 0}
+    plain = mine(tiny, QUESTIONS[:-1], **options).pairs
+    later = mine(tiny, [*QUESTIONS[:3], QUESTIONS[2].upper(), *QUESTIONS[3:-1]], **options).pairs
+    found = {(row["text_a"], row["text_b"]): row["similarity"] for row in later if row["found_by"] == "model"}
+    assert found == pytest.approx({(row["text_a"], row["text_b"]): row["similarity"] for row in plain}, abs=1e-3)
+    assert min(found.values()) >= 0.5 < max(found.values()) < 1
+    assert all(QUESTIONS[row["b"] - 1] == row["text_b"] for row in later if row["found_by"] == "model" and row["b"] > 3)
 
 
 def test_what_is_asked_for_is_what_is_done(tiny: Path, dev: Path, write):

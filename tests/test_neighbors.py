@@ -54,7 +54,8 @@ def test_candidates_are_the_neighbours_once_each():
 
 
 @pytest.mark.parametrize("index", ["ivf", "hnsw"])
-def test_approximate_indexes_find_nearly_all(index: str):
+def test_approximate_indexes_find_nearly_all(index: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crossenc.neighbors.BLOCK", 300)  # so that an index is filled in two goes
     vectors = unit_vectors(5_000)
     exact, found = (
         {(a, b) for a, b, _ in find_candidates(vectors, 4, 0.6, kind, Parts(None, {})).tolist()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from crossenc.errors import OutputError
-from crossenc.parts import Parts, replacing, writing
+from crossenc.parts import Parts, file_digest, replacing, writing
 
 
 def test_parts_are_for_the_same_work_only(tmp_path: Path):
@@ -37,6 +38,12 @@ def test_parts_of_other_work_are_not_taken_over_even_if_nothing_is_known_of_them
     (tmp_path / "facts.json").unlink()  # as a kill leaves it while the folder is removed
     assert 0 not in Parts(tmp_path, {"model": "b"})
     assert Parts(tmp_path, {"model": "a"})[0].tolist() == [0, 1, 2]
+
+
+def test_a_digest_is_of_the_whole_file(tmp_path: Path):
+    content = bytes(range(256)) * 10_000  # longer than what is read at once
+    (tmp_path / "weights").write_bytes(content)
+    assert file_digest(tmp_path / "weights") == sha256(content).hexdigest()
 
 
 def test_a_part_that_cannot_be_written_whole_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -25,6 +25,8 @@ from crossenc.errors import BackboneError, DataError, OutputError, UsageError
 from crossenc.exporting import score_pairs
 from crossenc.pairs import sample_pairs
 from crossenc.scorer import Scoring, score_chunks
+from crossenc.scoring import reaches
+from crossenc.tables import chunked
 
 PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:50]]
 
@@ -125,6 +127,14 @@ def test_a_decision_is_by_the_threshold_that_the_model_stored(trained, frame, ex
         score(bare, frame, decision="same")
 
 
+def test_a_threshold_may_lie_between_neighbours_in_fp32():
+    scores = np.nextafter(np.full(3, 0.7, dtype=np.float32), np.array([0, 0.7, 1], dtype=np.float32))  # in a row
+    for at in (1, 2):
+        assert reaches(scores, scores[at].item()).tolist() == [n >= at for n in range(3)]
+        between = scores[at - 1 : at + 1].astype(float).mean().item()
+        assert reaches(scores, between).tolist() == [n >= at for n in range(3)]
+
+
 def test_both_orders_give_the_mean_logit(trained):
     one = score(str(trained / "model"), PAIRS)
     other = score(str(trained / "model"), [(b, a) for a, b in PAIRS])
@@ -188,12 +198,17 @@ def test_an_error_of_a_device_is_told(tmp_path):
         list(score_chunks(Scoring(str(tmp_path), devices=2), [(0, PAIRS)]))
 
 
-def test_parts_of_another_model_or_way_are_not_taken_over(trained: Path, tiny: Path):
+def test_parts_of_another_model_or_way_are_not_taken_over(trained: Path, tiny: Path, tmp_path: Path):
     assert Scoring(tiny).facts() == Scoring(str(tiny), devices=2).facts()
     ways = [{}, {"precision": "bf16-true"}, {"precision": "bf16-mixed"}, {"both_orders": True}]
     ways += [{"backend": backend} for backend in ("onnx", "onnx-int8")]
     facts = [Scoring(tiny, **way).facts() for way in ways]
     facts += [Scoring(trained / name).facts() for name in ("model", "best.ckpt")]
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "onnx").mkdir()
+    for content in ("one", "other"):
+        (model / "onnx" / "model.onnx").write_text(content)
+        facts.append(Scoring(model, backend="onnx").facts())
     assert len({json.dumps(of) for of in facts}) == len(facts)
 
 
@@ -339,6 +354,25 @@ def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
     assert np.isnan(found).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
+def test_chunks_make_what_one_would(tiny, tmp_path, monkeypatch, name):
+    """Broken rows in several chunks; a column that comes late, and one whose numbers are no longer whole."""
+    rows = [{"text1": f"question {n}", "text2": None if n in (1, 6, 8) else "b", "n": n} for n in range(9)]
+    rows[5] |= {"n": 5.5, "late": "x"}
+    found = []
+    for folder in (tmp_path / "whole", tmp_path / "chunks"):
+        score(tiny, rows, folder / name, on_error="skip")
+        listed = [json.loads(line)["row"] for line in (folder / f"{name}.skipped.jsonl").read_text().splitlines()]
+        assert listed == [2, 7, 9]
+        found.append(read_frame(folder / name))
+        for module in ("tables", "scoring"):
+            monkeypatch.setattr(f"crossenc.{module}.CHUNK", 2)
+        monkeypatch.setattr(chunked, "__defaults__", (2,))
+    assert list(found[0]) == ["text1", "text2", "n", "late", "score"]
+    assert found[0]["n"].tolist() == [0, 2, 3, 4, 5.5, 7]
+    pd.testing.assert_frame_equal(*found, rtol=1e-5)
+
+
 def test_a_quote_that_is_never_closed_spoils_its_own_row_only(tiny, write, tmp_path):
     good = [f"question {i},is it {i}?" for i in range(40)]
     lines = ["question1,question2", *good[:2], '"never closed,b', *good[2:20], '"quoted, and\nclosed",b', *good[20:]]
@@ -461,6 +495,8 @@ def test_an_error_in_a_scoring_process_ends_all_and_leaves_nothing(trained, tmp_
 
 def test_a_path_names_a_model_and_missing_values_are_null(tiny, tmp_path):
     frame = pd.DataFrame({"text1": ["a", "b"], "text2": ["c", "d"], "n": [1.5, None], "at": [pd.Timestamp(0), pd.NaT]})
+    with pytest.raises(DataError, match="has a column n already"):
+        score(tiny, frame, decision="n")
     score(tiny, frame, tmp_path / "out.jsonl")
     assert [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1.5, None]
     assert "NaN" not in (tmp_path / "out.jsonl").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -39,6 +40,12 @@ def test_nothing_is_written_over_that_was_not_to_be(tmp_path: Path):
     with pytest.raises(ZeroDivisionError), write_table(str(tmp_path / "file.csv"), ["a"]) as take:
         take([{"a": 1 / 0}])
     assert (tmp_path / "file.csv").read_text() == "a"
+
+
+def test_a_frame_is_read_in_chunks_to_its_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crossenc.tables.CHUNK", 2)
+    with open_table(pd.DataFrame({"n": range(5)}), ["n"]) as table:
+        assert [row["n"] for row in table] == [0, 1, 2, 3, 4]
 
 
 def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path):
