@@ -127,18 +127,39 @@ def test_an_exports_threshold_decides_where_no_dev_pairs_choose_one(tiny: Path, 
     assert figures["test/threshold"] == 0.25
 
 
-def test_a_checkpoint_cuts_pairs_as_it_did_in_training(tiny_backbone: Path, pairs_file: Path, write, tmp_path: Path):
-    """Pairs that differ behind its longest only have one score, in evaluating, scoring and its export."""
-    where = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--output", str(tmp_path)]
+@pytest.fixture(scope="module")
+def short(tiny_backbone: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step, on pairs of up to 16 tokens."""
+    output = tmp_path_factory.mktemp("short")
+    where = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--output", str(output)]
     options = ["--model.max_length=16", "--trainer.max_steps=1", "--data.val_size=0", "--data.test_size=0"]
-    assert main(["fit", *where, *options, "--trainer.accelerator=cpu"]) == 0
-    run, long = tmp_path / "run", "word " * 30
+    assert main(["fit", *where, *options, "--trainer.accelerator=cpu", "--trainer.precision=32-true"]) == 0
+    return output / "run"
+
+
+def test_a_checkpoint_cuts_pairs_as_it_did_in_training(short: Path, write, tmp_path: Path):
+    """Pairs that differ behind its longest only have one score, in evaluating, scoring and its export."""
+    long = "word " * 30
     pairs = write("pairs.csv", f"text_a,text_b,label\na,{long}one,1\na,{long}other,0\na,one,0\n")
-    evaluate(run / "last.ckpt", {"test_source": str(pairs)}, str(tmp_path / "out"), accelerator="cpu")
-    expected = score(run / "model", pairs)
+    evaluate(short / "last.ckpt", {"test_source": str(pairs)}, str(tmp_path / "out"), accelerator="cpu")
+    expected = score(short / "model", pairs)
     assert expected[0] == expected[1] != expected[2]
     assert pq.read_table(tmp_path / "out" / "scores.parquet")["score"].to_numpy() == pytest.approx(expected, abs=1e-6)
-    assert score(run / "last.ckpt", pairs) == pytest.approx(expected, abs=1e-6)
+    assert score(short / "last.ckpt", pairs) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_checkpoints_calibration_counts_once(short: Path, pairs_file: Path, tmp_path: Path):
+    """It is in the weights that score, and test pairs alone fit no other."""
+    loaded = torch.load(short / "last.ckpt", weights_only=True)
+    loaded["crossenc"]["calibration"] = [2.0, 0.5]
+    torch.save(loaded, tmp_path / "other.ckpt")
+    plain = score(short / "last.ckpt", pairs_file).astype(float)
+    expected = 1 / (1 + np.exp(-2 * np.log(plain / (1 - plain)) - 0.5))
+    assert score(tmp_path / "other.ckpt", pairs_file) == pytest.approx(expected, abs=1e-5)
+    where = {"test_source": str(pairs_file)}
+    figures = evaluate(tmp_path / "other.ckpt", where, str(tmp_path / "out"), accelerator="cpu")
+    assert pq.read_table(tmp_path / "out" / "scores.parquet")["score"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert figures["test/brier"] == figures["test/brier_raw"]
 
 
 def test_pairs_of_unseen_questions_have_intervals_of_their_own(tiny: Path, pairs_file: Path, write, tmp_path: Path):
