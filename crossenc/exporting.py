@@ -19,6 +19,7 @@ from .backbone import load_tokenizer, quiet_transformers
 from .calibration import sigmoid
 from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint, plain_model
+from .parts import try_writing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,6 +87,7 @@ def export(
             raise ExportError(f"{target} is there already; choose another folder, or give --overwrite")
         if not (target / "modules.json").is_file():
             raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
+    try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
@@ -290,7 +292,6 @@ def _write_card(
     pictures = draw(evaluated, threshold)
     if learning := draw_learning(checkpoint.parent):
         pictures["learning"] = learning
-    if pictures:
-        save(pictures, folder / "figures")
+    save(pictures, folder / "figures")
     errors = worst_errors(evaluated["val"], threshold) if "val" in evaluated and threshold is not None else []
     write_card(folder, name, loaded, figures, max_length, sources, pictures, errors, onnx)

@@ -144,6 +144,6 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 def save(pictures: Mapping[str, Figure], folder: Path) -> None:
     """Write `NAME.png` of each, 1,200 pixels wide, with a white margin."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
+        folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.png")

@@ -24,7 +24,7 @@ from .errors import DataError, UsageError, require, require_choice
 from .loading import fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
-from .parts import Parts, writing
+from .parts import Parts, try_writing
 from .scorer import Backend, Precision, Scoring, score_chunks
 from .scoring import OnError, decimals, parts_folder, reaches, score_into
 from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
@@ -152,8 +152,7 @@ def mine(
         if threshold is None:
             raise UsageError(f"{model} has stored no threshold; give --threshold or --dev")
     if work:
-        with writing(work):
-            Path(work).mkdir(parents=True, exist_ok=True)
+        try_writing(Path(work) / "vectors")
     labelled = None if dev is None else read(dev)
     with open_table(questions, ["text"]) as table:
         ids, texts, skipped = read_texts(table, column, on_error)

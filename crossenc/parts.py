@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -138,6 +139,12 @@ def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def try_writing(path: Path) -> None:
+    """Raise `OutputError` where nothing could be written under this name, without making its folders."""
+    with writing(path), tempfile.TemporaryFile(dir=next(f for f in path.absolute().parents if f.exists())):
+        pass
 
 
 @contextmanager

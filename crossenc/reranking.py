@@ -273,4 +273,5 @@ def _write(output: str, rows: list[list[Row]]) -> None:
         print(*lines, sep="", end="")
         return
     with writing(output), replacing(Path(output)) as unfinished:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text("".join(lines), encoding="utf-8")

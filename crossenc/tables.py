@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import DataError, OutputError, UsageError
 from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file
-from .parts import file_digest, replacing, writing
+from .parts import file_digest, replacing, try_writing, writing
 
 if TYPE_CHECKING:
     import pandas
@@ -138,10 +138,7 @@ def claim_output(output: str, suffixes: Sequence[str], overwrite: bool) -> None:
         raise UsageError(f"{output}: cannot tell its format; name it {', '.join(suffixes)}, or - for standard output")
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputError(f"{output} is there already; choose another name, or give --overwrite")
-    with writing(output):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+    try_writing(path)
 
 
 @contextmanager
@@ -162,6 +159,7 @@ def write_table(
         return
     path = Path(output)
     with writing(output), replacing(path) as unfinished:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".parquet":
             import pyarrow
             import pyarrow.parquet

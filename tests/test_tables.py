@@ -36,7 +36,9 @@ def test_nothing_is_written_over_that_was_not_to_be(tmp_path: Path):
     with pytest.raises(UsageError, match=r"name it \.csv, or -"):
         claim_output(str(tmp_path / "file.txt"), (".csv",), True)
     claim_output(str(tmp_path / "new" / "file.csv"), (".csv",), False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "new", "out.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "out.csv"]
+    with write_table(str(tmp_path / "new" / "file.csv"), ["a"]) as take:
+        take([{"a": 1}])
     with pytest.raises(ZeroDivisionError), write_table(str(tmp_path / "file.csv"), ["a"]) as take:
         take([{"a": 1 / 0}])
     assert (tmp_path / "file.csv").read_text() == "a"
