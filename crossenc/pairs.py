@@ -219,7 +219,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
     try:
         header = next(reader, [])
     except csv.Error as error:
-        raise DataError(f"{where}, header: {error}") from error
+        raise DataError(f"{where}, header: {str(error).replace(*_UNCLOSED)}") from error
     if not _is_utf8("".join(header)):
         raise DataError(f"{where}, header: {_NOT_UTF8}")
     refuse_twice(header, where)
@@ -231,7 +231,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             return
         except csv.Error as error:
             lines.put_back()
-            yield str(error)
+            yield str(error).replace(*_UNCLOSED)
             continue
         if len(fields) == len(header):
             if _is_utf8("".join(fields)):
@@ -241,7 +241,8 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
                 yield _NOT_UTF8
         elif fields:
             over = f" (over {len(lines.row):,} lines, which a quote holds together)" if len(lines.row) > 1 else ""
-            yield f"{len(fields)} fields where the header has {len(header)}{over}; quote fields that hold the separator"
+            hint = separator_hint(header) or "; quote fields that hold the separator"
+            yield f"{len(fields)} fields where the header has {len(header)}{over}{hint}"
 
 
 class _Lines:
@@ -274,6 +275,7 @@ def refuse_twice(header: list[str], where: str) -> None:
 # Python's own limit would not let a long text pass beside the questions; without any, a quote that is never closed
 # would take all that follows into memory.
 _LONGEST_FIELD = 2**24
+_UNCLOSED = ("unexpected end of data", "a quote is never closed")
 _NOT_UTF8 = "not UTF-8; save the file as UTF-8"
 
 
@@ -326,11 +328,20 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
         match = next((name for name in wanted if name in found), None)
         if match is None:
             raise DataError(
-                f"{where} has no column {' or '.join(map(repr, wanted[:3]))} for {ours}; it has {found}; "
-                f"name it in the option columns: --data.columns.{ours} NAME, --columns.{ours} NAME in score"
+                f"{where} has no column {' or '.join(map(repr, wanted[:3]))} for {ours}; it has {found}"
+                f"{separator_hint(found)}; rename one, or where the command has the option, name it with "
+                f"--data.columns.{ours} NAME (in score --columns.{ours} NAME)"
             )
         names[ours] = match
+    if names["text_a"] == names["text_b"]:
+        raise DataError(f"{where}: text_a and text_b are both the column {names['text_a']!r}; name two in columns")
     return names
+
+
+def separator_hint(names: list[str]) -> str:
+    """What a message about columns adds where all names seem to be one."""
+    other = re.search("[;\t|,]", names[0]) if len(names) == 1 else None
+    return f"; is it separated by {other[0]!r}? a .csv has commas, a .tsv tabs" if other else ""
 
 
 def _parse_label(value: object, place: str, column: str) -> float:
@@ -339,9 +350,8 @@ def _parse_label(value: object, place: str, column: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number <= 1:
-        raise DataError(
-            f"{place}: {column} {value!r} is not allowed; use 0 or 1, true or false, or a similarity from 0 to 1"
-        )
+        wrong = "is empty" if value is None else f"{value!r} is not allowed"
+        raise DataError(f"{place}: {column} {wrong}; use 0 or 1, true or false, or a similarity from 0 to 1")
     return number
 
 

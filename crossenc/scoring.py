@@ -193,7 +193,8 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
         others = f" (and {found.rows - found.good - 1:,} more rows)" if found.rows - found.good > 1 else ""
         raise DataError(f"{table.where}, row {row}: {wrong}{others}; --on_error skip leaves out such rows")
     if not found.good:
-        raise DataError(f"{table.where} has no rows that can be scored")
+        first = "".join(f"; row {row}: {wrong}" for row, wrong in found.broken[:1])
+        raise DataError(f"{table.where} has no rows that can be scored{first}")
     if taken := [name for name in new if name in found.columns]:
         raise DataError(f"{table.where} has a column {taken[0]} already; name the new one with --column or --decision")
     return found

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import DataError, OutputError, UsageError
-from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file
+from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file, separator_hint
 from .parts import file_digest, replacing, try_writing, writing
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def read_texts(
     ids: list[Any] = []
     texts: list[str] = []
     skipped: list[Row] = []
-    advice = ("; name it with --column", "; --on_error skip leaves out such rows") if on_error else ("", "")
+    advice = ("; name it with --column", "; --on_error skip leaves out such rows") if on_error else ("; rename one", "")
     name: str | None = None
     key: str | None = None
     for number, row in enumerate(table):
@@ -219,7 +219,8 @@ def read_texts(
                 name, key = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None), found
                 if name is None and on_error != "skip":
                     asked = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
-                    raise DataError(f"{table.where} has no column {asked}; it has {list(row)}{advice[0]}")
+                    remedy = separator_hint(list(row)) + advice[0]
+                    raise DataError(f"{table.where} has no column {asked}; it has {list(row)}{remedy}")
             text, known = row.get(name or ""), row.get(key) if key else number
             if name is None:
                 wrong = f"no text; it has {list(row)}"
@@ -235,7 +236,8 @@ def read_texts(
                 raise DataError(f"{table.where}, row {number + 1}: {wrong}{advice[1]}")
             skipped.append({"row": number + 1, "error": wrong})
     if not texts:
-        raise DataError(f"{table.where} has no texts")
+        first = "".join(f"; row {row['row']}: {row['error']}" for row in skipped[:1])
+        raise DataError(f"{table.where} has no texts{first}")
     twice, times = Counter(map(str, ids)).most_common(1)[0]  # as text, which is all that most files can hold
     if times > 1:
         raise DataError(f"{table.where} has the {key} {twice!r} more than once")

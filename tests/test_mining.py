@@ -246,6 +246,8 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(DataError, r"q\.csv, row 2: text is null", str(write("q.csv", 'text\na\n""\n')))
     refused(DataError, "the id '1' more than once", str(write("r.csv", "id,text\n1,a\n1,b\n")))
     refused(DataError, "has no column 'text' or .* name it with --column", str(write("s.csv", "x,y\n1,a\n")))
+    refused(DataError, "is it separated by ';'.* name it with --column", str(write("t.csv", "x;text\n1;a\n")))
+    refused(DataError, r"has no texts; row 1: no text; it has \['x'\]", str(write("u.csv", "x\na\n")), on_error="skip")
     refused(DataError, "has no texts", [])
     refused(UsageError, "top_k must be", top_k=0)
     refused(BackboneError, "cannot be loaded as a bi-encoder", retriever=str(trained / "best.ckpt"))

@@ -89,6 +89,9 @@ def test_an_edited_file_is_read_anew(write):
         ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate None is not allowed"),
         ("p.csv", HEADER + "a,b,1.2\n", "row 1: is_duplicate '1.2' is not allowed"),
         ("p.csv", HEADER + "a,b,1\na,b,c,1\n", "row 2: 4 fields where the header has 3"),
+        ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate is empty; use 0 or 1"),
+        ("p.tsv", HEADER + "a,b,1\n", "is it separated by ','? a .csv has commas, a .tsv tabs; rename one, or"),
+        ("p.csv", HEADER.replace(",", "\t") + "a\tb\t1\n", r"is it separated by '\t'? a .csv has commas"),
         ("p.csv", HEADER, "has no rows"),
         ("p.csv", "", "has no rows"),
         ("p.csv", "one,two,label\na,b,1\n", "has no column 'text_a' or 'sentence1'"),
@@ -98,6 +101,7 @@ def test_an_edited_file_is_read_anew(write):
         ("p.jsonl", '{"question1": "a", "question2": "b", "label": 1}\n[1]\n', "row 2: not a JSON object"),
         ("p.parquet", "no parquet", "cannot be read as parquet"),
         ("p.txt", "a b", "cannot tell its format"),
+        ("p.csv.gz", "", "cannot tell its format; name it .csv, .tsv, .jsonl, .parquet"),
     ],
 )
 def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
@@ -130,6 +134,8 @@ def test_a_missing_file_and_an_unknown_column_key_are_named(write):
     with pytest.raises(DataError, match="is a folder, where one file is needed"):
         pairs.read(".")
     path = write("p.csv", HEADER + "a,b,1\n")
+    with pytest.raises(DataError, match="text_a and text_b are both the column 'question2'"):
+        pairs.read(str(path), columns={"text_a": "question2"})
     with pytest.raises(DataError, match="columns: "):
         pairs.read(str(path), columns={"left": "question1"})
 

@@ -350,6 +350,8 @@ def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
     listed = [json.loads(line) for line in (tmp_path / "out.csv.skipped.jsonl").read_text().splitlines()]
     assert [row["row"] for row in listed] == [2, 3, 5]
     assert "not UTF-8" in listed[2]["error"]
+    with pytest.raises(DataError, match="no rows that can be scored; row 1: text_b is null"):
+        score(str(tiny), [("a", None)], on_error="skip")
     found = score(str(tiny), [("a", "b"), ("a", None), ("c", "d")], on_error="skip")
     assert np.isnan(found).tolist() == [False, True, False]
 
@@ -426,7 +428,12 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tiny, many):
     ("name", "text", "said"),
     [
         ("p.csv", "question1,question2\n", "has no rows that can be scored"),
-        ("p.csv", "a,b\nc,d\n", "has no column 'text_a'"),
+        ("p.csv", "a,b\nc,d\n", r"has no column 'text_a' .* rename one, or .* \(in score --columns.text_a NAME\)"),
+        ("p.csv", "a;b\nc;d\n", r"it has \['a;b'\]; is it separated by ';'\? a \.csv has commas"),
+        ("p.csv", "a;b\nc,d;e\n", r"row 1: 2 fields where the header has 1; is it separated by ';'"),
+        ("p.csv", '"a,b\nc,d\n', "header: a quote is never closed"),
+        ("p.csv", 'question1,question2\na,b\na,"b\n', "row 2: a quote is never closed; --on_error skip"),
+        ("p.csv.gz", "", r"cannot tell its format; give a file named \.csv, \.tsv"),
         ("p.csv", "question1,question1,question2\na,b,c\n", "more than one column 'question1'"),
         ("p.csv", "question1,question2,score\na,b,1\n", "has a column score already; name the new one with --column"),
         ("p.jsonl", '{"text1": "a", "text2": "\\ud800"}\n', "row 1: not UTF-8"),
@@ -464,6 +471,8 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
         score(str(tiny), path, f"{path}/out.csv")
     with pytest.raises(DataError, match=r"columns: .'texta'. is not one of"):
         score(str(tiny), path, columns={"texta": "question1"})
+    with pytest.raises(DataError, match="text_a and text_b are both the column 'question1'; name two"):
+        score(str(tiny), path, columns={"text_b": "question1"})
     for column in ("logit", ""):
         with pytest.raises(UsageError, match="the new columns cannot be called"):
             score(str(tiny), path, column=column, logit=True)
