@@ -86,6 +86,8 @@ def rerank(
         raise UsageError("retrieve_k and index are the retriever's; name it with --retriever")
     retrieve_k, index = 100 if retrieve_k is None else retrieve_k, index or "auto"
     require_choice("index", index, Index)
+    if [of for of in (queries, corpus, candidates, qrels) if isinstance(of, str)].count(STANDARD) > 1:
+        raise UsageError("only one of queries, corpus, candidates and qrels can be -")
     if top_k < 1 or retrieve_k < 1:
         raise UsageError("top_k and retrieve_k must be at least 1")
     if qrels is not None:

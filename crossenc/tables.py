@@ -217,6 +217,8 @@ def read_texts(
             found = next((name for name in ID_NAMES if name in row), None)
             if name is None:
                 name, key = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None), found
+                if name and not column:
+                    log.info("%s: texts from column %s", table.where, name)
                 if name is None and on_error != "skip":
                     asked = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
                     remedy = separator_hint(list(row)) + advice[0]

@@ -208,6 +208,8 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(UsageError, "are the retriever's", retrieve_k=100)
     refused(BackboneError, "is a cross-encoder, which makes no vectors", retriever=str(tiny))
     refused(UsageError, "not both", candidates=str(tmp_path / "a.run"), retriever=BACKBONE)
+    refused(UsageError, "only one of queries, corpus, .* can be -", queries="-", corpus="-")
+    refused(DataError, r"has no column 'text' or .* it has \['a'\]; rename one$", corpus=[{"a": "b"}])
     refused(UsageError, "top_k and retrieve_k", top_k=0)
     refused(UsageError, "top_k and retrieve_k", retriever=BACKBONE, retrieve_k=0)
     refused(UsageError, "precision 'best' is not one of", precision="best")

@@ -50,10 +50,12 @@ def test_a_frame_is_read_in_chunks_to_its_end(monkeypatch: pytest.MonkeyPatch):
         assert [row["n"] for row in table] == [0, 1, 2, 3, 4]
 
 
-def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path):
+def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path, caplog):
     pq.write_table(pa.table({"_id": ["x"], "title": ["Dogs"], "text": ["What is one?"]}), tmp_path / "a.parquet")
     with open_table(tmp_path / "a.parquet", ["text"]) as table:
-        assert read_texts(table, None) == (["x"], ["What is one?"], [])
+        with caplog.at_level("INFO"):
+            assert read_texts(table, None) == (["x"], ["What is one?"], [])
+        assert caplog.messages == [f"{table.where}: texts from column text"]
         assert read_texts(table, None, titled=True)[1] == ["Dogs What is one?"]
         assert read_texts(table, "title")[1] == ["Dogs"]
         assert table.schema().names == ["_id", "title", "text"]
