@@ -159,7 +159,7 @@ def mine(
         facts: dict[str, Any] = {"questions": table.digest(), "column": column, "on_error": on_error}
     first = first_copies(texts)
     distinct = np.flatnonzero(first == np.arange(len(texts)))
-    log.info("%s questions, %s of them copies", f"{len(texts):,}", f"{len(texts) - len(distinct):,}")
+    log.info("questions: %s, of them copies: %s", f"{len(texts):,}", f"{len(texts) - len(distinct):,}")
     bi_encoder, config = find_retriever(retriever)
     _tell_memory(texts, len(distinct), config, top_k, kind_of_index(len(distinct), index))
 

@@ -119,7 +119,7 @@ def make_search(vectors: Vectors, index: Index) -> Search:
         made = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, lists, faiss.METRIC_INNER_PRODUCT)
         made.cp.min_points_per_centroid = 1  # so that few questions are no warning
         made.nprobe = max(16, lists // 32)
-        log.info("index: %s lists of like questions, of which %s are looked at", f"{lists:,}", made.nprobe)
+        log.info("index: lists of like questions: %s, looked at: %s", f"{lists:,}", min(made.nprobe, lists))
         made.train(vectors)
     with progress("fill the index", count) as advance:
         for start in range(0, count, 10 * BLOCK):

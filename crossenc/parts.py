@@ -61,7 +61,7 @@ class Parts:
     def _other_work(self, known: dict[str, Any]) -> OutputError:
         differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
         return OutputError(
-            f"{self.folder} holds unfinished work with other {', '.join(differing)}; "
+            f"{self.folder} holds kept work with other {', '.join(differing)}; "
             "go on with the same, or drop it with --overwrite"
         )
 

@@ -44,7 +44,7 @@ def plan_steps(
     """
     count = len(lengths)
     if count < shares:
-        raise DataError(f"{count} training pairs are too few for {shares} devices and accumulated batches")
+        raise DataError(f"{count} training pairs are too few for {shares} (devices x accumulated batches); take fewer")
     draw = np.random.default_rng((seed, epoch))
     order = draw.permutation(count)
     number = np.arange(count) // (window * pairs)

@@ -190,7 +190,7 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
             pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
     if found.broken and on_error == "stop":
         row, wrong = found.broken[0]
-        others = f" (and {found.rows - found.good - 1:,} more rows)" if found.rows - found.good > 1 else ""
+        others = f" (and {found.rows - found.good - 1:,} more)" if found.rows - found.good > 1 else ""
         raise DataError(f"{table.where}, row {row}: {wrong}{others}; --on_error skip leaves out such rows")
     if not found.good:
         first = "".join(f"; row {row}: {wrong}" for row, wrong in found.broken[:1])

@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny: Path, mined: tu
     other = shutil.copytree(locate(BACKBONE), tmp_path / "other")
     settings = json.loads((other / "sentence_bert_config.json").read_text())
     (other / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 8}))
-    with pytest.raises(OutputError, match="holds unfinished work with other retriever"):
+    with pytest.raises(OutputError, match="holds kept work with other retriever"):
         mine(str(tiny), str(questions), str(tmp_path / "out.csv"), retriever=str(other), top_k=5, min_similarity=0.5)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "memory: up to" in done.stderr
@@ -199,9 +199,9 @@ def test_kept_work_serves_another_threshold_and_no_other_work(tiny: Path, tmp_pa
     assert pd.read_parquet(second.groups)["representative"].dtype == bool
     others = {"top_k": 6, "min_similarity": 0.4, "index": "hnsw", "both_orders": True}
     for name, other in (others | {"column": "text", "on_error": "skip"}).items():
-        with pytest.raises(OutputError, match=f"unfinished work with other {name};"):
+        with pytest.raises(OutputError, match=f"kept work with other {name};"):
             mine(str(tiny), QUESTIONS, **(options | {name: other}))
-    with pytest.raises(OutputError, match="unfinished work with other questions;"):
+    with pytest.raises(OutputError, match="kept work with other questions;"):
         mine(str(tiny), [*QUESTIONS, "What else?"], **options)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")} == stamps
 
@@ -290,11 +290,15 @@ def test_rows_that_lack_what_the_others_have(tiny: Path, write, tmp_path: Path):
     assert len(pairs) == 1
 
 
-def test_ids_of_any_kind_and_a_broken_first_row(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_ids_of_any_kind_and_a_broken_first_row(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
     lines = ['{"id": 0, "text": null}', '{"id": 1, "text": "What is it?"}', '{"id": "x", "text": "what is it?"}']
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     options = {"retriever": BACKBONE, "index": "ivf", "on_error": "skip"}
-    found = mine(tiny, tmp_path / "q.jsonl", tmp_path / "out.parquet", **options)
+    with caplog.at_level("INFO"):
+        found = mine(tiny, tmp_path / "q.jsonl", tmp_path / "out.parquet", **options)
+    assert {"questions: 2, of them copies: 1", "index: lists of like questions: 1, looked at: 1"} < {*caplog.messages}
     assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["1", "x"]]
     assert json.loads((tmp_path / "out.parquet.skipped.jsonl").read_text())["row"] == 1
     assert "WARNING" not in capfd.readouterr().err  # faiss's, of few questions

@@ -19,9 +19,9 @@ def test_parts_are_for_the_same_work_only(tmp_path: Path):
     assert not folder.exists()  # there is nothing to go on with yet
     one[0] = np.arange(3)
     same[1] = np.arange(4)
-    with pytest.raises(OutputError, match="unfinished work with other model"):  # they began at the same time
+    with pytest.raises(OutputError, match="kept work with other model"):  # they began at the same time
         other[0] = np.zeros(3)
-    with pytest.raises(OutputError, match="unfinished work with other model"):
+    with pytest.raises(OutputError, match="kept work with other model"):
         Parts(folder, {"model": "b"})
     again = Parts(folder, {"model": "a"})
     assert [part.tolist() for part in again.all(2)] == [[0, 1, 2], [0, 1, 2, 3]]

@@ -280,7 +280,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, t
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not output.exists()
-    with pytest.raises(OutputError, match="unfinished work with other both_orders"):
+    with pytest.raises(OutputError, match="kept work with other both_orders"):
         score(str(tiny), str(many), str(output), both_orders=True)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "0,000 of 25,000 pairs are scored already" in done.stderr
@@ -302,7 +302,7 @@ def test_parts_of_another_reading_are_not_taken_over(tiny, write, monkeypatch, n
             score(str(tiny), str(path), output)
     if name == "input":
         path.write_text("question1,question2,other\na,b,c\nd,x,f\n")
-    with pytest.raises(OutputError, match=f"unfinished work with other {name};"):
+    with pytest.raises(OutputError, match=f"kept work with other {name};"):
         score(str(tiny), str(path), output, **given)
     score(str(tiny), str(path), output, overwrite=True, **given)
     found = score(str(tiny), str(path), **given)
@@ -336,7 +336,7 @@ BROKEN = 'question1,question2\na,b\na,b,c\na,\nc,"d ""quoted"" d"\n'
 
 def test_broken_rows_end_the_run_before_anything_is_scored(write, tiny, tmp_path):
     path = write("p.csv", BROKEN)
-    with pytest.raises(DataError, match=r"p\.csv, row 2: 3 fields where the header has 2.*\(and 1 more rows\)"):
+    with pytest.raises(DataError, match=r"p\.csv, row 2: 3 fields where the header has 2.*\(and 1 more\)"):
         score(str(tiny), str(path), str(tmp_path / "out.csv"))
     assert [file.name for file in tmp_path.iterdir()] == ["p.csv"]
 
