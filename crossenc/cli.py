@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 def _run(command: str, args: list[str]) -> None:
     from .run import RunCLI
 
-    RunCLI(command, args)
+    RunCLI(command, _underscored(args))
 
 
 def _export(command: str, args: list[str]) -> None:
@@ -125,17 +126,22 @@ def _call(
     return function(**_parse(parser, args, flags))
 
 
+def _underscored(args: list[str]) -> list[str]:
+    """The words with the names of options as the parameters are written: `--on_error=a-b` for `--on-error=a-b`."""
+    return [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in args]
+
+
+_VALUES = ("true", "false", "yes", "no", "on", "off")  # as jsonargparse takes them
+
+
 def _parse(parser: ArgumentParser, args: list[str], flags: Collection[str] = ()) -> dict[str, Any]:
     """What the command line says. `flags` are the options that may stand alone, for true."""
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    words = []
-    for word, following in zip(args, [*args, ""][1:], strict=True):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            name = "--" + name[2:].replace("-", "_")  # as the parameters are written
-            alone = name in flags and not equals and following.lower() not in ("true", "false")
-            word = f"{name}=true" if alone else name + equals + value
-        words.append(word)
+    words = _underscored(args)
+    words = [
+        f"{word}=true" if word in flags and following.lower() not in _VALUES else word
+        for word, following in zip(words, [*words, ""][1:], strict=True)
+    ]
     given: dict[str, Any] = parser.parse_args(words).as_dict()
     del given["debug"]  # which `main` has seen to
     return given

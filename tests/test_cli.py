@@ -120,7 +120,7 @@ def test_options_may_have_dashes_and_flags_stand_alone_or_not():
     parser = ArgumentParser()
     for name, kind in {"first": str, "--int8": bool, "--on_x": bool, "--dev": str, "--val_size": str}.items():
         parser.add_argument(name, type=kind)
-    words = ["a-b", "--int8", "--on-x", "false", "--dev", "c-d", "--val-size=e-f"]
+    words = ["a-b", "--int8", "--on-x", "no", "--dev", "c-d", "--val-size=e-f"]
     expected = {"first": "a-b", "int8": True, "on_x": False, "dev": "c-d", "val_size": "e-f"}
     assert cli._parse(parser, words, {"--int8", "--on_x"}) == expected
 
