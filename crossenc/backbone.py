@@ -25,7 +25,7 @@ def locate(backbone: str | Path) -> str:
     """The Hub id or the folder that a backbone's name stands for.
 
     Raises:
-        BackboneError: a package is not installed, or a folder is missing or holds no `config.json`.
+        BackboneError: a package is not installed, or there is no such folder or no `config.json` in it.
     """
     backbone = str(backbone)
     if backbone.startswith("package:"):
@@ -36,16 +36,18 @@ def locate(backbone: str | Path) -> str:
                 f"{backbone}: no package {name} is installed; try: pip install {name.replace('_', '-')}"
             )
         folder = Path(spec.submodule_search_locations[0]) / path
-    elif Path(backbone).is_dir() or backbone.startswith(("/", "./", "../", "~")) or backbone.count("/") > 1:
+    elif Path(backbone).exists() or backbone.startswith(("/", "./", "../", "~")) or backbone.count("/") > 1:
         folder = Path(backbone)
     else:
         return backbone
+    if folder.is_file():
+        raise BackboneError(f"{backbone} is a file, where a model's folder is needed; export makes one of a .ckpt")
     if not folder.is_dir():
         raise BackboneError(f"{backbone}: there is no folder {folder}")
     if not (folder / "config.json").is_file():
-        raise BackboneError(
-            f"{backbone} is no model: the folder has no config.json; give a folder or a Hub id that has one"
-        )
+        inner = folder / "model"
+        remedy = f"its export is {inner}" if inner.is_dir() else "give a folder or a Hub id that has one"
+        raise BackboneError(f"{backbone!r} is no model: the folder has no config.json; {remedy}")
     return str(folder)
 
 

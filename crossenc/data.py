@@ -221,7 +221,8 @@ class PairDataModule(LightningDataModule):
 
     def _of(self, split: str, parts: dict[str, Dataset]) -> Dataset:
         if split not in parts:
-            raise DataError(f"{self.source} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
+            where = self.source or "an empty source"
+            raise DataError(f"{where} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
         return parts[split]
 
     def _sources(self) -> dict[str, str]:

@@ -108,7 +108,7 @@ def is_local(source: str) -> bool:
     if path.is_file():
         return True
     if path.is_dir():
-        raise DataError(f"{source} is a folder, where one file is needed")
+        raise DataError(f"{source or 'an empty name'} stands for a folder, where one file is needed")
     if path.suffix.lower() in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         raise DataError(f"{source}: no such file (looked in {Path.cwd()})")
     return False

