@@ -86,7 +86,7 @@ def test_an_edited_file_is_read_anew(write):
         ("p.csv", HEADER + "a,b,1\na,b,2\n", "row 2: is_duplicate '2' is not allowed"),
         ("p.csv", HEADER + "a,b,yes\n", "row 1: is_duplicate 'yes' is not allowed"),
         ("p.csv", HEADER + "a,b,nan\n", "row 1: is_duplicate 'nan' is not allowed"),
-        ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate None is not allowed"),
+        ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate is empty"),
         ("p.csv", HEADER + "a,b,1.2\n", "row 1: is_duplicate '1.2' is not allowed"),
         ("p.csv", HEADER + "a,b,1\na,b,c,1\n", "row 2: 4 fields where the header has 3"),
         ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate is empty; use 0 or 1"),
@@ -131,7 +131,7 @@ def test_a_missing_file_and_an_unknown_column_key_are_named(write):
         pairs.read("gone.csv")
     with pytest.raises(DataError, match=r"\./gone: no such file"):
         pairs.read("./gone")
-    with pytest.raises(DataError, match="is a folder, where one file is needed"):
+    with pytest.raises(DataError, match="stands for a folder, where one file is needed"):
         pairs.read(".")
     path = write("p.csv", HEADER + "a,b,1\n")
     with pytest.raises(DataError, match="text_a and text_b are both the column 'question2'"):
