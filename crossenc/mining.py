@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice
-from .loading import fingerprint, read_threshold
+from .loading import find, fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, try_writing
@@ -153,6 +153,7 @@ def mine(
             raise UsageError(f"{model} has stored no threshold; give --threshold or --dev")
     if work:
         try_writing(Path(work) / "vectors")
+    find(model, onnx=backend != "torch")  # there may be none, to be known before vectors are computed
     labelled = None if dev is None else read(dev)
     with open_table(questions, ["text"]) as table:
         ids, texts, skipped = read_texts(table, column, on_error)

@@ -16,6 +16,7 @@ import numpy as np
 
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice
+from .loading import find
 from .neighbors import BLOCK, Index, embed, make_search
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
@@ -94,6 +95,7 @@ def rerank(
         require("ir_measures", "rank")  # known before the work is done
     if output is not None:
         claim_output(output, (*RUN_SUFFIXES, ".jsonl"), overwrite)
+    find(model, onnx=backend != "torch")  # there may be none, to be known before candidates are searched
     with open_table(queries, ["text"]) as table:
         query_ids, query_texts, _ = read_texts(table, None)
     with open_table(corpus, ["text"]) as table:

@@ -382,9 +382,7 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
         return str(newest)
     if config.ckpt_path in ("best", "last"):
         path = home / f"{config.ckpt_path}.ckpt"
-    if path.is_dir():
-        raise CheckpointError(f"--ckpt_path {path} is a folder; name a checkpoint in it, such as {path / 'best.ckpt'}")
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
     read_checkpoint(path, mmap=True)
     return str(path)

@@ -261,6 +261,8 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     (tmp_path / "bare" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UsageError, match="has stored no threshold; give --threshold or --dev"):
         mine(tmp_path / "bare", QUESTIONS, retriever=BACKBONE)
+    with pytest.raises(BackboneError, match=r"\./gone: there is no folder"):  # known before the retriever is looked for
+        mine("./gone", QUESTIONS, threshold=0.5, retriever="./neither")
     refused(UsageError, "linkage 'best' is not one of", linkage="best")
     with pytest.raises(UsageError, match="name the one"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)

@@ -340,7 +340,7 @@ def test_a_finished_run_of_another_name_is_not_gone_on_with(trained: Path, tmp_p
     assert main(["fit", *config, "--ckpt_path", str(last), "--run", "new"]) == 2
     assert f"{last} has all of its training; raise --trainer.max_epochs" in capsys.readouterr().err
     assert main(["fit", *config, "--ckpt_path", str(trained)]) == 2
-    assert f"is a folder; name a checkpoint in it, such as {trained / 'best.ckpt'}" in capsys.readouterr().err
+    assert f"is a folder; name a checkpoint in it: {trained / 'best.ckpt'}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
