@@ -248,10 +248,8 @@ def write_report(
     from . import __version__
 
     text = Template(REPORT).render(**_report(figures, threshold, pictures, errors, folded=False))
-    own = Path(name).name in ("model", "best.ckpt", "last.ckpt")  # in a run's folder, whose name tells more
-    title = f"{Path(name).resolve().parent.name}/{Path(name).name}" if own else _shown_path(name)
     told = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())
-    parts = [f"# Evaluation of {title}", f"By crossenc {__version__}; {told}.", _summary(figures), text]
+    parts = [f"# Evaluation of {_shown_path(name)}", f"By crossenc {__version__}; {told}.", _summary(figures), text]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -344,7 +342,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def _shown_path(name: str) -> str:
-    return name if is_hub_id(name) or name.startswith("package:") else Path(name).name
+    """A Hub id or a package as it is, and of a path its last name: no more of a machine is told."""
+    if is_hub_id(name) or name.startswith("package:"):
+        return name
+    own = Path(name).name in ("model", "best.ckpt", "last.ckpt")  # in a run's folder, whose name tells more
+    return "/".join(Path(name).resolve().parts[-1 - own :])
 
 
 def _cell(figures: dict[str, float], key: str, form: str) -> str:

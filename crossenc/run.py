@@ -38,7 +38,7 @@ from .checkpoints import (
     read_checkpoint,
 )
 from .data import PairDataModule
-from .errors import CheckpointError, LostProcessError, UsageError, one_line
+from .errors import CheckpointError, HubError, LostProcessError, UsageError, one_line
 from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
 from .loading import read_threshold
@@ -118,6 +118,9 @@ class RunCLI(LightningCLI):
             log_file = self.folder / "metrics.csv"
             if self.old_log.is_file() and not log_file.exists():
                 self.old_log.rename(log_file)  # the run did not go on
+            own = self.folder / "config.yaml"
+            if isinstance(error, HubError) and self.goes_on and own.is_file():
+                raise HubError(f"{error}; the options of the checkpoint's run: --config {own}") from error
             if isinstance(error, RuntimeError) and _is_lost_connection(error):
                 raise LostProcessError(
                     f"another process of the run ended, and this one with it ({one_line(error)[:200]}); what that one "

@@ -164,7 +164,7 @@ def made(folder: Path, calibration: list[float], **figures: float) -> Any:
         "plan": {"batch_size": 8, "batch_by": "pairs", "window": 1, "seed": 42},
     }
     checkpoint = {
-        "hyper_parameters": {"backbone": "/models/mine", "max_length": None},
+        "hyper_parameters": {"backbone": "/runs/first/model", "max_length": None},
         "PairDataModule": data,
         "crossenc": {"calibration": calibration, "threshold": 0.25, "training": {}},
         "callbacks": {"Cost": {"seconds": 120.0}},
@@ -192,6 +192,8 @@ def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
     assert "Scores are calibrated" in card.text
     assert "Scores are calibrated" not in made(tmp_path, [1.0, 0.0]).text
     assert "Pairs of more than 128 tokens are cut" in card.text
+    assert "It was made from `first/model` with" in card.text  # and no more of the machine
+    assert 'CrossEncoder("path/to/this/folder")' in card.text
     assert "| duration | 2.0 minutes |" in card.text
     assert "| transitive | True |" in card.text
     assert "a change of -0.0250" in card.text

@@ -68,7 +68,7 @@ def test_fit_without_arguments_reads_model_and_pairs_from_the_hub(hub: HubServer
     assert "/pair/train-00000-of-00001.parquet" not in read
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, tmp_path: Path):
+def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, trained: Path, tmp_path: Path):
     asked = {
         "backbone owner/gone could not be read from the Hugging Face Hub": ["--model.backbone", "owner/gone"],
         "data set owner/gone could not be read from the Hugging Face Hub": ["--data.source", "owner/gone"],
@@ -76,7 +76,10 @@ def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, tmp_path: Path):
         'Unknown split "dev"': ["--data.source", "sentence-transformers/quora-duplicates:dev"],
     }
     commands = [fit(tmp_path, *arguments) for arguments in asked.values()]
-    ends = run_all(commands, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "cache"))
+    commands.append(["test", "--ckpt_path", str(trained / "best.ckpt"), "--data.source", "owner/gone"])
+    *ends, tested = run_all(commands, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "cache"))
+    assert tested[0] == 2
+    assert tested[1].endswith(f"; the options of the checkpoint's run: --config {trained / 'config.yaml'}\n")
     for (code, said), line in zip(ends, asked, strict=True):
         assert code == 2
         assert line in said.splitlines()[-1]
