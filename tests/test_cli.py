@@ -158,7 +158,7 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["export", "gone.ckpt", "in.csv/x"], "in.csv/x cannot be written: Not a directory"),
         (["mine", "a", "in.csv", "new/out.csv", "--work", "wk", "--retriever", "nope/"], "'a' is no model"),
         (
-            ["mine", "a", "in.csv", "new/out.csv", "--threshold", "1", "--retriever", "./nope"],
+            ["mine", BACKBONE, "in.csv", "new/out.csv", "--threshold", "1", "--retriever", "./nope"],
             "there is no folder nope",
         ),
         (
