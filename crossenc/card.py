@@ -346,7 +346,7 @@ def _shown_path(name: str) -> str:
     if is_hub_id(name) or name.startswith("package:"):
         return name
     own = Path(name).name in ("model", "best.ckpt", "last.ckpt")  # in a run's folder, whose name tells more
-    return "/".join(Path(name).resolve().parts[-1 - own :])
+    return "/".join(Path(name).absolute().parts[-1 - own :])
 
 
 def _cell(figures: dict[str, float], key: str, form: str) -> str:

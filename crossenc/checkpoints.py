@@ -237,7 +237,8 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or was not written by crossenc.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name a checkpoint in it: {path / 'best.ckpt'}")
+        found = ", ".join(map(str, sorted(path.glob("*.ckpt")))) or "there is none"
+        raise CheckpointError(f"{path} is a folder; name a checkpoint in it: {found}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:

@@ -194,7 +194,7 @@ def main(args: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UsageError(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}")
         if not {"-h", "--help"} & set(rest):
-            _set_up_terminal()
+            _set_up_terminal(name)
             if COMMANDS[name][1] in (_run, _export, _evaluate):
                 _quiet_lightning()
         # In the others it is Lightning's to end in order.
@@ -251,7 +251,7 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, MisconfigurationException)
 
 
-def _set_up_terminal() -> None:
+def _set_up_terminal(command: str) -> None:
     """Say what matters, once: our own log on stderr, and of the libraries' logs and bars what a person needs."""
     if not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # as every file that is written
@@ -280,10 +280,11 @@ def _set_up_terminal() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
     # Weights that were averaged in training are all that a checkpoint is evaluated by.
     warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the 'fit' stage")
-    warnings.filterwarnings("ignore", message=".*add the following callbacks: ")
+    which = ".*WeightAveraging" if command == "fit" else ""  # an evaluation needs none of them
+    warnings.filterwarnings("ignore", message=f".*add the following callbacks: {which}")
     # A checkpoint that is evaluated writes nothing.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
-    # What `--seed_everything true` drew stands in config.yaml.
+    # Where `--seed_everything true` finds no PL_GLOBAL_SEED it is 0, and stands in config.yaml.
     warnings.filterwarnings("ignore", message="No seed found")
     # The summary's sizes are those of 32 bits.
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")

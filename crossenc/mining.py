@@ -151,7 +151,7 @@ def mine(
         threshold = read_threshold(model)
         if threshold is None:
             raise UsageError(f"{model} has stored no threshold; give --threshold or --dev")
-    if work:
+    if work and not Path(work).is_dir():
         try_writing(Path(work) / "vectors")
     find(model, onnx=backend != "torch")  # there may be none, to be known before vectors are computed
     labelled = None if dev is None else read(dev)

@@ -340,7 +340,7 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
 
 def separator_hint(names: list[str]) -> str:
     """What a message about columns adds where all names seem to be one."""
-    other = re.search("[;\t|,]", names[0]) if len(names) == 1 else None
+    other = re.search("[;\t|,]", str(names[0])) if len(names) == 1 else None
     return f"; is it separated by {other[0]!r}? a .csv has commas, a .tsv tabs" if other else ""
 
 

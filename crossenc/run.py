@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
@@ -110,6 +110,7 @@ class RunCLI(LightningCLI):
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         self.folder, self.goes_on, self.old_log = Path(), True, Path()
+        self.checkpoint: str | None = None
         try:
             self._run_command(args)
         except BaseException as error:
@@ -119,8 +120,10 @@ class RunCLI(LightningCLI):
             if self.old_log.is_file() and not log_file.exists():
                 self.old_log.rename(log_file)  # the run did not go on
             own = self.folder / "config.yaml"
-            if isinstance(error, HubError) and self.goes_on and own.is_file():
+            if isinstance(error, HubError) and self.checkpoint and own.is_file():
                 raise HubError(f"{error}; the options of the checkpoint's run: --config {own}") from error
+            if isinstance(error, ValueError) and "val_check_interval" in str(error):  # known when the pairs are read
+                raise UsageError(f"{one_line(error)}; 1.0 is the end of an epoch") from error
             if isinstance(error, RuntimeError) and _is_lost_connection(error):
                 raise LostProcessError(
                     f"another process of the run ended, and this one with it ({one_line(error)[:200]}); what that one "
@@ -187,10 +190,14 @@ class RunCLI(LightningCLI):
         config = self.config[self.command]
         asked_for, self.asked = config.ckpt_path, config.model.clone()
         _check_trainer(self.command, config)
-        try:
-            parser.dump(self.config, skip_none=False)  # as the run will write it
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"the options cannot be written into config.yaml: {one_line(error)[:300]}") from error
+        if self.command == "fit" and not config.trainer.fast_dev_run:
+            try:
+                parser.dump(self.config, skip_none=False)  # as the run will write it
+            except (TypeError, ValueError) as error:
+                raise UsageError(
+                    "the options cannot be written into config.yaml; of Timer --trainer.max_time does the work: "
+                    f"{one_line(error)[:300]}"
+                ) from error
         config.ckpt_path = self.checkpoint = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)
         if self.command == "fit":
@@ -229,7 +236,7 @@ class RunCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ImportError, TypeError, ValueError) as error:  # of the user's loggers and callbacks, and the Trainer's
-            raise UsageError(one_line(error)) from error
+            raise UsageError(f"an option cannot be used: {one_line(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run's loggers and callbacks; those of the user stand beside them."""
@@ -239,7 +246,7 @@ class RunCLI(LightningCLI):
         kwargs["callbacks"] = [*callbacks, *self._callbacks(given, callbacks)]
         if given.profiler in ("simple", "advanced"):  # whose report Lightning would log, to where nobody reads it
             kind = SimpleProfiler if given.profiler == "simple" else AdvancedProfiler
-            kwargs["profiler"] = kind(self.folder, "profile")
+            kwargs["profiler"] = kind(filename="profile")  # in the run's folder
         if self.command == "fit" and given.logger is not False:
             if self.goes_on:
                 self.old_log = _set_aside(self.folder / "metrics.csv")
@@ -317,7 +324,7 @@ class RunCLI(LightningCLI):
             return
         done, planned = self.trainer.global_step, self.trainer.estimated_stepping_batches
         if 0 < done < planned:
-            log.info("training ended at step %d of %s: max_time or a callback stopped it", done, planned)
+            log.info("training ended at step %d of %s, by max_time, a callback or --on_mismatch", done, planned)
         if not self.trainer.checkpoint_callbacks or not self.trainer.global_step:
             log.info("no step was taken, or no checkpoint is to be written: there is none to test and to export")
             discard_if_empty(self.folder)
@@ -328,9 +335,9 @@ class RunCLI(LightningCLI):
         if not chosen:  # without validation no checkpoint was chosen
             best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
             if not Path(best).is_file():  # it is another run's checkpoint, and nothing was left to train
-                if self.trainer.is_global_zero:
+                if self.trainer.is_global_zero and not self.goes_on:
                     (self.folder / "config.yaml").unlink(missing_ok=True)
-                raise CheckpointError(f"{self.checkpoint} has all of its training; raise --trainer.max_epochs")
+                raise CheckpointError(f"{self.checkpoint} has all of its training; raise max_epochs or max_steps")
         # Lightning's weight averaging would put the weights that are not averaged into a model that is evaluated now.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
@@ -404,38 +411,37 @@ def _check_trainer(command: str, config: Any) -> None:
         raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
     if any(way in str(trainer.strategy) for way in ("spawn", "fork", "notebook")):
         raise UsageError("--trainer.strategy: what ddp_spawn and the like find stays in other processes; use ddp")
-    evaluated = {"validate": "val"}.get(command, command)
-    for name in ("val", "test", "predict"):
+    for name in ("val", "test") if command == "fit" else ({"validate": "val"}.get(command, command),):
         limit = trainer[f"limit_{name}_batches"]
-        whole = limit is None or (isinstance(limit, float) and limit == 1)
-        if not whole and (limit or name == evaluated):  # batches are of like length, and the longest come first
+        if limit == 0 and command != "fit":
+            raise UsageError(f"--trainer.limit_{name}_batches 0 leaves nothing to {command}")
+        if limit and not (isinstance(limit, float) and limit == 1):  # batches are of like length, the longest first
             raise UsageError(f"--trainer.limit_{name}_batches would take the longest pairs; set --data.limit instead")
     if trainer.accumulate_grad_batches < 1:
         raise UsageError("--trainer.accumulate_grad_batches must be at least 1")
     if trainer.val_check_interval == 0:
         raise UsageError("--trainer.val_check_interval must be above 0; for no validation set --data.val_size 0")
-    # Lightning's default of 1 is not ours, so that one of the two alone says what it says there.
+    # The default of the one is not Lightning's, so that a share of an epoch alone says what it says there.
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float):
         trainer.check_val_every_n_epoch = 1
-    elif trainer.check_val_every_n_epoch and trainer.val_check_interval == TRAINER_DEFAULTS["val_check_interval"]:
-        trainer.val_check_interval = 1.0
-        log.info("validation at the end of every %d epochs", trainer.check_val_every_n_epoch)
 
 
 def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
     """Refuse callbacks that cannot work, before a run ends in them hours later; raises `UsageError`."""
     some = dict.fromkeys(("label", "score", "score_raw", "score_crossed"), np.array([0.0, 1.0]))
     logged = [f"val/{name}" for name in ("loss", *evaluation_figures(some))]
+    # A callback of the user's own may log figures of its own.
+    known = all(type(callback).__module__.startswith("lightning.") for callback in callbacks)
     for callback in callbacks:
         name = type(callback).__name__
         if name in _UNFIT:
             raise UsageError(f"{name} does not go with crossenc; set {_UNFIT[name]}")
         if isinstance(callback, WeightAveraging) and strategy == "fsdp":
             raise UsageError(f"{name} does not go with --trainer.strategy fsdp, whose weights are shared; use ddp")
+        others: tuple[str, ...] = ("train/loss", "train/lr", "train/pairs_per_second")
+        others += ("epoch", "step") if isinstance(callback, Checkpoint) else ()
         monitor = getattr(callback, "monitor", None)
-        # A callback of the user's own may log figures of its own.
-        known = all(type(other).__module__.startswith("lightning.") for other in callbacks)
-        if known and monitor and monitor not in (*logged, "train/loss", "train/lr", "train/pairs_per_second"):
+        if known and monitor and monitor not in (*logged, *others):
             raise UsageError(f"{name}: there is no metric {monitor}; choose one of {', '.join(logged)}")
 
 

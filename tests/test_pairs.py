@@ -86,7 +86,6 @@ def test_an_edited_file_is_read_anew(write):
         ("p.csv", HEADER + "a,b,1\na,b,2\n", "row 2: is_duplicate '2' is not allowed"),
         ("p.csv", HEADER + "a,b,yes\n", "row 1: is_duplicate 'yes' is not allowed"),
         ("p.csv", HEADER + "a,b,nan\n", "row 1: is_duplicate 'nan' is not allowed"),
-        ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate is empty"),
         ("p.csv", HEADER + "a,b,1.2\n", "row 1: is_duplicate '1.2' is not allowed"),
         ("p.csv", HEADER + "a,b,1\na,b,c,1\n", "row 2: 4 fields where the header has 3"),
         ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate is empty; use 0 or 1"),
