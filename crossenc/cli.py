@@ -117,9 +117,10 @@ def _call(
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
     for name, text in positional.items():
         parser.add_argument(name, type=str, help=text)
-    parser.add_function_arguments(function, skip={*positional, *(sources or {})})
+    sources = sources or {}
+    parser.add_function_arguments(function, skip={*positional, *sources})
     parameters = signature(function).parameters
-    for name, text in (sources or {}).items():
+    for name, text in sources.items():
         parser.add_argument(f"--{name}", type=str, required=parameters[name].default is Parameter.empty, help=text)
     parser.set_defaults(defaults or {})
     flags = {f"--{name}" for name, about in parameters.items() if about.default is False}

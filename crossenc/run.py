@@ -428,8 +428,6 @@ def _check_trainer(command: str, config: Any) -> None:
 
 def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
     """Refuse callbacks that cannot work, before a run ends in them hours later; raises `UsageError`."""
-    some = dict.fromkeys(("label", "score", "score_raw", "score_crossed"), np.array([0.0, 1.0]))
-    logged = [f"val/{name}" for name in ("loss", *evaluation_figures(some))]
     # A callback of the user's own may log figures of its own.
     known = all(type(callback).__module__.startswith("lightning.") for callback in callbacks)
     for callback in callbacks:
@@ -438,10 +436,13 @@ def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
             raise UsageError(f"{name} does not go with crossenc; set {_UNFIT[name]}")
         if isinstance(callback, WeightAveraging) and strategy == "fsdp":
             raise UsageError(f"{name} does not go with --trainer.strategy fsdp, whose weights are shared; use ddp")
-        others: tuple[str, ...] = ("train/loss", "train/lr", "train/pairs_per_second")
-        others += ("epoch", "step") if isinstance(callback, Checkpoint) else ()
         monitor = getattr(callback, "monitor", None)
-        if known and monitor and monitor not in (*logged, *others):
+        if not known or not monitor:
+            continue
+        some = dict.fromkeys(("label", "score", "score_raw", "score_crossed"), np.array([0.0, 1.0]))
+        logged = [f"val/{name}" for name in ("loss", *evaluation_figures(some))]
+        counted = ("epoch", "step") if isinstance(callback, Checkpoint) else ()
+        if monitor not in (*logged, "train/loss", "train/lr", "train/pairs_per_second", *counted):
             raise UsageError(f"{name}: there is no metric {monitor}; choose one of {', '.join(logged)}")
 
 
