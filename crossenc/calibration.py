@@ -6,15 +6,13 @@ the weights and the bias of the head's last layer, so that every reader of an ex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 FOLDS = 10
 
@@ -72,9 +70,7 @@ def _fit(logits: Tensor, truth: Tensor, shifted: bool) -> Calibration:
     Labels are drawn a little towards 1/2, as Platt (1999) does, so that pairs which can be told apart without error
     do not ask for an infinite scale.
     """
-    import numpy as np
     from scipy.optimize import minimize
-    from scipy.special import expit
 
     positives = truth.sum()
     negatives = len(truth) - positives
@@ -87,7 +83,7 @@ def _fit(logits: Tensor, truth: Tensor, shifted: bool) -> Calibration:
         """Cross-entropy and its gradient at the logarithm of a scale, which keeps it positive, and a shift."""
         scaled = given * np.exp(x[0])
         values = scaled + x[1]
-        slope = expit(values) - wanted
+        slope = sigmoid(values) - wanted
         gradient = np.array([(slope * scaled).mean(), slope.mean() * shifted])
         return float((np.logaddexp(0, values) - wanted * values).mean()), gradient
 

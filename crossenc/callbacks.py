@@ -179,8 +179,7 @@ class PlainProgress(ProgressBar):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        told = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if self.enabled and told and "val/loss" in trainer.callback_metrics:
+        if self.enabled and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             figures = trainer.callback_metrics
             log.info(
                 "step %d  val/loss %.4f  val/average_precision %.4f  val/f1 %.4f",

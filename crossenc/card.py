@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .errors import one_line
 from .pairs import SUFFIXES
 
@@ -201,8 +202,6 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    from . import __version__
-
     settings, data = checkpoint["hyper_parameters"], checkpoint.get("PairDataModule") or {}
     if data:
         data = _measured(data, sources, figures)
@@ -244,8 +243,6 @@ def write_report(
 ) -> None:
     """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
     from jinja2 import Template
-
-    from . import __version__
 
     text = Template(REPORT).render(**_report(figures, threshold, pictures, errors, folded=False))
     told = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())

@@ -8,8 +8,10 @@ import re
 import signal
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -110,8 +112,6 @@ def _call(
     Options may be written with dashes, and those that are true or false without a value. `sources` are parameters that
     take more than files from Python, with their help; `defaults` are the command line's own.
     """
-    from inspect import Parameter, signature
-
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
@@ -241,8 +241,6 @@ def _is_helper() -> bool:
 
 def _is_for_the_user(error: Exception) -> bool:
     """Whether an error is about the input: ours, the parser's, the Trainer's about its options, or of a file."""
-    from argparse import ArgumentError
-
     if isinstance(error, CrossencError | ArgumentError | OSError):
         return True
     if "lightning" not in sys.modules:  # whose errors there can be none of then

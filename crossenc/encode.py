@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import __version__
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow
     from datasets import Dataset
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -148,8 +148,6 @@ class PairCollator:
         self.multiple = 8 if torch.cuda.is_available() else 1
 
     def __call__(self, table: pyarrow.Table) -> PairBatch:
-        import numpy as np
-
         table = table.take(np.argsort(-table["length"].to_numpy(), kind="stable"))
         lengths = table["length"].to_numpy().astype(np.int64)
         starts = np.cumsum(lengths) - lengths
@@ -185,8 +183,6 @@ def cut_pieces(lengths: NDArray[np.int32], cost: int) -> list[int]:
         lengths: tokens of each pair, from long to short, shape (pairs,).
         cost: what a piece takes beyond its tokens (starting every operation once more), counted in tokens.
     """
-    import numpy as np
-
     # Where the length changes: the only places worth a cut. tokens[j]: the fewest for the pairs before place j.
     places = np.concatenate([np.flatnonzero(np.diff(lengths, prepend=-1)), [len(lengths)]])
     tokens, back = np.zeros(len(places), dtype=np.int64), [0] * len(places)

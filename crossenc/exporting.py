@@ -15,11 +15,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from .backbone import load_tokenizer, quiet_transformers
 from .calibration import sigmoid
+from .encode import PairCollator, encode_texts
 from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint, plain_model
+from .onnx_model import write_onnx
+from .pairs import read
 from .parts import try_writing
+from .scorer import Backend, Scoring, score_chunks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,15 +146,11 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
 
 def _difference(expected: Sequence[float], found: Sequence[float]) -> float:
     """The largest difference of two lists of scores; NaN if one holds a NaN, which Python's `max` could pass over."""
-    import numpy as np
-
     return float(np.abs(np.subtract(expected, found)).max())
 
 
 def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[str, float]:
     """Write the ONNX files, compare them with the checkpoint, and return what the card tells of them."""
-    from .onnx_model import write_onnx
-    from .scorer import Backend, Scoring, score_chunks
 
     def score(backend: Backend, pairs: Sequence[tuple[str, str]]) -> Any:
         ((_, logits),) = score_chunks(Scoring(str(folder), backend=backend), [(0, list(pairs))])
@@ -161,7 +164,6 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
         )
     figures: dict[str, float] = {}
     if dev is not None:
-        import torch
         from torchmetrics.functional.classification import binary_average_precision
 
         pairs, labels = list(zip(dev["text_a"], dev["text_b"], strict=True)), torch.tensor(dev["label"][:]) >= 0.5
@@ -183,10 +185,8 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
 
 def _dev_pairs(checkpoint: Path, dev: str | None) -> Dataset:
     """Labelled pairs of `dev`, or the dev pairs of the run that a checkpoint lies in, as its config.yaml has them."""
-    from . import pairs
-
     if dev is not None:
-        return pairs.read(dev)
+        return read(dev)
     import yaml
 
     from .data import PairDataModule
@@ -201,7 +201,6 @@ def _dev_pairs(checkpoint: Path, dev: str | None) -> Dataset:
 
 def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
     """Scores (after the sigmoid, fp32) that an export gives to a few pairs of texts, on the CPU."""
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with quiet_transformers():
@@ -218,9 +217,6 @@ def _module_scores(
 ) -> list[float]:
     """The module's own scores, over the path that training takes: token ids, collate, forward."""
     import pyarrow
-    import torch
-
-    from .encode import PairCollator, encode_texts
 
     table = pyarrow.table({"row": range(len(pairs)), **encode_texts(pairs, tokenizer, module.max_length)})
     with torch.inference_mode():

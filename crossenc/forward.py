@@ -140,13 +140,16 @@ def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
     return logits
 
 
+def _attend_first(own: Any, query: Any, key: Any, value: Any, packing: Packing) -> Tensor:
+    """What first tokens see of their pairs: (pairs, width), of queries like it and keys and values (tokens, width)."""
+    query, key, value = (part.unflatten(-1, (-1, own.attention_head_size)) for part in (query, key, value))
+    return attend_packed(query, key, value, packing, own.dropout.p if own.training else 0.0, own.scaling).flatten(1)
+
+
 def _last_of_bert(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
     """The layer's output for each pair's first token: (tokens, width) to (pairs, width)."""
     attention, own, first = layer.attention, layer.attention.self, hidden[packing.starts]
-    heads = (own.num_attention_heads, own.attention_head_size)
-    query, key, value = (part.unflatten(-1, heads) for part in (own.query(first), own.key(hidden), own.value(hidden)))
-    dropout = own.dropout.p if own.training else 0.0
-    context = attend_packed(query, key, value, packing, dropout, own.scaling).flatten(1)
+    context = _attend_first(own, own.query(first), own.key(hidden), own.value(hidden), packing)
     attended = attention.output(context, first)
     output: Tensor = layer.output(layer.intermediate(attended), attended)
     return output
@@ -154,12 +157,7 @@ def _last_of_bert(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
 
 def _last_of_distilbert(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
     own, first = layer.attention, hidden[packing.starts]
-    query, key, value = (
-        part.unflatten(-1, (-1, own.attention_head_size))
-        for part in (own.q_lin(first), own.k_lin(hidden), own.v_lin(hidden))
-    )
-    dropout = own.dropout.p if own.training else 0.0
-    context = attend_packed(query, key, value, packing, dropout, own.scaling).flatten(1)
+    context = _attend_first(own, own.q_lin(first), own.k_lin(hidden), own.v_lin(hidden), packing)
     attended = layer.sa_layer_norm(own.out_lin(context) + first)
     output: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
     return output

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +23,9 @@ _MODEL_FILES = ("*.json", "*.txt", "*.model", "*model*.safetensors")
 _ONNX_FILES = ("onnx/*",)
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to score pairs of up to `max_length` tokens, in fp32 and evaluation mode, on the CPU."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    max_length: int
-
-
-def load(model: str | Path) -> LoadedModel:
-    """Load a model that gives one logit to a pair.
+def load(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, int]:
+    """A model that gives one logit to a pair, in fp32 and evaluation mode, on the CPU; its tokenizer, and the longest
+    pair in tokens.
 
     Args:
         model: the folder of an export (or of any single-label sequence classifier), a Hub id, or a `.ckpt` file.
@@ -47,10 +38,10 @@ def load(model: str | Path) -> LoadedModel:
     path = find(model)
     if path.is_file():
         _, module, tokenizer = load_checkpoint(path)
-        return LoadedModel(plain_model(module).train(False), tokenizer, module.max_length)
+        return plain_model(module).train(False), tokenizer, module.max_length
     require_head(str(model), path)
     folder = str(path)
-    return LoadedModel(load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None))
+    return load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None)
 
 
 def plain_model(module: CrossEncoderModule) -> PreTrainedModel:

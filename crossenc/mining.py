@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow
+import torch
 from numpy.typing import NDArray
 
 from .calibration import sigmoid
@@ -209,8 +211,6 @@ def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judge
     Raises:
         DataError: all labels are the same.
     """
-    import torch
-
     from .metrics import best_f1_and_threshold
 
     truth = np.asarray(dev["label"]) >= 0.5
@@ -236,13 +236,9 @@ def first_copies(texts: list[str]) -> NDArray[np.int64]:
 
 
 def _score(candidates: NDArray[Any], texts: list[str], scoring: Scoring, parts: Parts) -> NDArray[np.float32]:
-    starts = range(0, len(candidates), CHUNK)
-    chunks = (
-        (number, [(texts[a], texts[b]) for a, b in candidates[["a", "b"]][start : start + CHUNK].tolist()])
-        for number, start in enumerate(starts)
-    )
-    score_into(parts, scoring, chunks, len(candidates))
-    return np.concatenate([*parts.all(len(starts)), np.empty(0, dtype=np.float32)])
+    pairs = ((texts[a], texts[b]) for a, b in zip(candidates["a"], candidates["b"], strict=True))
+    score_into(parts, scoring, pairs, len(candidates))
+    return np.concatenate([*parts.all(-(-len(candidates) // CHUNK)), np.empty(0, dtype=np.float32)])
 
 
 DUPLICATE = np.dtype(
@@ -347,8 +343,6 @@ def _group_rows(
 
 
 def _write(output: str, rows: Any, columns: dict[str, str], kind: str) -> None:
-    import pyarrow
-
     schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
     with write_table(output, list(columns), schema) as take:
         for chunk in chunked(rows):

@@ -7,12 +7,14 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from .errors import BackboneError, UsageError, one_line
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel
 
 
@@ -36,10 +38,8 @@ def share_segments(model: PreTrainedModel) -> None:
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The backbone's layers, from the embeddings on; none if they cannot be found."""
-    from torch.nn import ModuleList
-
     total = model.config.num_hidden_layers
-    parts = (part for part in model.base_model.modules() if isinstance(part, ModuleList) and len(part) == total)
+    parts = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == total)
     return list(next(parts, []))
 
 
@@ -89,8 +89,6 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
 
     Fused, where it can be: one pass over the weights in place of a dozen.
     """
-    import torch
-
     kind = getattr(torch.optim, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise UsageError(f"model.optimizer: torch.optim has no optimizer {name!r}; try AdamW, Adafactor or SGD")

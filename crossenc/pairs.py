@@ -21,13 +21,14 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+
 from . import __version__
 from .errors import DataError, HubError, offline_remedy, one_line
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
-    from numpy.typing import NDArray
 
 SAMPLE = "sample"
 SPLITS = ("train", "val", "test")
@@ -147,7 +148,7 @@ def _canonical_rows(
 ) -> Iterator[dict[str, Any]]:
     """The generator behind `read`; `version` is only there to stand in the cache's key."""
     if "path" in origin:
-        rows = _whole_rows(Path(origin["path"]), where)
+        rows = rows_of_file(Path(origin["path"]), where)
     elif "sample" in origin:
         pairs = sample_pairs()
         rows = (row for split, part in pairs.items() if origin["sample"] in (split, "all") for row in part)
@@ -155,14 +156,6 @@ def _canonical_rows(
         tables = origin["dataset"].with_format("arrow").iter(1000)
         rows = (row for table in tables for row in table.to_pylist())
     yield from canonical(rows, where, columns, labelled)
-
-
-def _whole_rows(path: Path, where: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file; raises `DataError` at the first that cannot be read."""
-    for row, item in enumerate(rows_of_file(path, where), start=1):
-        if isinstance(item, str):
-            raise DataError(f"{where}, row {row}: {item}")
-        yield item
 
 
 def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
@@ -288,13 +281,15 @@ def _is_utf8(text: str) -> bool:
 
 
 def canonical(
-    rows: Iterable[Mapping[str, Any]], where: str, columns: Mapping[str, str], labelled: bool
+    rows: Iterable[Mapping[str, Any] | str], where: str, columns: Mapping[str, str], labelled: bool
 ) -> Iterator[dict[str, Any]]:
     """Rename the columns, check every row and give it its number. Raises `DataError` with the source and the row."""
     names: dict[str, str] | None = None
     for row, values in enumerate(rows):
-        names = names or match_columns(list(values), where, columns, labelled)
         place = f"{where}, row {row + 1}"
+        if isinstance(values, str):
+            raise DataError(f"{place}: {values}")
+        names = names or match_columns(list(values), where, columns, labelled)
         if wrong := what_is_wrong(values, names):
             raise DataError(f"{place}: {wrong}")
         pair: dict[str, Any] = {"row": row, **{side: values[names[side]] for side in ("text_a", "text_b")}}
@@ -397,7 +392,6 @@ def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, 
 
 def _components(nodes: Iterable[str], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
     """The number of each node's component."""
-    import numpy as np
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -409,8 +403,6 @@ def _components(nodes: Iterable[str], edges: Sequence[tuple[str, str]]) -> dict[
 
 def unseen(pairs: Dataset, others: Dataset) -> NDArray[np.bool_]:
     """Of each pair whether neither of its questions stands in the others (case and white space apart); (pairs,)."""
-    import numpy as np
-
     known = {normalized(text) for side in ("text_a", "text_b") for text in others[side][:]}
     sides = (pairs["text_a"][:], pairs["text_b"][:])
     return np.array([not {normalized(a), normalized(b)} & known for a, b in zip(*sides, strict=True)], dtype=bool)

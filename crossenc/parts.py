@@ -42,38 +42,24 @@ class Parts:
         if folder is None:
             return
         try:
-            known = self._known()
-        except DataError:
+            self.begun = self._is_begun(folder)
+        except (DataError, OutputError):
             if not overwrite:
                 raise
-            known = {}
-        self.begun = known == self.facts
-        if known is not None and not self.begun:
-            if not overwrite:
-                raise self._other_work(known)
             shutil.rmtree(folder)
 
-    def _known(self) -> dict[str, Any] | None:
-        assert self.folder is not None
-        file = self.folder / FACTS_FILE
-        return read_json(file) if file.is_file() else None
-
-    def _other_work(self, known: dict[str, Any]) -> OutputError:
-        differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
-        return OutputError(
-            f"{self.folder} holds kept work with other {', '.join(differing)}; "
-            "go on with the same, or drop it with --overwrite"
-        )
-
-    def _begin(self) -> None:
-        """Say in the folder what its parts depend on, before the first of them."""
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        known = self._known()  # of a run that has begun meanwhile
-        if known not in (None, self.facts):
-            raise self._other_work(known or {})
-        _write(self.folder / FACTS_FILE, (json.dumps(self.facts, indent=2) + "\n").encode())
-        self.begun = True
+    def _is_begun(self, folder: Path) -> bool:
+        """Whether the folder tells of these facts; raises `OutputError` where it tells of others."""
+        if not (folder / FACTS_FILE).is_file():
+            return False
+        known = read_json(folder / FACTS_FILE)
+        if known != self.facts:
+            differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
+            raise OutputError(
+                f"{folder} holds kept work with other {', '.join(differing)}; "
+                "go on with the same, or drop it with --overwrite"
+            )
+        return True
 
     def __contains__(self, number: int) -> bool:
         return number in self.kept if self.folder is None else self._file(number).is_file()
@@ -90,7 +76,10 @@ class Parts:
         np.save(content, array)
         with writing(self.folder):
             if not self.begun:
-                self._begin()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._is_begun(self.folder)  # by another run meanwhile
+                _write(self.folder / FACTS_FILE, (json.dumps(self.facts, indent=2) + "\n").encode())
+                self.begun = True
             _write(self._file(number), content.getbuffer())
 
     def all(self, count: int) -> Iterator[NDArray[Any]]:

@@ -23,27 +23,14 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
         total: how many there are.
         done: how many an earlier run did: they count as done, but not for the speed.
     """
-    if sys.stderr.isatty():
-        with _bar(what, total, done) as advance:
-            yield advance
-    else:
+    if not sys.stderr.isatty():
         yield _lines(what, total, done)
-
-
-@contextmanager
-def _bar(what: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+        return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    columns = ("{task.description}", rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn())
+    with rich.Progress(*columns, "left", rich.TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield lambda count: bar.advance(task, count)
 

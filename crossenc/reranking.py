@@ -21,7 +21,7 @@ from .neighbors import BLOCK, Index, embed, make_search
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
 from .scoring import decimals, score_into
-from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, read_texts, write_table
+from .tables import CHUNK, STANDARD, Row, Table, claim_output, open_table, read_texts, write_table
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,9 @@ def rerank(
     after = _score(before, query_texts, corpus_texts, scoring)
     if relevant is not None:
         ordered = {"after": after} if candidates is None and retriever is None else {"before": before, "after": after}
-        _report({name: evaluate(found, relevant, query_ids, corpus_ids) for name, found in ordered.items()})
+        figures = {when: evaluate(found, relevant, query_ids, corpus_ids) for when, found in ordered.items()}
+        for name in figures["after"]:
+            log.info("%-8s%s", name, ",".join(f" {when} {found[name]:.4f}" for when, found in figures.items()))
     rows: list[list[Row]] = [
         [{"query_id": query, "corpus_id": corpus_ids[place], "score": score} for place, score in found[:top_k]]
         for query, found in zip(query_ids, after, strict=True)
@@ -142,14 +144,10 @@ def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int, inde
 
 
 def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scoring) -> Ranking:
-    pairs = [(query, place) for query, found in enumerate(before) for place, _ in found]
-    chunks = (
-        (number, [(queries[query], corpus[place]) for query, place in chunk])
-        for number, chunk in enumerate(chunked(pairs))
-    )
-    parts = Parts(None, {})
-    score_into(parts, scoring, chunks, len(pairs))
-    logits = np.concatenate([*parts.all(-(-len(pairs) // CHUNK)), np.empty(0, dtype=np.float32)])
+    pairs = ((query, corpus[place]) for query, found in zip(queries, before, strict=True) for place, _ in found)
+    parts, total = Parts(None, {}), sum(map(len, before))
+    score_into(parts, scoring, pairs, total)
+    logits = np.concatenate([*parts.all(-(-total // CHUNK)), np.empty(0, dtype=np.float32)])
     after, start = [], 0
     for found in before:
         own = logits[start : start + len(found)]
@@ -247,11 +245,6 @@ def evaluate(
     wanted = {"MRR@10": measures.RR @ 10, "nDCG@10": measures.nDCG @ 10, "MAP": measures.AP}
     found = measures.calc_aggregate(list(wanted.values()), relevant, run)
     return {name: float(found[measure]) for name, measure in wanted.items()}
-
-
-def _report(figures: dict[str, dict[str, float]]) -> None:
-    for name in figures["after"]:
-        log.info("%-8s%s", name, ",".join(f" {when} {found[name]:.4f}" for when, found in figures.items()))
 
 
 def _falling(rows: list[Row]) -> Iterator[np.float32]:

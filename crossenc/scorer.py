@@ -20,12 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .backbone import load_tokenizer, resolve_max_length
+from .encode import PairCollator, encode_texts
 from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require_choice
+from .forward import padded, pair_logits, piece_cost
 from .loading import find, fingerprint, load
 from .onnx_model import OnnxModel
+from .sampler import plan_evaluation
 
 Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true"]
 Backend: TypeAlias = Literal["torch", "onnx", "onnx-int8"]
@@ -75,11 +79,6 @@ class Scorer:
     """One model on one device; the `rank`th of those that there are."""
 
     def __init__(self, scoring: Scoring, rank: int = 0) -> None:
-        import torch
-
-        from .encode import PairCollator
-        from .forward import piece_cost
-
         self.scoring = scoring
         threads = max(1, torch.get_num_threads() // scoring.devices)
         if scoring.backend != "torch":
@@ -88,8 +87,7 @@ class Scorer:
             self.model: Any = OnnxModel(folder, scoring.backend, rank, threads)
             self.compute, self.tokens, cost = self._by_onnx, _TOKENS["onnx"], 2**40  # all in one piece
         else:
-            loaded = load(scoring.model)
-            self.model, self.tokenizer, self.max_length = loaded.model, loaded.tokenizer, loaded.max_length
+            self.model, self.tokenizer, self.max_length = load(scoring.model)
             self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
             if self.device.type == "cpu" and scoring.devices > 1:
                 torch.set_num_threads(threads)
@@ -101,9 +99,6 @@ class Scorer:
     def prepare(self, texts: Texts) -> tuple[int, list[Any]]:
         """The number of rows to compute, and their batches: those of a chunk, or twice as many in both orders."""
         import pyarrow
-
-        from .encode import encode_texts
-        from .sampler import plan_evaluation
 
         both = texts + [(b, a) for a, b in texts] if self.scoring.both_orders else texts
         table = pyarrow.table({"row": np.arange(len(both)), **encode_texts(both, self.tokenizer, self.max_length)})
@@ -121,10 +116,6 @@ class Scorer:
         return logits.reshape(2, -1).mean(0) if self.scoring.both_orders else logits
 
     def _by_torch(self, count: int, batches: list[Any]) -> Logits:
-        import torch
-
-        from .forward import pair_logits
-
         found = torch.empty(count, device=self.device)
         mixed = self.scoring.precision == "bf16-mixed"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
@@ -138,8 +129,6 @@ class Scorer:
         return logits
 
     def _by_onnx(self, count: int, batches: list[Any]) -> Logits:
-        from .forward import padded
-
         found = np.empty(count, dtype=np.float32)
         for batch in batches:
             (inputs,) = padded(batch)
@@ -161,11 +150,8 @@ def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator
 
 
 def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
-    if scoring.backend == "torch":
-        from torch import cuda
-
-        if cuda.is_available() and scoring.devices > cuda.device_count():
-            raise UsageError(f"devices {scoring.devices} is more than the GPUs here, {cuda.device_count()}")
+    if scoring.backend == "torch" and torch.cuda.is_available() and scoring.devices > torch.cuda.device_count():
+        raise UsageError(f"devices {scoring.devices} is more than the GPUs here, {torch.cuda.device_count()}")
     context = multiprocessing.get_context("spawn")  # a process that was forked cannot use a GPU
     tasks, results = context.Queue(), context.Queue()
     workers = [

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import pyarrow.parquet
 from numpy.typing import NDArray
 
 from .calibration import sigmoid
@@ -28,12 +29,11 @@ from .loading import read_threshold
 from .pairs import SUFFIXES, match_columns, what_is_wrong
 from .parts import Parts
 from .progress import progress
-from .scorer import Backend, Logits, Precision, Scoring, Texts, score_chunks
+from .scorer import Backend, Logits, Precision, Scoring, score_chunks
 from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, write_table
 
 if TYPE_CHECKING:
     import pandas
-    import pyarrow
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +107,8 @@ def score(
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
         parts = Parts(folder, facts | of_the_model, overwrite)
-        texts = (
-            (number, [(row[checked.names["text_a"]], row[checked.names["text_b"]]) for _, row in chunk])
-            for number, chunk in enumerate(chunked(_good_rows(table, checked.names)))
-        )
-        score_into(parts, scoring, texts, checked.good)
+        a, b = checked.names["text_a"], checked.names["text_b"]
+        score_into(parts, scoring, ((row[a], row[b]) for _, row in _good_rows(table, checked.names)), checked.good)
         if output is None:
             return _in_memory(table, checked, parts, new)
         _join(table, checked, parts, new, output)
@@ -121,17 +118,17 @@ def score(
         return Path(output)
 
 
-def score_into(parts: Parts, scoring: Scoring, chunks: Iterator[tuple[int, Texts]], total: int) -> None:
-    """Score numbered chunks of `total` pairs in all, except those that `parts` has already."""
-    number_of_parts = -(-total // CHUNK)
-    done = sum(min(CHUNK, total - CHUNK * number) for number in range(number_of_parts) if number in parts)
+def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> None:
+    """Score `total` pairs of texts, one part for each chunk, except what `parts` has already."""
+    done = sum(min(CHUNK, total - start) for start in range(0, total, CHUNK) if start // CHUNK in parts)
     if done:
         log.info("%s of %s pairs are scored already", f"{done:,}", f"{total:,}")
     if done == total:
         return
     start = time.monotonic()
     with progress("score pairs", total, done) as advance:
-        for number, logits in score_chunks(scoring, (chunk for chunk in chunks if chunk[0] not in parts)):
+        chunks = (chunk for chunk in enumerate(chunked(pairs)) if chunk[0] not in parts)
+        for number, logits in score_chunks(scoring, chunks):
             parts[number] = logits
             advance(len(logits))
     log.info("%s pairs scored, %.0f a second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
@@ -184,8 +181,6 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
         if infer:
             found.schema = _widen(found.schema, whole, table.where)
     if found.schema is not None:
-        import pyarrow.parquet
-
         with _for_parquet(table.where):
             # Without rows: what parquet cannot hold shows before the work, and not after it.
             pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
@@ -202,8 +197,6 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
 
 
 def _widen(schema: pyarrow.Schema | None, rows: list[Row], where: str) -> pyarrow.Schema:
-    import pyarrow
-
     with _for_parquet(where):
         names = dict.fromkeys(name for row in rows for name in row)
         more = pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
@@ -212,22 +205,20 @@ def _widen(schema: pyarrow.Schema | None, rows: list[Row], where: str) -> pyarro
 
 @contextmanager
 def _for_parquet(where: str) -> Iterator[None]:
-    import pyarrow
-
     try:
         yield
     except (pyarrow.ArrowException, OverflowError) as error:
         raise DataError(f"{where} has values that parquet cannot hold: {one_line(error)}; write jsonl") from error
 
 
-def _good_rows(table: Table, names: dict[str, str], broken: Any = None) -> Iterator[tuple[int, Row]]:
-    """The rows that can be scored, with their number from 0; `broken` is called with the others' number and fault."""
+def _good_rows(table: Table, names: dict[str, str], skip: Any = None) -> Iterator[tuple[int, Row]]:
+    """The rows that can be scored, with their number from 0; `skip` takes a row for each of the others."""
     for number, row in enumerate(table):
         wrong = row if isinstance(row, str) else what_is_wrong(row, names)
         if wrong is None:
             yield number, row  # type: ignore[misc]
-        elif broken:
-            broken(number, wrong)
+        elif skip:
+            skip([{"row": number + 1, "error": wrong}])
 
 
 def parts_folder(output: str) -> Path:
@@ -272,33 +263,24 @@ def _in_memory(table: Table, checked: _Checked, parts: Parts, new: _New) -> Any:
 
 
 def _join(table: Table, checked: _Checked, parts: Parts, new: _New, output: str) -> None:
-    import pyarrow
-
     schema = checked.schema
     if schema is not None:
         kinds = {name: pyarrow.bool_() if name == new.decision else pyarrow.float32() for name in new.names()}
         schema = pyarrow.schema([*schema, *kinds.items()])
-    skipped: list[Row] = []
-    rows = _good_rows(table, checked.names, lambda row, wrong: skipped.append({"row": row + 1, "error": wrong}))
     with ExitStack() as stack:
         stack.enter_context(_for_parquet(table.where))
         take = stack.enter_context(write_table(output, [*checked.columns, *new.names()], schema))
-        side = None
+        skip = None
         if checked.good < checked.rows and output == STANDARD:
             some = "; ".join(f"row {row}: {wrong}" for row, wrong in checked.broken)
             log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", some)
         elif checked.good < checked.rows:
             where = f"{output}.skipped.jsonl"
-            side = stack.enter_context(write_table(where, ["row", "error"]))
+            skip = stack.enter_context(write_table(where, ["row", "error"]))
             log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", where)
-        for number, chunk in enumerate(chunked(rows)):
+        for number, chunk in enumerate(chunked(_good_rows(table, checked.names, skip))):
             columns = new.values(parts[number])
             values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns.values()]
             take(
                 [{**row, **dict(zip(columns, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)]
             )
-            if side:
-                side(skipped)
-            skipped.clear()
-        if side:
-            side(skipped)

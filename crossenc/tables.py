@@ -17,13 +17,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import pyarrow.parquet
+
 from .errors import DataError, OutputError, UsageError
 from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file, separator_hint
 from .parts import file_digest, replacing, try_writing, writing
 
 if TYPE_CHECKING:
     import pandas
-    import pyarrow
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,6 @@ class Table:
 
     def schema(self) -> pyarrow.Schema | None:
         """The types of the columns where the source has them: a parquet file, a DataFrame; else None."""
-        import pyarrow
-
         if not isinstance(self.source, Path):
             return None if isinstance(self.source, Sequence) else pyarrow.Schema.from_pandas(self.source, False)
         if self.source.suffix.lower() == ".parquet":
@@ -161,9 +160,6 @@ def write_table(
     with writing(output), replacing(path) as unfinished:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
             with pyarrow.parquet.ParquetWriter(unfinished, schema) as file:
                 yield lambda rows: file.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
             return
