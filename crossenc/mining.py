@@ -28,8 +28,8 @@ from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, find_re
 from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, try_writing
 from .scorer import Backend, Precision, Scoring, score_chunks
-from .scoring import OnError, decimals, parts_folder, reaches, score_into
-from .tables import CHUNK, STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
+from .scoring import OnError, all_logits, decimals, parts_folder, reaches, score_into
+from .tables import STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -238,7 +238,7 @@ def first_copies(texts: list[str]) -> NDArray[np.int64]:
 def _score(candidates: NDArray[Any], texts: list[str], scoring: Scoring, parts: Parts) -> NDArray[np.float32]:
     pairs = ((texts[a], texts[b]) for a, b in zip(candidates["a"], candidates["b"], strict=True))
     score_into(parts, scoring, pairs, len(candidates))
-    return np.concatenate([*parts.all(-(-len(candidates) // CHUNK)), np.empty(0, dtype=np.float32)])
+    return all_logits(parts, len(candidates))
 
 
 DUPLICATE = np.dtype(

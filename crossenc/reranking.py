@@ -20,8 +20,8 @@ from .loading import find
 from .neighbors import BLOCK, Index, embed, make_search
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
-from .scoring import decimals, score_into
-from .tables import CHUNK, STANDARD, Row, Table, claim_output, open_table, read_texts, write_table
+from .scoring import all_logits, decimals, score_into
+from .tables import STANDARD, Row, Table, claim_output, open_table, read_texts, write_table
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scor
     pairs = ((query, corpus[place]) for query, found in zip(queries, before, strict=True) for place, _ in found)
     parts, total = Parts(None, {}), sum(map(len, before))
     score_into(parts, scoring, pairs, total)
-    logits = np.concatenate([*parts.all(-(-total // CHUNK)), np.empty(0, dtype=np.float32)])
+    logits = all_logits(parts, total)
     after, start = [], 0
     for found in before:
         own = logits[start : start + len(found)]

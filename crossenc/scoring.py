@@ -134,6 +134,11 @@ def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]],
     log.info("%s pairs scored, %.0f a second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
 
 
+def all_logits(parts: Parts, total: int) -> Logits:
+    """The logits of `total` pairs that `score_into` has left in `parts`, shape (total,)."""
+    return np.concatenate([*parts.all(-(-total // CHUNK)), np.empty(0, dtype=np.float32)])
+
+
 def reaches(scores: Logits, threshold: float) -> NDArray[np.bool_]:
     """Which scores call a pair a duplicate."""
     # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
@@ -250,7 +255,7 @@ class _New(NamedTuple):
 def _in_memory(table: Table, checked: _Checked, parts: Parts, new: _New) -> Any:
     logits = np.full(checked.rows, np.nan, dtype=np.float32)
     places = [number for number, _ in _good_rows(table, checked.names)]
-    logits[places] = np.concatenate(list(parts.all(-(-checked.good // CHUNK))))
+    logits[places] = all_logits(parts, checked.good)
     values = new.values(logits)
     if isinstance(table.source, Path | list):
         return values[new.score]

@@ -101,7 +101,7 @@ def test_many_queries_are_looked_up_in_blocks(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_order_is_that_of_the_logits_where_scores_are_equal(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    def sure(parts, scoring, chunks, total):
+    def sure(parts, scoring, pairs, total):
         parts[0] = np.array([20, 40, 30], dtype=np.float32)
 
     monkeypatch.setattr(reranking, "score_into", sure)
