@@ -323,6 +323,16 @@ class PairDataModule(LightningDataModule):
         order = EvaluationOrder(lengths, tokens, rank=rank, ranks=ranks)
         return DataLoader(sampler=order, **self._loading(split))
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """A GPU takes a batch out of pinned memory while the processor goes on.
+
+        It is pinned here: a thread of the loader's would break a CUDA graph that is being made meanwhile.
+        """
+        if device.type != "cuda":
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        tensors = {name: part for name, part in batch.items() if isinstance(part, torch.Tensor)}
+        return batch | {name: part.pin_memory().to(device, non_blocking=True) for name, part in tensors.items()}
+
     def _in_both_orders(self, split: str) -> bool:
         """Whether the pairs of a split stand in the table once more, behind all others and swapped.
 
@@ -364,8 +374,6 @@ class PairDataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_group,
-            # With worker processes a thread would pin, and break a CUDA graph that is being made meanwhile.
-            "pin_memory": torch.cuda.is_available() and not self.num_workers,
             "generator": torch.Generator(),  # making an iterator takes no number from the dropout's generator
         }
 

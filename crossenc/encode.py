@@ -148,8 +148,10 @@ class PairCollator:
         self.multiple = 8 if torch.cuda.is_available() else 1
 
     def __call__(self, table: pyarrow.Table) -> PairBatch:
-        table = table.take(np.argsort(-table["length"].to_numpy(), kind="stable"))
         lengths = table["length"].to_numpy().astype(np.int64)
+        if (np.diff(lengths) > 0).any():
+            order = np.argsort(-lengths, kind="stable")
+            table, lengths = table.take(order), lengths[order]
         starts = np.cumsum(lengths) - lengths
         places = np.arange(lengths.sum()) - np.repeat(starts, lengths)
         pieces: list[tuple[int, int]] = []
@@ -168,7 +170,8 @@ class PairCollator:
             row=_tensor(table["row"]),
         )
         for name in batch["padding"]:
-            batch[name] = _tensor(table[name].combine_chunks().flatten()).long()  # type: ignore[literal-required]
+            tokens = table[name].combine_chunks().flatten().to_numpy().astype(np.int64)
+            batch[name] = torch.from_numpy(tokens)  # type: ignore[literal-required]
         if "label" in table.column_names:
             batch["label"] = _tensor(table["label"])
         if self.mean_pairs is not None:
@@ -183,6 +186,8 @@ def cut_pieces(lengths: NDArray[np.int32], cost: int) -> list[int]:
         lengths: tokens of each pair, from long to short, shape (pairs,).
         cost: what a piece takes beyond its tokens (starting every operation once more), counted in tokens.
     """
+    if int(lengths[0]) * len(lengths) - int(lengths.sum()) <= cost:  # cuts save all padding at most
+        return [len(lengths)]
     # Where the length changes: the only places worth a cut. tokens[j]: the fewest for the pairs before place j.
     places = np.concatenate([np.flatnonzero(np.diff(lengths, prepend=-1)), [len(lengths)]])
     tokens, back = np.zeros(len(places), dtype=np.int64), [0] * len(places)
