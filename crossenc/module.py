@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -137,6 +136,7 @@ class CrossEncoderModule(LightningModule):
                 "model.cuda_graphs needs a backbone like BERT, the default attention, and no checkpointing"
             )
         self.graphed: GraphedModel | None = None
+        self.first_step, self.is_logged = 0, True  # of this run; the loss of the step that is taken now
         self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
         self.threshold: float | None = None
         self.evaluated_step = -1  # the one that threshold, calibration and figures belong to
@@ -165,6 +165,16 @@ class CrossEncoderModule(LightningModule):
             wanted = self.trainer.world_size == 1 and self.trainer.precision == "bf16-mixed"
         if self.device.type == "cuda" and possible and wanted:
             self.graphed = GraphedModel(base_model(self.model), self.device)
+
+    def on_train_start(self) -> None:
+        self.first_step = self.trainer.global_step
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        """Only the losses that loggers get are logged, and a run's first and an epoch's last for callbacks that watch
+        it: for each one a GPU waits for the processor, and devices for each other."""
+        done, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = every > 0 and (done + 1) % every == 0
+        self.is_logged = logged or done == self.first_step or self.trainer.is_last_batch
 
     def _can_graph(self) -> bool:
         return can_pack(base_model(self.model)) and not self.hparams["gradient_checkpointing"]
@@ -196,7 +206,8 @@ class CrossEncoderModule(LightningModule):
             losses = losses + self.hparams["consistency"] * disagreement(*logits[order].view(-1, 2).unbind(1))
         # Not the batch's own mean: batches are of unequal size, and every pair of the epoch weighs the same.
         loss = losses.sum() / batch.get("mean_pairs", len(losses))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=True)
+        if self.is_logged:
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=True)
         return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -252,9 +263,7 @@ class CrossEncoderModule(LightningModule):
         self.scored[split] = columns
         self.figures |= named
         # sync_dist averages what is equal on all ranks already, and spares users Lightning's advice to set it.
-        # The last look at the best weights, after training, is no point of the learning curves.
-        told = split == "test" or self.trainer.state.fn == TrainerFn.FITTING
-        self.log_dict(named, sync_dist=True, logger=None if told else False)
+        self.log_dict(named, sync_dist=True)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Rows, calibrated logits and scores (after the sigmoid) of a batch, each of shape (pairs,)."""

@@ -342,7 +342,9 @@ class RunCLI(LightningCLI):
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
         if "val" in self.datamodule.encoded and self.trainer.limit_val_batches != 0:
+            loggers, self.trainer.loggers = self.trainer.loggers, []  # it is no point of the learning curves
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
+            self.trainer.loggers = loggers
             if not chosen and self.trainer.is_global_zero:
                 keep_evaluation(Path(best), self.model.evaluation())
             self.trainer.strategy.barrier()

@@ -86,6 +86,30 @@ def test_the_optimizer_and_its_schedule_are_those_that_were_asked_for(tiny_backb
         schedule["scheduler"].step()
 
 
+def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
+    tiny_backbone: Path, pairs_file: Path, tmp_path: Path
+):
+    steps = []
+
+    class Telling(CrossEncoderModule):
+        def log(self, name: str, *values, **options) -> None:
+            steps.extend([self.trainer.global_step] * (name == "train/loss"))
+            super().log(name, *values, **options)
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    data = PairDataModule(str(pairs_file), batch_size=6, backbone=str(tiny_backbone))
+    first = Trainer(accelerator="cpu", max_steps=8, log_every_n_steps=3, default_root_dir=tmp_path, **quiet)
+    first.fit(Telling(str(tiny_backbone)), data)
+    assert steps == [0, 2, 5, 7]
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    steps.clear()
+    module = Telling(str(tiny_backbone))
+    second = Trainer(accelerator="cpu", max_epochs=2, log_every_n_steps=5, default_root_dir=tmp_path, **quiet)
+    second.fit(module, data, ckpt_path=tmp_path / "first.ckpt")
+    assert steps == [8, 9, 14, 15]
+    assert {"val/loss", "val/average_precision"} <= set(second.validate(module, data, verbose=False)[0])
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_gradients_are_clipped_by_value_and_by_norm(tiny_backbone: Path, precision: str):
     module = CrossEncoderModule(str(tiny_backbone))
