@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=640)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ours", nargs="+", default=[*OURS, *OURS_ON_GPU], help="which of our settings; default: all")
     parser.add_argument("--skip", type=int, default=0, help="steps of an epoch before the clock starts")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
     arguments = parser.parse_args()
@@ -161,6 +162,8 @@ def main() -> None:
             "peer": lambda p: peer(file, backbone, p, arguments.device, arguments.batch_size, arguments.skip)
         }
         for name, options in (OURS if arguments.device == "cpu" else OURS_ON_GPU).items():
+            if name not in arguments.ours:
+                continue
             contenders[name] = lambda p, options=options: ours(  # type: ignore[misc]
                 file, backbone, p, arguments.device, arguments.batch_size, arguments.skip, options
             )
