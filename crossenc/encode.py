@@ -170,8 +170,7 @@ class PairCollator:
             row=_tensor(table["row"]),
         )
         for name in batch["padding"]:
-            tokens = table[name].combine_chunks().flatten().to_numpy().astype(np.int64)
-            batch[name] = torch.from_numpy(tokens)  # type: ignore[literal-required]
+            batch[name] = _tensor(table[name].combine_chunks().flatten()).long()  # type: ignore[literal-required]
         if "label" in table.column_names:
             batch["label"] = _tensor(table["label"])
         if self.mean_pairs is not None:

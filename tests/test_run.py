@@ -45,6 +45,7 @@ def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     assert figures["test/threshold"] == figures["val/threshold"]
     with (trained / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert {"train/loss", "val/average_precision", "test/f1"} <= set(rows[0])
     steps = {name: [int(row["step"]) for row in rows if row[name]] for name in ("train/loss", "val/f1", "test/f1")}
     assert max(steps["train/loss"]) == max(steps["val/f1"]) < min(steps["test/f1"])  # the last look is no point
 
