@@ -152,6 +152,9 @@ def main() -> None:
         FORK.set_forkserver_preload(
             ["crossenc.run", "datasets", "pandas", "peft", "tensorboard", "transformers.models.bert.modeling_bert"]
         )
+        ready = FORK.Process(target=int)  # the server's imports are no part of a run's time, in which it is killed
+        ready.start()
+        ready.join()
         options, whole, seconds = make_inputs(folder), {}, {}
         options["trainer.max_epochs"] = arguments.epochs
         for processes in set(arguments.processes):

@@ -64,6 +64,13 @@ def run_on(devices: int, words: list[str]) -> None:
     assert "arning" not in done.stderr
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes come first: at the end none of them keeps one worker busy alone."""
+    slow = ["resume", "machines", "ddp", "package", "sharding", "exporting", "onnx_model", "mining", "hub", "run"]
+    order = {f"test_{name}.py": number for number, name in enumerate(slow)}
+    items.sort(key=lambda item: order.get(item.path.name, len(slow)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests neither read nor fill the user's cache of data sets."""

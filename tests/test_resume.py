@@ -56,7 +56,7 @@ def options(pairs_file: Path, tiny_backbone: Path) -> dict[str, Any]:
         "model.learning_rate": 1e-3,
         "trainer.max_epochs": EPOCHS,
         "trainer.accumulate_grad_batches": 2,
-        "trainer.val_check_interval": 10,
+        "trainer.val_check_interval": 26,
         "trainer.precision": "32-true",
         "trainer.accelerator": "cpu",
         "checkpoint_every_n_steps": 4,
@@ -242,7 +242,7 @@ def test_minutes_count_from_the_last_checkpoint(
     [
         # Checkpoints every four steps, validations every five, and after the last.
         (
-            {"trainer.max_steps": 24},
+            {"trainer.max_steps": 24, "trainer.val_check_interval": 10},
             {4: False, 5: True, 8: False, 10: True, 12: False, 15: True, 16: False, 20: True, 24: True},
         ),
         # Six steps an epoch, and every other epoch is validated.
@@ -285,9 +285,8 @@ def test_a_signal_is_noted_before_the_first_step_and_in_a_validation(
 ):
     monkeypatch.setattr(Signalled, "moment", moment)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    command = fit(
-        options, tmp_path, trainer__callbacks="tests.test_resume.Signalled", trainer__accumulate_grad_batches=1
-    )
+    early = options | {"trainer.accumulate_grad_batches": 1, "trainer.val_check_interval": 10}
+    command = fit(early, tmp_path, trainer__callbacks="tests.test_resume.Signalled")
     assert main(command) == 143
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert f"SIGTERM at step {step}; go on with" in capsys.readouterr().err
