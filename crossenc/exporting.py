@@ -96,6 +96,7 @@ def export(
             raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
     try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
+    pairs = _dev_pairs(Path(checkpoint), dev) if int8 else None
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
         unfinished = Path(space) / "new"
@@ -109,9 +110,7 @@ def export(
             )
         # An export named `model` is a run's own; the run's name tells more.
         name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
-        added = None
-        if onnx or int8:
-            added = _add_onnx(unfinished, expected, _dev_pairs(Path(checkpoint), dev) if int8 else None)
+        added = _add_onnx(unfinished, expected, pairs) if onnx or int8 else None
         _write_card(unfinished, name, loaded, Path(checkpoint), module.max_length, added)
         if target.exists():
             target.rename(Path(space) / "old")
@@ -167,8 +166,6 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
         from torchmetrics.functional.classification import binary_average_precision
 
         pairs, labels = list(zip(dev["text_a"], dev["text_b"], strict=True)), torch.tensor(dev["label"][:]) >= 0.5
-        if labels.all() or not labels.any():
-            raise ExportError("what 8 bits cost cannot be measured: all dev labels are the same; give --dev FILE")
         scores = {backend: score(backend, pairs) for backend in ("onnx", "onnx-int8")}
         figures = {
             backend: binary_average_precision(torch.from_numpy(found), labels.long()).item()
@@ -186,17 +183,23 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
 def _dev_pairs(checkpoint: Path, dev: str | None) -> Dataset:
     """Labelled pairs of `dev`, or the dev pairs of the run that a checkpoint lies in, as its config.yaml has them."""
     if dev is not None:
-        return read(dev)
-    import yaml
+        pairs = read(dev)
+    else:
+        import yaml
 
-    from .data import PairDataModule
+        from .data import PairDataModule
 
-    config = checkpoint.parent / "config.yaml"
-    if not config.is_file():
-        raise UsageError(f"--int8 is measured on dev pairs, and there is no {config} that tells them; give --dev FILE")
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    model = {name: settings["model"][name] for name in ("backbone", "max_length", "trust_remote_code", "revision")}
-    return PairDataModule(**settings["data"] | model).read_split("val")
+        config = checkpoint.parent / "config.yaml"
+        if not config.is_file():
+            raise UsageError(
+                f"--int8 is measured on dev pairs, and there is no {config} that tells them; give --dev FILE"
+            )
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        model = {name: settings["model"][name] for name in ("backbone", "max_length", "trust_remote_code", "revision")}
+        pairs = PairDataModule(**settings["data"] | model).read_split("val")
+    if len({label >= 0.5 for label in pairs["label"]}) < 2:
+        raise ExportError("what 8 bits cost cannot be measured: all dev labels are the same; give --dev FILE")
+    return pairs
 
 
 def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
