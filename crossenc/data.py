@@ -255,7 +255,13 @@ class PairDataModule(LightningDataModule):
         wanted = {split: 0 if split in own or (own and size is None) else size for split, size in given.items()}
         val, test = pairs.sizes(len(table), wanted["val"], wanted["test"], sources["train"])
         if self.split == "question" and val + test:
-            return pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
+            rows = pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
+            if empty := [name for name, size in (("val", val), ("test", test)) if size and not rows[name]]:
+                raise DataError(
+                    f"--data.split question leaves no {empty[0]} pairs of {sources['train']}, whose questions hang "
+                    f"together; set --data.split position, --data.{empty[0]}_source, or --data.{empty[0]}_size 0"
+                )
+            return rows
         return pairs.split_by_position(len(table), val, test)
 
     def read_from(self, splits: Collection[str] = ("val", "test")) -> dict[str, str]:

@@ -120,9 +120,11 @@ class CrossEncoderModule(LightningModule):
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.model: Any = load_model(backbone, attn_implementation, trust_remote_code, revision, backbone_sha256)
         if dropout is not None:
-            for part in self.model.modules():
-                if isinstance(part, nn.Dropout):
-                    part.p = dropout
+            layers = [part for part in self.model.modules() if isinstance(part, nn.Dropout)]
+            if not layers:
+                raise UsageError(f"model.dropout: {self.model.config.model_type} has no dropout to replace")
+            for layer in layers:
+                layer.p = dropout
         if shared_segments:
             share_segments(self.model)
         if lora is not None:
@@ -157,6 +159,12 @@ class CrossEncoderModule(LightningModule):
             shard(self, self.device.type, self.trainer.world_size)
 
     def on_fit_start(self) -> None:
+        # The command line gives both the same.
+        given = getattr(self.trainer, "datamodule", None)
+        ours = {"symmetric": self.hparams["symmetric"], "twice": bool(self.hparams["consistency"])}
+        for name, value in ours.items():
+            if getattr(given, name, value) != value:
+                raise UsageError(f"the module's symmetric and consistency need PairDataModule({name}={value})")
         wanted = self.hparams["cuda_graphs"]
         possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
         if wanted and not possible:
@@ -275,7 +283,7 @@ class CrossEncoderModule(LightningModule):
         optimizer = make_optimizer(
             self.hparams["optimizer"],
             parameter_groups(
-                self.model,
+                base_model(self.model),
                 self.hparams["weight_decay"],
                 self.hparams["learning_rate"],
                 self.hparams["layer_decay"],
@@ -293,7 +301,7 @@ class CrossEncoderModule(LightningModule):
     ) -> None:
         """As Lightning does it, but for bf16 and a fused optimizer too, which Lightning refuses for fp16's sake."""
         plugin = self.trainer.precision_plugin
-        if gradient_clip_val and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+        if gradient_clip_val and gradient_clip_val > 0 and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             by_value = gradient_clip_algorithm == "value"
             clip: Any = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
             clip(self.parameters(), gradient_clip_val)

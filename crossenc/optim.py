@@ -22,18 +22,19 @@ def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
     """Keep the embeddings and the first `count` layers as they are; 0 freezes nothing. Raises `BackboneError`."""
     if not count:
         return
-    stack = layers(model)
-    if not 0 < count <= len(stack):
-        raise BackboneError(f"cannot freeze {count} layers of a backbone with {len(stack)}; set --model.freeze_layers")
-    for part in [*embeddings(model), *stack[:count]]:
-        part.requires_grad_(False)
+    total = len(layers(model))
+    if not 0 < count <= total:
+        raise BackboneError(f"cannot freeze {count} layers of a backbone with {total}; set --model.freeze_layers")
+    for parameter, depth in _depths(model).items():
+        if depth > total - count:
+            parameter.requires_grad_(False)
 
 
 def share_segments(model: PreTrainedModel) -> None:
     """Give all segments the first one's embedding, and keep it."""
-    for part in embeddings(model):
-        if (table := getattr(part, "token_type_embeddings", None)) is not None:
-            table.weight.requires_grad_(False).copy_(table.weight[:1].clone().expand_as(table.weight))
+    table = getattr(getattr(model.base_model, "embeddings", None), "token_type_embeddings", None)
+    if table is not None:
+        table.weight.requires_grad_(False).copy_(table.weight[:1].clone().expand_as(table.weight))
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -41,12 +42,6 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
     total = model.config.num_hidden_layers
     parts = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == total)
     return list(next(parts, []))
-
-
-def embeddings(model: PreTrainedModel) -> list[nn.Module]:
-    """What comes before the layers."""
-    parts = [model.get_input_embeddings(), getattr(model.base_model, "embeddings", None)]
-    return [part for part in parts if part is not None]
 
 
 def parameter_groups(
@@ -73,12 +68,19 @@ def parameter_groups(
 
 
 def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
-    """How far below the head a parameter lies: its layer counted from the last one, 1, and embeddings under the first.
+    """How far below the head a parameter lies: its layer counted from the last one, 1, and under the first the
+    embeddings and what all layers share, such as relative positions.
 
-    What the backbone holds behind its embeddings and outside its layers (a pooler, a last norm) belongs to the head.
+    What the backbone holds behind its layers (a pooler, a last norm) belongs to the head.
     """
     stack = layers(model)
-    depths = {p: len(stack) + 1 for part in embeddings(model) for p in part.parameters()}
+    if not stack:
+        raise BackboneError(f"no single layers in {model.config.model_type}: leave out layer_decay and head_rate")
+    depths: dict[nn.Parameter, int] = {}
+    for part in model.base_model.children():
+        depths |= dict.fromkeys(part.parameters(), len(stack) + 1)
+        if any(inner is stack[0] for inner in part.modules()):
+            break
     for number, layer in enumerate(reversed(stack), start=1):
         depths |= dict.fromkeys(layer.parameters(), number)
     return depths

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
-from .errors import DataError, HubError, offline_remedy, one_line
+from .errors import DataError, HubError, OutputError, offline_remedy, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,6 +99,8 @@ def read(
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise OutputError(f"{datasets.config.HF_DATASETS_CACHE} cannot be written: {error.__cause__}") from error
         raise
     return table
 
@@ -132,15 +134,17 @@ def files_of(folder: Path) -> dict[str, str]:
 
 def _load_from_hub(source: str, subset: str | None) -> Dataset:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     repo, _, split = source.partition(":")
     asked_for = f"data set {repo}" + (f", subset {subset}" if subset else "")
     try:
         return datasets.load_dataset(repo, subset, split=split or "train")
-    except ValueError as error:  # an unknown subset or split; the message lists those that exist
-        raise DataError(f"{asked_for}, split {split or 'train'}: {one_line(error)}") from error
     except OSError as error:  # of the network and of the Hub
         raise HubError(offline_remedy(asked_for, error)) from error
+    # An unknown subset or split, and the message lists those that exist; a loading script; files that cannot be read.
+    except (ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError(f"{asked_for}, split {split or 'train'}: {one_line(error.__cause__ or error)}") from error
 
 
 def _canonical_rows(
@@ -197,7 +201,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
         for line in filter(str.strip, lines):
             try:
                 item = json.loads(line)
-            except ValueError:  # no JSON, or a number of more digits than Python reads
+            except (ValueError, RecursionError):  # no JSON, or with more digits or brackets than Python reads
                 item = None
             if not isinstance(item, dict):
                 item = f"not a JSON object: {line.strip()[:60]!r}"
@@ -342,7 +346,7 @@ def separator_hint(names: list[str]) -> str:
 def _parse_label(value: object, place: str, column: str) -> float:
     try:
         number = float(_WORD_LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number <= 1:
         wrong = "is empty" if value is None else f"{value!r} is not allowed"
@@ -351,10 +355,11 @@ def _parse_label(value: object, place: str, column: str) -> float:
 
 
 def sizes(rows: int, val_size: float | None, test_size: float | None, where: str) -> tuple[int, int]:
-    """The number of dev and test rows: a size under 1 is a share; None is 10,000 (the reference recipe's number), or
-    a tenth of a source with fewer than 100,000 rows. Raises `DataError` when nothing is left for training."""
+    """The number of dev and test rows: a size under 1 is a share, of one row at least; None is 10,000 (the reference
+    recipe's number), or a tenth of a source with fewer than 100,000 rows. Raises `DataError` when nothing is left for
+    training."""
     wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
-    val, test = (round(size * rows) if 0 < size < 1 else int(size) for size in wanted)
+    val, test = (max(1, round(size * rows)) if 0 < size < 1 else int(size) for size in wanted)
     if min(wanted) < 0 or val + test >= rows:
         raise DataError(
             f"{where} has {rows:,} rows; {val:,} for dev and {test:,} for test leave none for training; "

@@ -76,6 +76,8 @@ _UNFIT = {
     "LearningRateFinder": "--model.learning_rate",
     "BatchSizeFinder": "--data.batch_size",
     "BackboneFinetuning": "--model.freeze_layers",
+    # It hands its average over after the last checkpoint, and the best one is what is tested and exported.
+    "StochasticWeightAveraging": "--trainer.callbacks+=EMAWeightAveraging",
 }
 
 
@@ -228,7 +230,7 @@ class RunCLI(LightningCLI):
             config.trainer.enable_model_summary = False
         if not self.goes_on:
             self.folder = _claim(self.folder)
-        config.run = self.folder.name
+        config.output, config.run = str(self.folder.parent), self.folder.name  # `--run` may hold folders too
         config.trainer.default_root_dir = str(self.folder)  # also where the config of another run names that run's
         log.info("run %s", self.folder)
 
@@ -278,7 +280,7 @@ class RunCLI(LightningCLI):
             if self.command == "fit":
                 config = self.config[self.command]
                 callbacks.append(LastCheckpoint(config.checkpoint_every_n_steps, config.checkpoint_every_n_minutes))
-        if self.command == "predict":
+        if self.command == "predict" and not given.fast_dev_run:
             callbacks.append(PredictionFile(self.folder / "predictions.csv"))
         return callbacks
 
@@ -374,7 +376,8 @@ class RunCLI(LightningCLI):
         finish(self.model, self.datamodule, self.folder, Path(checkpoint).name if checkpoint else None)
 
     def after_predict(self) -> None:
-        log.info("scores: %s", self.folder / "predictions.csv")
+        if not self.config[self.command].trainer.fast_dev_run:
+            log.info("scores: %s", self.folder / "predictions.csv")
 
 
 def _find_checkpoint(command: str, config: Any) -> str | None:
@@ -396,7 +399,9 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
         path = home / f"{config.ckpt_path}.ckpt"
     if not path.exists():
         raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
-    read_checkpoint(path, mmap=True)
+    loaded = read_checkpoint(path, mmap=True)
+    if command == "fit" and "optimizer_states" not in loaded:
+        raise CheckpointError(f"{path} has weights only, from which no run can go on; give its last.ckpt")
     return str(path)
 
 

@@ -37,6 +37,9 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
     by_question = PairDataModule(str(pairs_file), split="question", val_size=0.1, test_size=0.1, **make)
     assert sum(rows_of(by_question).values()) == 60
     assert by_question.unseen("val", np.array(by_question.tables["val"]["row"][:])).all()
+    (tmp_path / "star.csv").write_text("text_a,text_b,label\n" + "".join(f"one,{n},{n % 2}\n" for n in range(30)))
+    with pytest.raises(DataError, match=r"split question leaves no val pairs of \S+star.csv, whose questions hang tog"):
+        rows_of(PairDataModule(str(tmp_path / "star.csv"), split="question", test_size=0, **make))
     (tmp_path / "train.csv").write_text(pairs_file.read_text())
     (tmp_path / "dev.csv").write_text(pairs_file.read_text())
     assert rows_of(PairDataModule(str(tmp_path), **make)) == {"train": 60, "val": 60}

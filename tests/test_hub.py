@@ -41,7 +41,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     for subset in ("pair-class", "pair"):
         (folder / subset).mkdir()
         pq.write_table(pa.Table.from_pylist(rows[:100]), folder / subset / "train-00000-of-00001.parquet")
+    broken = {"script/script.py": "import datasets\n", "bad/bad.jsonl": '{"sentence1": "a"}\n{"sent\n'}
+    for name, content in broken.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(content)
     repositories = {
+        "datasets/owner/script": folder / "script",
+        "datasets/owner/bad": folder / "bad",
         "models/distilbert/distilroberta-base": Path(locate(BACKBONE)),
         "datasets/sentence-transformers/quora-duplicates": folder,
     }
@@ -73,6 +79,8 @@ def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, trained: Path, t
         "backbone owner/gone could not be read from the Hugging Face Hub": ["--model.backbone", "owner/gone"],
         "data set owner/gone could not be read from the Hugging Face Hub": ["--data.source", "owner/gone"],
         "subset pairs, split train: BuilderConfig 'pairs' not found": ["--data.subset", "pairs"],
+        "owner/script, split train: Dataset scripts are no longer": ["--data.source", "owner/script"],
+        "data set owner/bad, split train: JSON parse error": ["--data.source", "owner/bad"],
         'Unknown split "dev"': ["--data.source", "sentence-transformers/quora-duplicates:dev"],
     }
     commands = [fit(tmp_path, *arguments) for arguments in asked.values()]

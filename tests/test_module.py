@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,9 @@ def test_gradients_are_clipped_by_value_and_by_norm(tiny_backbone: Path, precisi
             part.grad = torch.full_like(part, 2.0)
         module.configure_gradient_clipping(torch.optim.SGD(weights), 0.5, algorithm)
         assert nn.utils.get_total_norm([part.grad for part in weights]).item() == pytest.approx(norm, rel=1e-2)
+        clipped = [part.grad.clone() for part in weights]
+        module.configure_gradient_clipping(torch.optim.SGD(weights), -1.0, algorithm)  # no clipping, in Lightning too
+        assert all(torch.equal(part.grad, before) for part, before in zip(weights, clipped, strict=True))
 
 
 def validated(module: CrossEncoderModule, logits: torch.Tensor, labels: torch.Tensor, **state: bool) -> None:
@@ -171,6 +175,20 @@ def test_dev_pairs_choose_calibration_and_threshold(tiny_backbone: Path):
 def test_a_number_out_of_its_range_is_named(tiny_backbone: Path, wrong: dict[str, float]):
     with pytest.raises(UsageError, match=f"model.{next(iter(wrong))}"):
         CrossEncoderModule(str(tiny_backbone), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "said"),
+    [({"consistency": 1.0}, {}, "twice=True"), ({}, {"twice": True}, "twice=False"), ({"symmetric": True}, {}, "symm")],
+)
+def test_from_python_the_data_must_have_the_modules_options(
+    tiny_backbone: Path, pairs_file: Path, module: dict[str, Any], data: dict[str, Any], said: str
+):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **quiet)
+    pairs = PairDataModule(str(pairs_file), backbone=str(tiny_backbone), **data)
+    with pytest.raises(UsageError, match=f"need PairDataModule.{said}"):
+        trainer.fit(CrossEncoderModule(str(tiny_backbone), **module), pairs)
 
 
 def test_bf16_ends_before_the_loss():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from crossenc import CrossEncoderModule
-from crossenc.errors import UsageError
-from crossenc.optim import make_optimizer, make_schedule, parameter_groups
+from crossenc.errors import BackboneError, UsageError
+from crossenc.forward import base_model
+from crossenc.optim import freeze_first_layers, make_optimizer, make_schedule, parameter_groups
 
 from .conftest import BACKBONE
 
@@ -49,7 +51,7 @@ def test_schedule_rises_and_falls():
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["query"]}])
 def test_rates_fall_from_the_head_to_the_embeddings(lora: dict | None):
     module = CrossEncoderModule(BACKBONE, lora=lora)
-    groups = parameter_groups(module.model, 0.1, 1e-3, layer_decay=0.5, head_rate=3.0)
+    groups = parameter_groups(base_model(module.model), 0.1, 1e-3, layer_decay=0.5, head_rate=3.0)
     rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
     names = {name: rates[p] for name, p in module.model.named_parameters() if p.requires_grad}
     assert len(rates) == len(names)
@@ -58,6 +60,40 @@ def test_rates_fall_from_the_head_to_the_embeddings(lora: dict | None):
         assert found == ({1e-3 * (0.5**depth if depth else 3.0)} if found else set())
         assert found or lora
     assert groups[0]["lr"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "head"),
+    [
+        ("deberta-v2", ["encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"], ["pooler", "classifier"]),
+        ("electra", ["embeddings_project"], ["classifier"]),
+        ("mpnet", ["relative_attention_bias"], ["classifier"]),
+        ("modernbert", ["embeddings"], ["final_norm", "head", "classifier"]),
+    ],
+)
+def test_what_all_layers_share_learns_as_the_embeddings_do(kind: str, shared: list[str], head: list[str]):
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {
+        "deberta-v2": {"relative_attention": True, "position_biased_input": False, "conv_kernel_size": 3},
+        "electra": {"embedding_size": 16},
+    }
+    config = AutoConfig.for_model(kind, vocab_size=50, pad_token_id=0, num_labels=1, **small, **more.get(kind, {}))
+    model = AutoModelForSequenceClassification.from_config(config)
+    rates = {p: group["lr"] for group in parameter_groups(model, 0, 1, 0.5, 30) for p in group["params"]}
+    freeze_first_layers(model, 2)
+    for name, parameter in model.named_parameters():
+        of_the_head = any(f"{part}." in name for part in head) and ".layers." not in name
+        deep = any(part in name for part in shared) and not of_the_head
+        assert rates[parameter] == (30 if of_the_head else 0.125 if deep else rates[parameter]), name
+        assert parameter.requires_grad == of_the_head, name
+
+
+def test_layers_that_cannot_be_told_apart_have_no_rates_of_their_own():
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 50}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("albert", **small))
+    assert {group["lr"] for group in parameter_groups(model, 0.1, 1)} == {1}
+    with pytest.raises(BackboneError, match="no single layers in albert"):
+        parameter_groups(model, 0.1, 1, head_rate=30)
 
 
 def test_the_head_may_learn_at_a_rate_of_its_own():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crossenc import pairs
-from crossenc.errors import DataError
+from crossenc.errors import DataError, OutputError
 
 HEADER = "question1,question2,is_duplicate\n"
 
@@ -98,6 +99,8 @@ def test_an_edited_file_is_read_anew(write):
         ("p.jsonl", '{"question1": "a", "question2": null, "label": 1}\n', "row 1: question2 is null"),
         ("p.jsonl", '{"question1": "a", "question2": "b", "label": -1}\n', "row 1: label -1 is not allowed"),
         ("p.jsonl", '{"question1": "a", "question2": "b", "label": 1}\n[1]\n', "row 2: not a JSON object"),
+        ("p.jsonl", '{"question1": "a", "question2": "b", "label": 1%s}\n' % ("0" * 400), "row 1: label 10000"),
+        ("p.jsonl", "[" * 100_000 + "]" * 100_000, "row 1: not a JSON object"),
         ("p.parquet", "no parquet", "cannot be read as parquet"),
         ("p.txt", "a b", "cannot tell its format"),
         ("p.csv.gz", "", "cannot tell its format; name it .csv, .tsv, .jsonl, .parquet"),
@@ -109,6 +112,18 @@ def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
         pairs.read(str(path))
     assert said in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_full_disk_is_named(write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    path = write("p.csv", HEADER + f"a,{'b' * 9_999},1\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cache cannot be written: .*File too large"):
+            pairs.read(str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_blank_lines_are_no_rows_and_fields_may_be_long(write):

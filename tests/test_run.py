@@ -60,6 +60,25 @@ def test_a_second_run_of_a_name_gets_a_folder_of_its_own(trained: Path):
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
 
 
+def test_a_run_may_lie_deeper(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, "--run=deep/er", "--trainer.max_steps=1")) == 0
+    config = ["--config", str(tmp_path / "deep" / "er" / "config.yaml")]
+    assert main(["fit", *config, "--ckpt_path=last", "--trainer.max_steps=2"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["er"]
+    assert torch.load(tmp_path / "deep" / "er" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_no_run_goes_on_from_weights_alone(trained: Path, tmp_path: Path, capsys):
+    light = torch.load(trained / "last.ckpt", weights_only=True)
+    del light["optimizer_states"]
+    torch.save(light, tmp_path / "light.ckpt")
+    where = ["--output", str(tmp_path), "--run", "more", "--ckpt_path", str(tmp_path / "light.ckpt")]
+    assert main(["fit", "--config", str(trained / "config.yaml"), *where]) == 2
+    assert "light.ckpt has weights only" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "more").exists()
+
+
 def test_ckpt_path_last_goes_on_with_the_run(trained: Path, tmp_path: Path):
     config = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path), "--run", "long"]
     folder = tmp_path / "long"
@@ -106,6 +125,9 @@ def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pair
     assert [float(row["score"]) for row in rows] == pytest.approx(score_pairs(trained / "model", pairs), abs=1e-5)
     logits = np.array([float(row["logit"]) for row in rows], dtype=np.float32)
     assert [float(row["score"]) for row in rows] == sigmoid(logits).tolist()  # equal logits have equal scores
+    written = (trained / "predictions.csv").stat().st_mtime_ns
+    assert main(["predict", *config, "--data.eval_tokens=99", "--trainer.fast_dev_run=true"]) == 0  # one batch
+    assert (trained / "predictions.csv").stat().st_mtime_ns == written
 
 
 def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, trained: Path):
@@ -296,6 +318,10 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
             "LearningRateFinder does not go with crossenc; set --model.learn",
         ),
         (["--trainer.callbacks+=BackboneFinetuning"], "set --model.freeze_layers"),
+        (
+            [f"--trainer.callbacks{word}" for word in ("+=StochasticWeightAveraging", ".swa_lrs=1", ".device=null")],
+            "set --trainer.callbacks+=EMAWeightAveraging",
+        ),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
             "choose one of val/loss, val/av",
