@@ -41,16 +41,12 @@ class Packing:
     slots: Tensor | None
     bounds: Tensor | None = None
 
-    def spread(self, values: Tensor) -> Tensor:
-        """(tokens, ...) to (places, ...), zeros in the padding."""
-        if self.slots is None:
-            return values
-        places = sum(pairs * longest for pairs, longest in self.pieces)
-        return values.new_zeros(places, *values.shape[1:]).index_copy(0, self.slots, values)
-
-    def gather(self, values: Tensor) -> Tensor:
-        """(places, ...) to (tokens, ...)."""
-        return values if self.slots is None else values.index_select(0, self.slots)
+    def split(self, values: Tensor, padding: int = 0) -> tuple[Tensor, ...]:
+        """(tokens, ...) to (places, ...) of each piece."""
+        places = [pairs * longest for pairs, longest in self.pieces]
+        if self.slots is not None:
+            values = values.new_full((sum(places), *values.shape[1:]), padding).index_copy(0, self.slots, values)
+        return torch.split(values, places)
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -108,22 +104,17 @@ def attend_packed(
     firsts = len(query) == len(packing.starts) != len(key)
     if packing.bounds is not None:
         return _attend_ragged(query, key, value, packing, firsts, dropout, scaling)
-    pairs, places = [pairs for pairs, _ in packing.pieces], [pairs * longest for pairs, longest in packing.pieces]
-    parts = [
-        torch.split(query, pairs) if firsts else torch.split(packing.spread(query), places),
-        torch.split(packing.spread(key), places),
-        torch.split(packing.spread(value), places),
-    ]
+    pairs = [pairs for pairs, _ in packing.pieces]
+    parts = [torch.split(query, pairs) if firsts else packing.split(query), packing.split(key), packing.split(value)]
     if packing.slots is not None:
-        real = packing.spread(torch.ones_like(packing.slots, dtype=torch.bool))
-        parts.append(torch.split(real[:, None, None], places))
+        parts.append(packing.split(torch.ones_like(packing.slots, dtype=torch.bool)[:, None, None]))
     found = []
     for number, piece in zip(pairs, zip(*parts, strict=True), strict=True):
         q, k, v, *rest = (part.unflatten(0, (number, -1)).transpose(1, 2) for part in piece)
         context = _attend_piece(q, k, v, rest[0].mT if rest else None, dropout, scaling)
         found.append(context.transpose(1, 2).flatten(0, 1))
     context = torch.cat(found)
-    return context if firsts else packing.gather(context)
+    return context if firsts or packing.slots is None else context.index_select(0, packing.slots)
 
 
 def _attend_ragged(

@@ -290,9 +290,7 @@ def _summary(figures: dict[str, float]) -> str:
         return ""
 
     def share(metric: str) -> str:
-        value, low, high = (figures.get(f"{split}/{metric}{end}") for end in ("", "_low", "_high"))
-        text = f"{100 * (value or 0):.1f} %"
-        return text if low is None or high is None else f"{text} ({100 * low:.1f} to {100 * high:.1f})"
+        return _cell(figures, f"{split}/{metric}", "{:.1f}", scale=100, unit=" %")
 
     duplicates = 100 * figures[f"{split}/duplicates"]
     text = (
@@ -346,12 +344,13 @@ def _shown_path(name: str) -> str:
     return "/".join(Path(name).absolute().parts[-1 - own :])
 
 
-def _cell(figures: dict[str, float], key: str, form: str) -> str:
-    value, low, high = (figures.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    if value is None or math.isnan(value):
+def _cell(figures: dict[str, float], key: str, form: str, scale: float = 1, unit: str = "") -> str:
+    """A figure with its interval, if it has one; empty where it is not known."""
+    value, low, high = (scale * figures.get(f"{key}{end}", math.nan) for end in ("", "_low", "_high"))
+    if math.isnan(value):
         return ""
-    text = form.format(value)
-    return text if low is None or high is None else f"{text} ({form.format(low)} to {form.format(high)})"
+    text = form.format(value) + unit
+    return text if math.isnan(low) else f"{text} ({form.format(low)} to {form.format(high)})"
 
 
 def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:

@@ -250,6 +250,21 @@ def _is_for_the_user(error: Exception) -> bool:
     return isinstance(error, MisconfigurationException)
 
 
+# Warnings of the libraries that tell a user of crossenc nothing, and why.
+_OF_NO_USE = (
+    ".*does not have many workers",  # tokens are cached and padding is cheap: none is the right number of them
+    ".*LeafSpec.* is deprecated",  # torch's own pytree, called by Lightning 2.6 in the old way
+    ".*is_gradient_checkpointing. is deprecated",  # peft calls transformers 5 by a name that it is renaming
+    ".*loading a checkpoint outside the 'fit' stage",  # by its averaged weights, which are all that it is evaluated by
+    "The dirpath has changed from",  # a checkpoint that is evaluated writes nothing
+    "No seed found",  # where `--seed_everything true` finds no PL_GLOBAL_SEED it is 0, and stands in config.yaml
+    "Precision .* is not supported by the model summary",  # whose sizes are those of 32 bits
+    ".*WeightAveraging callback with a model that overrides",  # configure_model only shards: an average misses nothing
+    ".*is smaller than the logging interval",  # a short run is no mistake
+    ".*exists and is not empty",  # a run that goes on writes into its own folder; its metrics.csv was set aside before
+)
+
+
 def _set_up_terminal(command: str) -> None:
     """Say what matters, once: our own log on stderr, and of the libraries' logs and bars what a person needs."""
     if not sys.stdout.isatty():
@@ -271,28 +286,10 @@ def _set_up_terminal(command: str) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # Tokens are cached and padding is cheap, so that no worker process is the right number of them.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # torch's own pytree, called by Lightning 2.6 in the old way.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    # peft calls transformers 5 by a name that it is renaming.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated")
-    # Weights that were averaged in training are all that a checkpoint is evaluated by.
-    warnings.filterwarnings("ignore", message=".*loading a checkpoint outside the 'fit' stage")
+    for message in _OF_NO_USE:
+        warnings.filterwarnings("ignore", message=message)
     which = ".*WeightAveraging" if command == "fit" else ""  # an evaluation needs none of them
     warnings.filterwarnings("ignore", message=f".*add the following callbacks: {which}")
-    # A checkpoint that is evaluated writes nothing.
-    warnings.filterwarnings("ignore", message="The dirpath has changed from")
-    # Where `--seed_everything true` finds no PL_GLOBAL_SEED it is 0, and stands in config.yaml.
-    warnings.filterwarnings("ignore", message="No seed found")
-    # The summary's sizes are those of 32 bits.
-    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-    # The module's configure_model shards where it is asked to, and makes no layers that an average would miss.
-    warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides")
-    # A run shorter than the logging interval is a short run and no mistake.
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
-    # A run that goes on writes into its own folder; its metrics.csv was set aside before.
-    warnings.filterwarnings("ignore", message=".*exists and is not empty")
 
 
 def _quiet_lightning() -> None:
@@ -301,8 +298,3 @@ def _quiet_lightning() -> None:
 
     for library in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.ERROR)
-
-
-def entry_point() -> None:
-    """The console script `crossenc`."""
-    sys.exit(main())

@@ -30,7 +30,7 @@ from .backbone import DEFAULT_BACKBONE, load_config, load_tokenizer, resolve_max
 from .encode import PairBatch, PairCollator, encode, tell_cut
 from .errors import CheckpointError, DataError, UsageError, require_choice
 from .forward import piece_cost
-from .sampler import EvaluationOrder, TrainingOrder
+from .sampler import BatchBy, EvaluationOrder, TrainingOrder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Split: TypeAlias = Literal["position", "question"]
-BatchBy: TypeAlias = Literal["pairs", "tokens"]
 OnMismatch: TypeAlias = Literal["refuse", "continue"]
 
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"

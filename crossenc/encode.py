@@ -102,11 +102,14 @@ def _encode_batch(
 
 def encode_texts(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> dict[str, list[Any]]:
-    """The columns that `encode` makes, for pairs of texts in memory."""
+) -> pyarrow.Table:
+    """The table that `encode` makes, for pairs of texts in memory; their rows are their places."""
+    import pyarrow
+
     rules, with_types = tokenizer.backend_tokenizer.to_str(), "token_type_ids" in tokenizer.model_input_names
     texts = {"text_a": [a for a, _ in pairs], "text_b": [b for _, b in pairs]}
-    return _encode_batch(texts, rules, max_length, with_types, swap=False, version=__version__)
+    columns = _encode_batch(texts, rules, max_length, with_types, swap=False, version=__version__)
+    return pyarrow.table({"row": np.arange(len(pairs)), **columns})
 
 
 @cache

@@ -102,12 +102,7 @@ def export(
         unfinished = Path(space) / "new"
         expected = _module_scores(module, tokenizer, _PROBES)
         _write(unfinished, module, tokenizer)
-        found = score_pairs(unfinished, _PROBES)
-        worst = _difference(expected, found)
-        if not worst <= TOLERANCE:
-            raise ExportError(
-                f"the export of {checkpoint} gives scores that differ by {worst:.2g} from the checkpoint's"
-            )
+        _compare(f"the export of {checkpoint}", expected, score_pairs(unfinished, _PROBES), TOLERANCE)
         # An export named `model` is a run's own; the run's name tells more.
         name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
         added = _add_onnx(unfinished, expected, pairs) if onnx or int8 else None
@@ -143,9 +138,11 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
     return str(address)
 
 
-def _difference(expected: Sequence[float], found: Sequence[float]) -> float:
-    """The largest difference of two lists of scores; NaN if one holds a NaN, which Python's `max` could pass over."""
-    return float(np.abs(np.subtract(expected, found)).max())
+def _compare(what: str, expected: Sequence[float], found: Sequence[float], tolerance: float) -> None:
+    """Raise `ExportError` where scores differ by more, or one is NaN, which Python's `max` could pass over."""
+    worst = np.abs(np.subtract(expected, found)).max()
+    if not worst <= tolerance:
+        raise ExportError(f"{what} gives scores that differ by {worst:.2g} from the checkpoint's")
 
 
 def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[str, float]:
@@ -156,11 +153,7 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
         return sigmoid(logits)
 
     write_onnx(folder, int8=dev is not None)
-    worst = _difference(expected, score("onnx", _PROBES))
-    if not worst <= ONNX_TOLERANCE:
-        raise ExportError(
-            f"{folder.name}/onnx/model.onnx gives scores that differ by {worst:.2g} from the checkpoint's"
-        )
+    _compare(f"{folder.name}/onnx/model.onnx", expected, score("onnx", _PROBES), ONNX_TOLERANCE)
     figures: dict[str, float] = {}
     if dev is not None:
         from torchmetrics.functional.classification import binary_average_precision
@@ -219,9 +212,7 @@ def _module_scores(
     module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> list[float]:
     """The module's own scores, over the path that training takes: token ids, collate, forward."""
-    import pyarrow
-
-    table = pyarrow.table({"row": range(len(pairs)), **encode_texts(pairs, tokenizer, module.max_length)})
+    table = encode_texts(pairs, tokenizer, module.max_length)
     with torch.inference_mode():
         found = module.predict_step(PairCollator(tokenizer)(table), 0)
     scores: list[float] = found["score"][found["row"].argsort()].tolist()

@@ -99,13 +99,10 @@ def _exact(batch: PairBatch) -> bool:
 def padded(batch: PairBatch) -> Iterator[dict[str, Tensor]]:
     """What a model of transformers takes, piece by piece, each tensor of shape (pairs, tokens)."""
     packing = Packing(batch["pieces"], batch["starts"], batch["slots"])
-    places = [pairs * longest for pairs, longest in packing.pieces]
-    inputs = {"attention_mask": packing.spread(torch.ones_like(batch["input_ids"]))}
+    inputs = {"attention_mask": packing.split(torch.ones_like(batch["input_ids"]))}
     for name, padding in batch["padding"].items():
-        tokens = batch[name]  # type: ignore[literal-required]
-        inputs[name] = tokens.new_full((sum(places),), padding).index_copy(0, batch["slots"], tokens)
-    parts = zip(*(torch.split(values, places) for values in inputs.values()), strict=True)
-    for (pairs, _), piece in zip(packing.pieces, parts, strict=True):
+        inputs[name] = packing.split(batch[name], padding)  # type: ignore[literal-required]
+    for (pairs, _), *piece in zip(packing.pieces, *inputs.values(), strict=True):
         yield {name: part.view(pairs, -1) for name, part in zip(inputs, piece, strict=True)}
 
 

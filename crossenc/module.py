@@ -139,7 +139,7 @@ class CrossEncoderModule(LightningModule):
             )
         self.graphed: GraphedModel | None = None
         self.first_step, self.is_logged = 0, True  # of this run; the loss of the step that is taken now
-        self.val_metrics, self.test_metrics = PairMetrics(), PairMetrics()
+        self.metrics = PairMetrics()  # the pairs of the evaluation at hand, of whichever split
         self.threshold: float | None = None
         self.evaluated_step = -1  # the one that threshold, calibration and figures belong to
         # What was fitted on the dev pairs goes into scores, unless `folds` is False: then they stay as they are, and
@@ -219,21 +219,17 @@ class CrossEncoderModule(LightningModule):
         return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics)
-
-    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics)
-
-    def _evaluate(self, batch: PairBatch, metrics: PairMetrics) -> None:
         logits = self(batch)
-        metrics.update(batch["row"], logits, batch["label"], self.loss(logits, batch["label"]))
+        self.metrics.update(batch["row"], logits, batch["label"], self.loss(logits, batch["label"]))
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Fit the calibration and choose the threshold on the dev pairs, and keep both with the weights."""
         if self.trainer.sanity_checking:  # a look at two batches is no evaluation
-            self.val_metrics.reset()
+            self.metrics.reset()
             return
-        scored, loss = self._gather(self.val_metrics)
+        scored, loss = self._gather()
         crossed, self.fitted = None, Calibration()
         layer = last_layer(self.model)
         if self.hparams["calibrate"] and layer is not None:
@@ -247,7 +243,7 @@ class CrossEncoderModule(LightningModule):
         self.evaluated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
-        scored, loss = self._gather(self.test_metrics)
+        scored, loss = self._gather()
         # Never the test pairs' own best.
         self._report("test", score_columns(scored, self.calibration, self.fitted), self._fixed_threshold(), loss)
 
@@ -255,9 +251,9 @@ class CrossEncoderModule(LightningModule):
         """The threshold that dev pairs have chosen, or one half."""
         return 0.5 if self.threshold is None else self.threshold
 
-    def _gather(self, metrics: PairMetrics) -> tuple[Scored, float]:
-        scored, loss = metrics.gather()
-        metrics.reset()
+    def _gather(self) -> tuple[Scored, float]:
+        scored, loss = self.metrics.gather()
+        self.metrics.reset()
         if not scored.logits.isfinite().all():
             raise UsageError(
                 f"the scores at step {self.trainer.global_step} are no numbers: training has diverged, or the weights "

@@ -206,7 +206,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             if not isinstance(item, dict):
                 item = f"not a JSON object: {line.strip()[:60]!r}"
             # An escape such as \ud800 is no character either.
-            elif not _is_utf8(json.dumps(item, ensure_ascii=False) if "\\u" in line else line):
+            elif _SURROGATE.search(json.dumps(item, ensure_ascii=False) if "\\u" in line else line):
                 item = _NOT_UTF8
             yield item
         return
@@ -217,7 +217,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
         header = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{where}, header: {str(error).replace(*_UNCLOSED)}") from error
-    if not _is_utf8("".join(header)):
+    if _SURROGATE.search("".join(header)):
         raise DataError(f"{where}, header: {_NOT_UTF8}")
     refuse_twice(header, where)
     while True:
@@ -231,11 +231,11 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             yield str(error).replace(*_UNCLOSED)
             continue
         if len(fields) == len(header):
-            if _is_utf8("".join(fields)):
+            if _SURROGATE.search("".join(fields)):
+                yield _NOT_UTF8
+            else:
                 # An empty field is how a csv writes a null.
                 yield {name: field or None for name, field in zip(header, fields, strict=True)}
-            else:
-                yield _NOT_UTF8
         elif fields:
             over = f" (over {len(lines.row):,} lines, which a quote holds together)" if len(lines.row) > 1 else ""
             hint = separator_hint(header) or "; quote fields that hold the separator"
@@ -274,14 +274,7 @@ def refuse_twice(header: list[str], where: str) -> None:
 _LONGEST_FIELD = 2**24
 _UNCLOSED = ("unexpected end of data", "a quote is never closed")
 _NOT_UTF8 = "not UTF-8; save the file as UTF-8"
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is no UTF-8 is read as
 
 
 def canonical(

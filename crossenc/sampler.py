@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,11 @@ from torch.utils.data import DistributedSampler
 from .errors import DataError
 
 Rows = NDArray[np.int64]
+BatchBy: TypeAlias = Literal["pairs", "tokens"]
 
 
 def plan_steps(
-    lengths: Rows, pairs: int, *, by: Literal["pairs", "tokens"], window: int, shares: int, seed: int, epoch: int
+    lengths: Rows, pairs: int, *, by: BatchBy, window: int, shares: int, seed: int, epoch: int
 ) -> list[Rows]:
     """The steps of an epoch, each an array of row numbers from long to short; every row stands in exactly one.
 
@@ -113,7 +115,7 @@ class TrainingOrder(DistributedSampler[Any]):
         lengths: Rows,
         batch_size: int,
         *,
-        by: Literal["pairs", "tokens"],
+        by: BatchBy,
         window: int,
         accumulate: int,
         rank: int,
@@ -123,23 +125,13 @@ class TrainingOrder(DistributedSampler[Any]):
         twice: bool = False,
     ) -> None:
         super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]
-        self.symmetric, self.twice = symmetric, twice
-        self.lengths, self.batch_size, self.by, self.window = lengths, batch_size, by, window
+        self.lengths, self.symmetric, self.twice = lengths, symmetric, twice
         self.accumulate, self.start = accumulate, 0
         self.shares = ranks * accumulate
-        self.steps = len(self.plan())
-
-    def plan(self) -> list[Rows]:
-        """The steps of the epoch that was set last."""
-        return plan_steps(
-            self.lengths,
-            self.batch_size * self.shares,
-            by=self.by,
-            window=self.window,
-            shares=self.shares,
-            seed=self.seed,
-            epoch=self.epoch,
+        self.plan = partial(
+            plan_steps, lengths, batch_size * self.shares, by=by, window=window, shares=self.shares, seed=seed
         )
+        self.steps = len(self.plan(epoch=0))
 
     def mean_pairs(self) -> float:
         """Pairs in a batch of one device, on average over the epoch: every pair's weight in the loss is its inverse."""
@@ -152,7 +144,7 @@ class TrainingOrder(DistributedSampler[Any]):
         if self.symmetric:
             turned += count * (self.twice | (np.random.default_rng((self.seed, self.epoch, 1)).random(count) < 0.5))
         done, skipped = divmod(self.start, self.accumulate)
-        for step, rows in enumerate(self.plan()[done:]):
+        for step, rows in enumerate(self.plan(epoch=self.epoch)[done:]):
             parts = deal(rows, self.lengths, self.shares)[self.rank :: self.num_replicas]
             for part in parts[0 if step else skipped :]:
                 yield [*(part.tolist() if self.twice else ()), *(part + turned[part]).tolist()]

@@ -13,7 +13,7 @@ import queue
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -98,10 +98,8 @@ class Scorer:
 
     def prepare(self, texts: Texts) -> tuple[int, list[Any]]:
         """The number of rows to compute, and their batches: those of a chunk, or twice as many in both orders."""
-        import pyarrow
-
         both = texts + [(b, a) for a, b in texts] if self.scoring.both_orders else texts
-        table = pyarrow.table({"row": np.arange(len(both)), **encode_texts(both, self.tokenizer, self.max_length)})
+        table = encode_texts(both, self.tokenizer, self.max_length)
         plan = plan_evaluation(table["length"].to_numpy(), self.tokens, rank=0, ranks=1)
         return len(both), [self.collate(table.take(rows)) for rows in plan]
 
@@ -138,15 +136,12 @@ class Scorer:
 
 def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
     """A thread prepares the next chunk while the model computes the last; tokenizing leaves Python's lock."""
-    waiting: tuple[int, Future[Any]] | None = None
     with ThreadPoolExecutor(1) as pool:
-        for number, texts in chunks:
-            coming = (number, pool.submit(scorer.prepare, texts))
-            if waiting:
-                yield waiting[0], scorer.logits(waiting[1].result())
-            waiting = coming
-        if waiting:
-            yield waiting[0], scorer.logits(waiting[1].result())
+        prepared = ((number, pool.submit(scorer.prepare, texts)) for number, texts in chunks)
+        coming = next(prepared, None)
+        while coming:
+            (number, own), coming = coming, next(prepared, None)
+            yield number, scorer.logits(own.result())
 
 
 def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:

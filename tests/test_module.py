@@ -132,7 +132,7 @@ def validated(module: CrossEncoderModule, logits: torch.Tensor, labels: torch.Te
     state = {"sanity_checking": False, "global_step": 7, "state": SimpleNamespace(fn=TrainerFn.FITTING), **state}
     module.trainer = SimpleNamespace(**state)
     module.log_dict = lambda *_, **__: None
-    module.val_metrics.update(torch.arange(len(logits)), logits, labels, torch.zeros_like(logits))
+    module.metrics.update(torch.arange(len(logits)), logits, labels, torch.zeros_like(logits))
     module.on_validation_epoch_end()
 
 
