@@ -30,7 +30,10 @@ def locate(backbone: str | Path) -> str:
     backbone = str(backbone)
     if backbone.startswith("package:"):
         name, _, path = backbone.removeprefix("package:").partition("/")
-        spec = find_spec(name.replace("-", "_"))
+        try:
+            spec = find_spec(name.replace("-", "_"))
+        except (ImportError, ValueError):  # of a name with a dot in it, or of none
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise BackboneError(
                 f"{backbone}: no package {name} is installed; try: pip install {name.replace('_', '-')}"
@@ -44,7 +47,8 @@ def locate(backbone: str | Path) -> str:
         raise BackboneError(f"{backbone} is a file, where a model's folder is needed; export makes one of a .ckpt")
     if not folder.is_dir():
         raise BackboneError(f"{backbone}: there is no folder {folder}")
-    if not (folder / "config.json").is_file():
+    # A bi-encoder's may be in a folder of its first layer.
+    if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
         inner = folder / "model"
         remedy = f"its export is {inner}" if inner.is_dir() else "give a folder or a Hub id that has one"
         raise BackboneError(f"{backbone!r} is no model: the folder has no config.json; {remedy}")
@@ -159,10 +163,16 @@ def load_model(
             dtype=torch.float32,  # transformers 5 keeps the file's type otherwise, and fp16 weights train into NaN
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
             revision=revision,
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
+    if wrong := loaded["mismatched_keys"]:
+        key, found, wanted = min(wrong)
+        raise BackboneError(f"{backbone}: its {key} has the shape {[*found]}, and by its config.json {[*wanted]}")
+    if len(tokenizer) > (known := model.get_input_embeddings().weight.shape[0]):
+        raise BackboneError(f"{backbone}: its tokenizer has {len(tokenizer):,} tokens, and its model knows {known:,}")
     prefix = model.base_model_prefix + "."
     # A pooler belongs to the head here: a language model comes without one.
     if lost := [key for key in loaded["missing_keys"] if key.startswith(prefix) and ".pooler." not in key]:
@@ -189,11 +199,12 @@ def _check_digest(backbone: str, sha256: str) -> None:
 @contextmanager
 def _clear_errors(backbone: str) -> Iterator[None]:
     """Turn what transformers and the Hub raise for a backbone that cannot be read into one line."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, OSError) and not Path(locate(backbone)).is_dir():
             raise HubError(offline_remedy(f"backbone {backbone}", error)) from error
         raise BackboneError(f"{backbone} cannot be loaded as a sequence classifier: {one_line(error)[:300]}") from error

@@ -398,7 +398,8 @@ def _data_text(data: dict[str, Any]) -> str:
         if split in data["rows"]
     ]
     subset = f", subset `{data['subset']}`" if data["subset"] else ""
-    return f"`{source}`{subset}, split by {data['split']}: {'; '.join(parts)}."
+    split = f", split by {data['split']}" if data["split"] else ""  # else every split has a source of its own
+    return f"`{source}`{subset}{split}: {'; '.join(parts)}."
 
 
 def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -411,8 +412,15 @@ def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[s
         **checkpoint["crossenc"]["training"],
         **_cost(checkpoint.get("callbacks", {}).get("Cost", {})),
         "steps": checkpoint["global_step"],
-        "epochs": checkpoint["epoch"] + 1,
+        "epochs": _epochs(checkpoint),
     }
+
+
+def _epochs(checkpoint: dict[str, Any]) -> int:
+    """How many were begun; `epoch` is counted on when the last one ends, and not before its validation."""
+    loops = checkpoint.get("loops")  # of which one with weights only tells nothing
+    begun: int = loops["fit_loop"]["epoch_progress"]["current"]["ready"] if loops else checkpoint["epoch"] + 1
+    return begun
 
 
 def _cost(cost: dict[str, float]) -> dict[str, str]:

@@ -159,12 +159,18 @@ class PairDataModule(LightningDataModule):
         if stage == "fit":
             if "train" not in loaded:
                 raise DataError("there are no training pairs; set --data.source")
+            cut = {"val", "test"} & set(loaded) - set(self._sources())
+            if self.split == "question" and not cut and self.source != pairs.SAMPLE:
+                raise UsageError(
+                    "--data.split question has nothing to cut: dev and test pairs have sources of their own, whose "
+                    "questions may stand among the training pairs; leave it out"
+                )
             self.facts = {
-                "source": self.source,
+                "source": _as_path(self.source),
                 "sources": self.read_from(),
                 "backbone": self.backbone,
                 "subset": self._subset(self.source),
-                "split": "group" if self.source == pairs.SAMPLE else self.split,
+                "split": "group" if self.source == pairs.SAMPLE else self.split if cut else None,
                 "limit": self.limit,
                 "transitive": self.transitive,
                 "rows": {name: len(part) for name, part in loaded.items()},
@@ -266,7 +272,7 @@ class PairDataModule(LightningDataModule):
     def read_from(self, splits: Collection[str] = ("val", "test")) -> dict[str, str]:
         """The source of the dev and the test pairs, or that which they are cut off."""
         named = {"val": self.val_source or self.source, "test": self.test_source or self.source}
-        return {split: source for split, source in named.items() if split in splits}
+        return {split: _as_path(source) for split, source in named.items() if split in splits}
 
     def splits(self) -> set[str]:
         """The splits that the source holds or leaves."""
@@ -455,6 +461,12 @@ def digest(part: Dataset) -> str:
         for column in (table["input_ids"].combine_chunks().flatten(), table["label"]):
             found.update(column.to_numpy().tobytes())
     return found.hexdigest()[:12]
+
+
+def _as_path(source: str) -> str:
+    """The name of a folder so that nobody takes it for a Hub id, as which `data/pairs` may be read elsewhere."""
+    path = Path(source)
+    return f"./{source}" if source and path.is_dir() and not path.is_absolute() and source[0] != "." else source
 
 
 def _first(part: Dataset, limit: int | None) -> Dataset:

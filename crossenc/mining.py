@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -193,8 +194,12 @@ def mine(
     members = _group_rows(groups, representatives, ids, texts)
     if output is None:
         return Mined(list(rows), members)
-    _write(output, rows, _PAIR_COLUMNS, kind)
-    _write(_groups_file(output), members, _GROUP_COLUMNS, kind)
+    with ExitStack() as stack:  # neither file stands there without the other
+        for file, content, columns in ((output, rows, _PAIR_COLUMNS), (_groups_file(output), members, _GROUP_COLUMNS)):
+            schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
+            take = stack.enter_context(write_table(file, list(columns), schema))
+            for chunk in chunked(content):
+                take(chunk)
     tell_skipped(skipped, output)
     if home and not work:
         shutil.rmtree(home)
@@ -340,13 +345,6 @@ def _group_rows(
         {"group": number, "id": ids[row], "text": texts[row], "representative": representatives[number] == row}
         for row, number in zip(rows.tolist(), groups[rows].tolist(), strict=True)
     ]
-
-
-def _write(output: str, rows: Any, columns: dict[str, str], kind: str) -> None:
-    schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
-    with write_table(output, list(columns), schema) as take:
-        for chunk in chunked(rows):
-            take(chunk)
 
 
 def _groups_file(output: str) -> str:

@@ -29,7 +29,9 @@ BLOCK = 2_000
 EXACT_LIMIT = 100_000
 
 
-def embed(texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed questions") -> Vectors:
+def embed(
+    texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed questions", encode: str = "encode"
+) -> Vectors:
     """Vectors of length one, shape (texts, dimensions); those that `parts` has are not computed again.
 
     Args:
@@ -37,6 +39,7 @@ def embed(texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed
         retriever: a bi-encoder: a Hub id, a folder, or `package:NAME/PATH`.
         parts: gets the vectors, `BLOCK` texts each.
         what: what the progress is called.
+        encode: the bi-encoder's own method: `encode_query` or `encode_document` where it treats the two unlike.
 
     Raises:
         BackboneError, HubError: it cannot be loaded.
@@ -45,11 +48,11 @@ def embed(texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed
     starts = range(0, len(texts), BLOCK)
     missing = [number for number in range(len(starts)) if number not in parts]
     if missing:
-        model = _load(retriever)
+        compute = getattr(_load(retriever), encode)
         with progress(what, len(texts), BLOCK * (len(starts) - len(missing))) as advance:
             for number in missing:
                 block = list(texts[starts[number] : starts[number] + BLOCK])
-                found = model.encode(block, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
+                found = compute(block, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
                 parts[number] = np.ascontiguousarray(found, dtype=np.float32)
                 advance(len(block))
     vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
@@ -85,7 +88,7 @@ def _load(retriever: str) -> Any:
     try:
         with quiet_transformers():
             return library.SentenceTransformer(str(folder))
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: {one_line(error)[:300]}") from error
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from .pairs import open_parquet
 from .parts import read_json, replacing
 
 FIGURES_FILE = "metrics.json"
@@ -91,12 +92,11 @@ def write_scores(folder: Path, checkpoint: str | None, evaluated: Mapping[str, M
 
 def read_scores(checkpoint: Path) -> dict[str, dict[str, NDArray[Any]]]:
     """The columns of each split in the `scores.parquet` beside a checkpoint; none if they belong to another."""
-    import pyarrow.parquet as pq
-
     file = checkpoint.parent / SCORES_FILE
     if not file.is_file():
         return {}
-    table = pq.read_table(file)
+    with open_parquet(file, str(file)) as content:
+        table = content.read()
     if (table.schema.metadata or {}).get(b"checkpoint") != checkpoint.name.encode():
         return {}
     columns = {name: table[name].to_numpy() for name in table.column_names}

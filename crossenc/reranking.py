@@ -133,8 +133,8 @@ def rerank(
 
 def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int, index: Index = "auto") -> Ranking:
     """The k texts whose vectors are next to each query's, with the cosine."""
-    search = make_search(embed(corpus, retriever, Parts(None, {}), "embed the corpus"), index)
-    vectors = embed(queries, retriever, Parts(None, {}), "embed the queries")
+    search = make_search(embed(corpus, retriever, Parts(None, {}), "embed the corpus", "encode_document"), index)
+    vectors = embed(queries, retriever, Parts(None, {}), "embed the queries", "encode_query")
     found: Ranking = []
     for start in range(0, len(vectors), BLOCK):
         similarities, places = search(vectors[start : start + BLOCK], k)

@@ -100,8 +100,8 @@ def score(
         table = stack.enter_context(open_table(pairs, SIDES))
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
-        if decision is not None and output is None and isinstance(table.source, Path | list):
-            raise UsageError("a decision stands beside its pair; give a DataFrame, or name an output")
+        if (decision is not None or logit) and output is None and isinstance(table.source, Path | list):
+            raise UsageError("a decision or a logit stands beside its pair; give a DataFrame, or name an output")
         of_the_model = scoring.facts()  # before the input is read, which may take long: there may be no such model
         checked = _check(table, columns or {}, new.names(), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import pyarrow.parquet
 
 from .errors import DataError, OutputError, UsageError
@@ -54,7 +55,11 @@ class Table:
         else:
             for start in range(0, len(self.source), CHUNK):
                 chunk = self.source.iloc[start : start + CHUNK].rename(columns=str)
-                yield from chunk.astype(object).where(chunk.notna(), None).to_dict("records")  # NaN is no JSON
+                rows = chunk.astype(object).where(chunk.notna(), None).to_dict("records")  # NaN is no JSON
+                # pandas reads a column of lists as arrays, whose text leaves out what is long.
+                yield from (
+                    {name: value.tolist() if _is_numpy(value) else value for name, value in row.items()} for row in rows
+                )
 
     def digest(self) -> str:
         """A hash of all that the table holds."""
@@ -99,6 +104,7 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
             raise DataError(f"{source}: cannot tell its format; give a file named {', '.join(SUFFIXES)}, or -")
         yield Table(path, str(source))
     elif hasattr(source, "columns"):
+        source = source.to_pandas() if hasattr(source, "to_pandas") else source  # of pyarrow or polars
         refuse_twice(list(map(str, source.columns)), "the DataFrame")
         yield Table(source, "the DataFrame")
     elif not isinstance(source, Iterable):
@@ -176,11 +182,19 @@ def write_table(
 
 
 def _json_lines(rows: Iterable[Row]) -> Iterator[str]:
-    return (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    return (_json(row) + "\n" for row in rows)
 
 
 def _field(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else value
+    return _json(value) if isinstance(value, dict | list) else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=lambda item: item.tolist() if _is_numpy(item) else str(item))
+
+
+def _is_numpy(value: Any) -> bool:
+    return isinstance(value, np.ndarray | np.generic)
 
 
 TEXT_NAMES = ("text", "question", "query", "sentence", "contents", "body", "question1", "sentence1", "text_a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -61,6 +62,35 @@ def test_weights_are_safetensors_and_complete(tmp_path: Path):
     torch.save(weights, folder / "pytorch_model.bin")  # a pickle, which could run code
     with pytest.raises(BackboneError, match="cannot be loaded"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_position_embeddings": 500}, r"position_embeddings.weight has the shape \[512, 384\], and by its con"),
+        ({"hidden_size": "big"}, "cannot be loaded as a sequence classifier: .*hidden_size"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_named(tmp_path: Path, wrong: dict, said: str):
+    folder = shutil.copytree(locate(BACKBONE), tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | wrong))
+    with pytest.raises(BackboneError, match=said):
+        load_model(str(folder))
+
+
+def test_a_tokenizer_of_another_model_is_named(tiny: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = copy.deepcopy(load_tokenizer(str(tiny)))  # which others share
+    tokenizer.add_tokens(["newword"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(BackboneError, match="its tokenizer has 30,523 tokens, and its model knows 30,522"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["a.b/model", ".x", "", "gone/model"])
+def test_a_package_that_is_not_there_is_named(name: str):
+    with pytest.raises(BackboneError, match=r"no package .*is installed"):
+        locate(f"package:{name}")
 
 
 def test_a_trained_head_is_kept_and_three_labels_are_refused(trained: Path, tmp_path: Path):

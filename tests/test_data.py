@@ -24,7 +24,7 @@ def rows_of(data: PairDataModule) -> dict[str, int]:
     return data.facts["rows"]
 
 
-def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
+def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make = {"backbone": BACKBONE}
     assert rows_of(PairDataModule(str(pairs_file), **make)) == {"train": 48, "val": 6, "test": 6}
     assert rows_of(PairDataModule(str(pairs_file), val_size=0.5, test_size=10, **make)) == {
@@ -37,12 +37,19 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path):
     by_question = PairDataModule(str(pairs_file), split="question", val_size=0.1, test_size=0.1, **make)
     assert sum(rows_of(by_question).values()) == 60
     assert by_question.unseen("val", np.array(by_question.tables["val"]["row"][:])).all()
+    assert by_question.facts["split"] == "question"
+    assert one.facts["split"] is None  # which nothing was cut off
+    with pytest.raises(UsageError, match="split question has nothing to cut"):
+        rows_of(PairDataModule(str(pairs_file), val_source=str(pairs_file), split="question", **make))
     (tmp_path / "star.csv").write_text("text_a,text_b,label\n" + "".join(f"one,{n},{n % 2}\n" for n in range(30)))
     with pytest.raises(DataError, match=r"split question leaves no val pairs of \S+star.csv, whose questions hang tog"):
         rows_of(PairDataModule(str(tmp_path / "star.csv"), split="question", test_size=0, **make))
     (tmp_path / "train.csv").write_text(pairs_file.read_text())
     (tmp_path / "dev.csv").write_text(pairs_file.read_text())
-    assert rows_of(PairDataModule(str(tmp_path), **make)) == {"train": 60, "val": 60}
+    monkeypatch.chdir(tmp_path.parent)
+    folder = PairDataModule(tmp_path.name, **make)
+    assert rows_of(folder) == {"train": 60, "val": 60}
+    assert folder.facts["source"] == folder.facts["sources"]["val"] == f"./{tmp_path.name}"  # and no Hub id's like
     sample = rows_of(PairDataModule("sample", **make))
     assert sample["train"] > 4000
     assert min(sample["val"], sample["test"]) > 900

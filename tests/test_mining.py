@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crossenc import mine, score
+from crossenc import mine, mining, score
 from crossenc.backbone import locate
 from crossenc.cli import main
 from crossenc.errors import BackboneError, DataError, OutputError, UsageError
@@ -183,6 +184,22 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny: Path, mined: tu
     assert (tmp_path / "out.csv").read_bytes() == mined[0].read_bytes()
     assert (tmp_path / "out.groups.csv").read_bytes() == mined[1].read_bytes()
     assert not work.exists()
+
+
+def test_one_output_alone_is_none(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that ends between the two goes on with the same command."""
+
+    def broken(*_: object) -> Iterator[dict[str, object]]:
+        yield {"id": "0", "group": 0, "representative": True, "text": "a"}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mining, "_group_rows", broken)
+        with pytest.raises(KeyboardInterrupt):
+            mine(tiny, QUESTIONS, str(tmp_path / "out.csv"), retriever=BACKBONE, top_k=5)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.csv.parts"]
+    mine(tiny, QUESTIONS, str(tmp_path / "out.csv"), retriever=BACKBONE, top_k=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.groups.csv"]
 
 
 def test_kept_work_serves_another_threshold_and_no_other_work(tiny: Path, tmp_path: Path):

@@ -13,6 +13,7 @@ from crossenc.backbone import locate
 from crossenc.errors import BackboneError
 from crossenc.neighbors import embed, find_candidates, kind_of_index, make_search
 from crossenc.parts import Parts
+from crossenc.reranking import retrieve
 
 from .conftest import BACKBONE
 
@@ -96,6 +97,28 @@ def test_vectors_of_a_bi_encoder_that_does_not_normalize_have_length_one(tmp_pat
     vectors = embed(["How do I learn to swim?", "What?"], str(folder), Parts(None, {}))
     assert len(layers) == 3
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
+
+
+def test_a_bi_encoder_may_have_layers_in_folders_and_words_of_its_own_for_queries(tmp_path: Path):
+    """As older ones of sentence-transformers' have, and those that are made for search."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = shutil.copytree(locate(BACKBONE), tmp_path / "model" / "0_Transformer")
+    for name in ("modules.json", "1_Pooling", "2_Normalize"):
+        if (folder / name).exists():
+            (folder / name).rename(folder.parent / name)
+    layers = json.loads((folder.parent / "modules.json").read_text())
+    layers[0]["path"] = "0_Transformer"
+    (folder.parent / "modules.json").write_text(json.dumps(layers))
+    settings = {"prompts": {"query": "search for: ", "document": ""}, "default_prompt_name": None}
+    (folder.parent / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    model = SentenceTransformer(str(folder.parent), device="cpu")
+    queries = embed(["swim"], str(folder.parent), Parts(None, {}), encode="encode_query")
+    assert queries == pytest.approx(model.encode(["search for: swim"], normalize_embeddings=True), abs=1e-5)
+    (found,) = retrieve(["swim"], ["swim", "rain"], str(folder.parent), 1)
+    plain = embed(["swim"], str(folder.parent), Parts(None, {}))
+    assert found[0][1] == pytest.approx((queries * plain).sum(), abs=1e-5)
+    assert found[0][1] < 0.99
 
 
 def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():

@@ -15,7 +15,7 @@ from crossenc import export, score
 from crossenc.cli import main
 from crossenc.errors import BackboneError, ExportError, UsageError
 from crossenc.exporting import score_pairs
-from crossenc.onnx_model import OnnxModel
+from crossenc.onnx_model import OnnxModel, write_onnx
 from crossenc.pairs import sample_pairs
 from crossenc.records import read_scores
 
@@ -69,6 +69,18 @@ def test_the_card_tells_what_8_bits_cost(exported: Path):
         scores.append(found)
     difference = re.search(r"Scores differ by (\S+) at most", card)
     assert float(difference[1]) == pytest.approx(abs(scores[0] - scores[1]).max(), abs=1e-3)
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = {}
+    for limit, more in ((2**31, []), (0, ["model.onnx.data"])):
+        folder = shutil.copytree(tiny, tmp_path / str(limit))
+        monkeypatch.setattr("crossenc.onnx_model._ONE_FILE", limit)
+        write_onnx(folder, int8=True)
+        assert {file.name for file in (folder / "onnx").iterdir()} == {"model.onnx", "model_qint8.onnx", *more}
+        found[limit] = [score(str(folder), PAIRS, backend=backend) for backend in ("onnx", "onnx-int8")]
+    assert found[0][0] == pytest.approx(found[2**31][0], abs=1e-6)
+    assert found[0][1] == pytest.approx(found[2**31][1], abs=1e-6)
 
 
 def test_onnx_alone_is_written_and_checked(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

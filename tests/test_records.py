@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from crossenc.errors import DataError
 from crossenc.records import is_evaluation, read_figures, read_scores, read_sources, write_figures, write_scores
 
 
@@ -38,6 +40,12 @@ def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
     assert read_scores(tmp_path / "best.ckpt") == {}
     assert list(read_scores(tmp_path / "last.ckpt")) == ["test"]
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_damaged_scores_are_named(tmp_path: Path):
+    (tmp_path / "scores.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"scores\.parquet cannot be read as parquet"):
+        read_scores(tmp_path / "best.ckpt")
 
 
 def test_only_a_report_of_its_own_counts_as_an_evaluation(tmp_path: Path):

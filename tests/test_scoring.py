@@ -97,6 +97,8 @@ def test_lists_frames_and_checkpoints_give_the_same(trained, frame, expected):
     assert list(found) == [*frame, "logit", "same"]
     assert found["same"].to_numpy() == pytest.approx(expected, abs=1e-5)
     assert "same" not in frame
+    with pytest.raises(UsageError, match="a logit stands beside its pair"):  # for which a list has no place
+        score(str(trained / "model"), PAIRS, logit=True)
 
 
 def test_a_decision_is_by_the_threshold_that_the_model_stored(trained, frame, expected, tmp_path):
@@ -117,7 +119,7 @@ def test_a_decision_is_by_the_threshold_that_the_model_stored(trained, frame, ex
     for column in ("score", ""):
         with pytest.raises(UsageError, match=r"the new columns cannot be called .* --decision"):
             score(trained / "model", frame, decision=column)
-    with pytest.raises(UsageError, match="a decision stands beside its pair"):
+    with pytest.raises(UsageError, match="a decision or a logit stands beside its pair"):
         score(trained / "model", PAIRS, decision="same")
     bare = shutil.copytree(trained / "model", tmp_path / "bare")
     settings = json.loads((bare / "config.json").read_text())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +50,27 @@ def test_a_frame_is_read_in_chunks_to_its_end(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("crossenc.tables.CHUNK", 2)
     with open_table(pd.DataFrame({"n": range(5)}), ["n"]) as table:
         assert [row["n"] for row in table] == [0, 1, 2, 3, 4]
+
+
+def test_arrays_are_lists_whole_and_in_any_depth(tmp_path: Path):
+    """As which pandas reads a column of lists; what a broken run may take over hangs on all of it."""
+    frame = pd.DataFrame({"n": [np.arange(2_000.0)], "deep": [{"a": np.float32(0.5), "b": [np.arange(2)]}]})
+    with open_table(frame, ["n"]) as table:
+        rows, digest = list(table), table.digest()
+    assert rows[0]["n"] == list(range(2_000))
+    for name in ("out.jsonl", "out.csv"):
+        with write_table(str(tmp_path / name), ["deep"]) as take:
+            take(rows)
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == rows[0] | {"deep": {"a": 0.5, "b": [[0, 1]]}}
+    assert json.loads(pd.read_csv(tmp_path / "out.csv")["deep"][0]) == {"a": 0.5, "b": [[0, 1]]}
+    frame["n"][0][1_000] = -1
+    with open_table(frame, ["n"]) as table:
+        assert table.digest() != digest
+
+
+def test_a_table_of_arrow_is_a_frame():
+    with open_table(pa.table({"n": [1, None]}), ["n"]) as table:
+        assert [row["n"] for row in table] == [1, None]
 
 
 def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path, caplog):
