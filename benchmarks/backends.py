@@ -2,10 +2,10 @@
 
     for s in 0 5000 10000 15000; do python benchmarks/backends.py --start $s --out benchmarks/backends.json; done
 
-20,000 real pairs in four rounds of 5,000; each contender is a process of its own, which scores the round's pairs in
-its turn after a warm-up, so that its peak memory is its own. Ours reads a file and writes one, the peer has a list.
-Rounds are added to those in the record. The largest difference of scores is against the peer in fp32. Needs the extras
-`mine`, `offline`, `onnx` and `peer`.
+20,000 pairs of real questions in four rounds of 5,000 (9,999 real pairs, then their questions paired anew); each
+contender is a process of its own, which scores the round's pairs in its turn after a warm-up, so that its peak memory
+is its own. Ours reads a file and writes one, the peer has a list. Rounds are added to those in the record. The largest
+difference of scores is against the peer in fp32. Needs the extras `offline`, `onnx` and `peer`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, peak_memory, quiet, read_record, require_data, require_peer, write_record
+from machine import begin, make_parser, peak_memory, quiet, read_record, write_record
 
 WARM_UP = 200
 
@@ -94,9 +94,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--start", type=int, default=0, help="first pair of this round")
     parser.add_argument("--pairs", type=int, default=5000, help="pairs of this round")
-    arguments = parser.parse_args()
-    require_data(arguments.data)
-    require_peer()
+    arguments = begin(parser, "offline", "onnx", "peer")
     quiet()
     rounds: list[dict[str, Any]] = read_record(arguments.out).get("rounds", [])
     with tempfile.TemporaryDirectory() as space:

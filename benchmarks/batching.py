@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from machine import make_parser, require_data, write_record
+from machine import begin, make_parser, write_record
 from numpy.typing import NDArray
 
 from crossenc.backbone import load_tokenizer
@@ -54,8 +54,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 5, 20, 50, 200])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    arguments = parser.parse_args()
-    require_data(arguments.data)
+    arguments = begin(parser, "offline")
     datasets.disable_progress_bars()
     encoded = encode(read(str(arguments.data / "train.tsv")), load_tokenizer(BACKBONE), 512)
     lengths = np.array(encoded["length"][:])

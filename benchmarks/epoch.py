@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import best_matrix_product, make_parser, quiet, require_data, write_record
+from machine import begin, best_matrix_product, make_parser, quiet, write_record
 from train import DTYPES, count, make_backbone, make_trainer, take_rows
 
 STEPS = 20  # under the profiler
@@ -70,8 +70,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=404_290)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16-mixed", choices=[*DTYPES])
-    arguments = parser.parse_args()
-    require_data(arguments.data)
+    arguments = begin(parser, "offline")
     from crossenc.pairs import sizes
 
     with tempfile.TemporaryDirectory() as space:

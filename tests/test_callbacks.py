@@ -137,3 +137,25 @@ def test_cost_is_that_of_all_parts_of_a_run(monkeypatch: pytest.MonkeyPatch):
     assert cost.state_dict() == {"seconds": 1010, "energy_kwh": 2.5}
     cost.on_train_end(trainer, trainer)
     assert cost.state_dict() == {"seconds": 1020, "energy_kwh": 3}
+
+
+def test_each_logger_gets_figures_in_its_own_words():
+    """Of Weights & Biases, MLflow and Comet, which are not installed here, as their own signatures have it."""
+    given: list[Any] = []
+
+    def log_image(key: str, images: list[Any], step: int | None = None) -> None:
+        given.append((key, images, step))
+
+    def log_to_mlflow(run_id: str, figure: Any, artifact_file: str) -> None:
+        given.append((run_id, figure, artifact_file))
+
+    def log_to_comet(figure_name: str, figure: Any, overwrite: bool = False, step: int | None = None) -> None:
+        given.append((figure_name, figure, step))
+
+    mlflow = SimpleNamespace(experiment=SimpleNamespace(log_figure=log_to_mlflow), run_id="ab")
+    comet = SimpleNamespace(experiment=SimpleNamespace(log_figure=log_to_comet))
+    for logger in (SimpleNamespace(log_image=log_image), mlflow, comet):
+        callbacks._figure_taker(logger)("val/scores", "figure", 7)
+    expected = [("val/scores", ["figure"], 7), ("ab", "figure", "val/scores/7.png"), ("val/scores", "figure", 7)]
+    assert given == expected
+    assert callbacks._figure_taker(SimpleNamespace(experiment=SimpleNamespace())) is None

@@ -132,6 +132,13 @@ def test_pairs_that_follow_from_others_are_added_where_it_is_asked_for(write):
     settings = {"val_size": 0, "test_size": 0, "backbone": BACKBONE}
     found = [rows_of(PairDataModule(str(source), transitive=asked, **settings)) for asked in (False, True)]
     assert found == [{"train": 2}, {"train": 3}]
+    # What a training pair and a dev pair would make together is not made.
+    rows = "b,c,1\nx,y,0\na,b,1\nd,e,1\ne,f,1\n"
+    apart = write("apart.csv", "question1,question2,label\n" + rows)
+    data = PairDataModule(str(apart), transitive=True, **settings | {"val_size": 1, "test_size": 1})
+    assert rows_of(data) == {"train": 4, "val": 1, "test": 1}
+    made = data.tables["train"][3:]
+    assert set(zip(made["text_a"], made["text_b"], strict=True)) <= {("d", "f"), ("f", "d")}
 
 
 def test_predict_needs_no_labels_and_takes_named_columns(write):

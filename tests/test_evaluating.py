@@ -54,17 +54,16 @@ def test_a_checkpoint_and_its_export_get_the_same_report(trained: Path, pairs_fi
 
 def test_a_model_from_elsewhere_is_reported_as_it_is(pairs_file: Path, tmp_path: Path, capsys):
     """A folder that transformers alone wrote: a small RoBERTa with one logit, no threshold, no file of ours."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
     from crossenc.backbone import locate
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(locate(BACKBONE), model_max_length=16)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=1
-    )
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 18}
+    config = RobertaConfig(vocab_size=len(tokenizer), type_vocab_size=2, pad_token_id=1, num_labels=1, **small)
     model = AutoModelForSequenceClassification.from_config(config)
-    torch.nn.init.normal_(model.classifier.weight, std=3)  # scores that are far from probabilities
+    torch.nn.init.normal_(model.classifier.out_proj.weight, std=3)  # scores that are far from probabilities
     model.save_pretrained(tmp_path / "elsewhere")
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     figures, text = report(capsys, tmp_path / "elsewhere", pairs_file, tmp_path / "out", "--data.limit", "40")

