@@ -88,11 +88,10 @@ def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dic
 
 def intervals_of(columns: dict[str, Any], threshold: float) -> dict[str, float]:
     """The bootstrap's 95 % of average precision, and of the accuracy at a threshold."""
-    from crossenc.metrics import evaluation_figures
+    from crossenc.metrics import intervals
 
-    figures = evaluation_figures(columns, threshold)
-    names = [f"{metric}_{end}" for metric in ("average_precision", "accuracy") for end in ("low", "high")]
-    return {name: figures[name] for name in names}
+    figures = intervals(columns, threshold)
+    return {name: value for name, value in figures.items() if not name.startswith("f1")}
 
 
 def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "32-true"])
     parser.add_argument("--only", choices=["ours", "peer"])
-    parser.add_argument("--name", default="ours", help="what our runs are called in the record")
+    parser.add_argument("--name", help="what our runs are called in the record")
     parser.add_argument("--options", default="", help="more options for our fit")
     parser.add_argument("--jobs", type=int, default=1, help="our runs at a time")
     parser.add_argument("--recipes", action="store_true", help="run all of RECIPES in place of one")
@@ -167,14 +166,15 @@ def main() -> None:
     arguments = begin(parser, "offline", "peer")
     record = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": []}
     done = {(run["name"], run["seed"]) for run in record["runs"]}
-    ours = RECIPES if arguments.recipes else {arguments.name: arguments.options}
+    suffix = "" if arguments.precision == "bf16-mixed" else f", {arguments.precision}"
+    ours = RECIPES if arguments.recipes else {arguments.name or f"ours{suffix}": arguments.options}
     about = {"precision": arguments.precision, "machine": describe()}
 
     def keep(seed: int, name: str, options: str, figures: dict[str, float]) -> None:
         record["runs"].append({"name": name, "seed": seed, "options": options, **figures, **about})
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
-    peer = "peer" if arguments.precision == "bf16-mixed" else f"peer, {arguments.precision}"
+    peer = f"peer{suffix}"
     if arguments.only != "ours":  # one at a time: they share this process
         for seed in arguments.seeds:
             if (peer, seed) not in done:

@@ -168,12 +168,14 @@ def load_model(
             revision=revision,
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
-    if wrong := loaded["mismatched_keys"]:
-        key, found, wanted = min(wrong)
-        raise BackboneError(f"{backbone}: its {key} has the shape {[*found]}, and by its config.json {[*wanted]}")
-    if len(tokenizer) > (known := model.get_input_embeddings().weight.shape[0]):
-        raise BackboneError(f"{backbone}: its tokenizer has {len(tokenizer):,} tokens, and its model knows {known:,}")
     prefix = model.base_model_prefix + "."
+    if wrong := loaded["mismatched_keys"]:
+        key, found, wanted = min(wrong, key=lambda item: (not item[0].startswith(prefix), item[0]))
+        why = "by its config.json" if key.startswith(prefix) else "with one label, as a cross-encoder has it,"
+        raise BackboneError(f"{backbone}: its {key} has the shape {[*found]}, where {why} it would be {[*wanted]}")
+    known = getattr(config, "vocab_size", None)
+    if known is not None and len(tokenizer) > known:
+        raise BackboneError(f"{backbone}: its tokenizer has {len(tokenizer):,} tokens, and its model knows {known:,}")
     # A pooler belongs to the head here: a language model comes without one.
     if lost := [key for key in loaded["missing_keys"] if key.startswith(prefix) and ".pooler." not in key]:
         raise BackboneError(

@@ -412,15 +412,9 @@ def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[s
         **checkpoint["crossenc"]["training"],
         **_cost(checkpoint.get("callbacks", {}).get("Cost", {})),
         "steps": checkpoint["global_step"],
-        "epochs": _epochs(checkpoint),
+        # Those that were begun: `epoch` is counted on when the last one ends, and not before its validation.
+        "epochs": checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"],
     }
-
-
-def _epochs(checkpoint: dict[str, Any]) -> int:
-    """How many were begun; `epoch` is counted on when the last one ends, and not before its validation."""
-    loops = checkpoint.get("loops")  # of which one with weights only tells nothing
-    begun: int = loops["fit_loop"]["epoch_progress"]["current"]["ready"] if loops else checkpoint["epoch"] + 1
-    return begun
 
 
 def _cost(cost: dict[str, float]) -> dict[str, str]:

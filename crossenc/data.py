@@ -159,19 +159,12 @@ class PairDataModule(LightningDataModule):
         if stage == "fit":
             if "train" not in loaded:
                 raise DataError("there are no training pairs; set --data.source")
-            evaluated = {"val", "test"} & set(loaded)
-            cut = evaluated - set(self._sources())
-            if self.split == "question" and evaluated and not cut and self.source != pairs.SAMPLE:
-                raise UsageError(
-                    "--data.split question has nothing to cut: dev and test pairs have sources of their own, whose "
-                    "questions may stand among the training pairs; leave it out"
-                )
             self.facts = {
                 "source": _as_path(self.source),
                 "sources": self.read_from(),
                 "backbone": self.backbone,
                 "subset": self._subset(self.source),
-                "split": "group" if self.source == pairs.SAMPLE else self.split if cut else None,
+                "split": "group" if self.source == pairs.SAMPLE else self.split if self._cut_off(loaded) else None,
                 "limit": self.limit,
                 "transitive": self.transitive,
                 "rows": {name: len(part) for name, part in loaded.items()},
@@ -207,6 +200,12 @@ class PairDataModule(LightningDataModule):
             parts = {"predict": _first(self._read(self.source, labelled=False), self.limit)}
         else:
             parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING], self.limit)
+            by_question = self.split == "question" and self.source != pairs.SAMPLE
+            if by_question and {"train"} < set(parts) and not self._cut_off(parts):
+                raise UsageError(
+                    "--data.split question has nothing to cut: what is evaluated has a source of its own, whose "
+                    "questions may stand among the training pairs; leave it out"
+                )
         if self.transitive and "train" in parts:
             parts["train"] = pairs.add_transitive(parts["train"])
         self.tables |= parts
@@ -253,6 +252,10 @@ class PairDataModule(LightningDataModule):
             rows = self._cut(table, sources)
             parts |= {split: table.select(rows[split]) for split in rest if len(rows[split])}
         return {split: _first(parts[split], limit) for split in needed if split in parts}
+
+    def _cut_off(self, splits: Collection[str]) -> set[str]:
+        """Those of the splits that are cut off the training pairs' source."""
+        return {"val", "test"} & set(splits) - set(self._sources())
 
     def _cut(self, table: Dataset, sources: dict[str, str]) -> dict[str, Sequence[int]]:
         """The rows of each split within one table. A split that has a source of its own gets none of them."""

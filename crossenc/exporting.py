@@ -275,7 +275,7 @@ def _write_card(
     known, evaluated, sources = read_figures(checkpoint), read_scores(checkpoint), read_sources(checkpoint)
     at = 0.5 if threshold is None else threshold
     own = (loaded.get("PairDataModule") or {}).get("sources", {}).get("val")  # an older checkpoint tells of none
-    others = own is not None and sources.get("val", own) != own
+    others = own is not None and Path(sources.get("val", own)) != Path(own)
     if others or abs(known.get("val/threshold", at) - at) > 1e-4:  # of a `validate` on other dev pairs
         known, evaluated, sources = {}, {}, {}
     figures = figures | known

@@ -53,8 +53,14 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
 
 def require_head(model: str, folder: Path) -> None:
     """Raise `BackboneError` where a folder's `config.json` names no sequence classifier among its architectures."""
-    if not has_head(read_json(folder / "config.json").get("architectures")):
+    if not has_head(read_config(folder).get("architectures")):
         raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's `config.json`, empty where only its layers have one, as in a bi-encoder's folder."""
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def find(model: str | Path, onnx: bool = False) -> Path:
@@ -101,7 +107,7 @@ def read_threshold(model: str | Path) -> float | None:
 
         stored = read_checkpoint(path, mmap=True)["crossenc"]
     else:
-        stored = read_json(path / "config.json").get("crossenc") or {}
+        stored = read_config(path).get("crossenc") or {}
     threshold: float | None = stored.get("threshold")
     return threshold
 

@@ -71,8 +71,8 @@ def write_onnx(folder: Path, int8: bool) -> None:
     if int8:
         with tempfile.TemporaryDirectory(dir=folder) as space:
             prepared = Path(space) / "prepared.onnx"
-            # With weights in a file beside it, as it takes a large model only so.
-            beside = {"save_as_external_data": True, "external_data_location": "prepared.data"}
+            # The weights go into a file beside it, without which it takes no model of more than 2 GiB.
+            beside = {"save_as_external_data": True, "all_tensors_to_one_file": True}
             quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True, **beside)
             quantization.quantize_dynamic(
                 prepared, folder / FILES["onnx-int8"], weight_type=quantization.QuantType.QInt8, per_channel=True

@@ -71,7 +71,7 @@ def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
     """How far below the head a parameter lies: its layer counted from the last one, 1, and under the first the
     embeddings and what all layers share, such as relative positions.
 
-    What the backbone holds behind its layers (a pooler, a last norm) belongs to the head.
+    What the backbone holds behind the part with its layers (a pooler, a last norm) belongs to the head.
     """
     stack = layers(model)
     if not stack:

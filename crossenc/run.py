@@ -365,7 +365,9 @@ class RunCLI(LightningCLI):
             _print_examples(folder, self.config[self.command].examples)
 
     def after_validate(self) -> None:
-        if self.trainer.is_global_zero and not self.config[self.command].trainer.fast_dev_run:
+        if self.config[self.command].trainer.fast_dev_run:
+            discard_if_empty(self.folder)
+        elif self.trainer.is_global_zero:
             self._finish(self.config[self.command].ckpt_path)
             split = "val" if self.command == "validate" else "test"
             print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
@@ -376,7 +378,9 @@ class RunCLI(LightningCLI):
         finish(self.model, self.datamodule, self.folder, Path(checkpoint).name if checkpoint else None)
 
     def after_predict(self) -> None:
-        if not self.config[self.command].trainer.fast_dev_run:
+        if self.config[self.command].trainer.fast_dev_run:
+            discard_if_empty(self.folder)
+        else:
             log.info("scores: %s", self.folder / "predictions.csv")
 
 

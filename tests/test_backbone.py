@@ -67,7 +67,7 @@ def test_weights_are_safetensors_and_complete(tmp_path: Path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"max_position_embeddings": 500}, r"position_embeddings.weight has the shape \[512, 384\], and by its con"),
+        ({"max_position_embeddings": 500}, r"position_embeddings.weight has the shape \[512, 384\], where by its con"),
         ({"hidden_size": "big"}, "cannot be loaded as a sequence classifier: .*hidden_size"),
     ],
 )
@@ -76,6 +76,16 @@ def test_files_that_do_not_fit_together_are_named(tmp_path: Path, wrong: dict, s
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | wrong))
     with pytest.raises(BackboneError, match=said):
         load_model(str(folder))
+
+
+def test_a_head_for_another_task_is_named(tmp_path: Path):
+    from transformers import BertConfig, BertForTokenClassification
+
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForTokenClassification(BertConfig(num_labels=9, **small)).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"its classifier.* \[9.*\], where with one label, .* would be \[1"):
+        load_model(str(tmp_path))
 
 
 def test_a_tokenizer_of_another_model_is_named(tiny: Path, tmp_path: Path):

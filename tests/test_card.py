@@ -169,7 +169,7 @@ def made(folder: Path, calibration: list[float], **figures: float) -> Any:
         "crossenc": {"calibration": calibration, "threshold": 0.25, "training": {}},
         "callbacks": {"Cost": {"seconds": 120.0}},
         "global_step": 100,
-        "epoch": 0,
+        "loops": {"fit_loop": {"epoch_progress": {"current": {"ready": 3}}}},
     }
     told = {f"test/{name}": value for name, value in figures.items()}
     told |= {f"test_unseen/{name}": value for name, value in figures.items()}
@@ -196,6 +196,7 @@ def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
     assert 'CrossEncoder("path/to/this/folder")' in card.text
     assert "| duration | 2.0 minutes |" in card.text
     assert "| transitive | True |" in card.text
+    assert "| epochs | 3 |" in card.text
     assert "a change of -0.0250" in card.text
     assert (card.data.base_model, card.data.datasets) == (None, ["owner/name"])  # ids on the Hub only
     assert {result.dataset_type for result in card.data.eval_results} == {"other.csv"}

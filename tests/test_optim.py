@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -84,7 +86,9 @@ def test_what_all_layers_share_learns_as_the_embeddings_do(kind: str, shared: li
     for name, parameter in model.named_parameters():
         of_the_head = any(f"{part}." in name for part in head) and ".layers." not in name
         deep = any(part in name for part in shared) and not of_the_head
-        assert rates[parameter] == (30 if of_the_head else 0.125 if deep else rates[parameter]), name
+        of_a_layer = re.search(r"\.layers?\.(\d)\.", name)
+        expected = 30 if of_the_head else 0.5 ** (2 - int(of_a_layer[1])) if of_a_layer and not deep else 0.125
+        assert rates[parameter] == expected, name
         assert parameter.requires_grad == of_the_head, name
 
 
