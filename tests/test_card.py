@@ -189,6 +189,7 @@ def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
     assert "| precision, own best | 0.7500 |" in card.text
     assert "| recall, own best | 0.8500 |" in card.text
     assert "of 0.2500 or more means a duplicate" in card.text
+    assert "at the threshold 0.2500, which was chosen on dev pairs" in card.text
     assert "Scores are calibrated" in card.text
     assert "Scores are calibrated" not in made(tmp_path, [1.0, 0.0]).text
     assert "Pairs of more than 128 tokens are cut" in card.text

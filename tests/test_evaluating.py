@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crossenc import evaluate, score
+from crossenc import evaluate, evaluating, score
 from crossenc.cli import main
 from crossenc.errors import OutputError, UsageError
 from crossenc.exporting import score_pairs
@@ -52,7 +52,9 @@ def test_a_checkpoint_and_its_export_get_the_same_report(trained: Path, pairs_fi
         assert (tmp_path / "one" / "figures" / f"{name}.png").is_file()
 
 
-def test_a_model_from_elsewhere_is_reported_as_it_is(pairs_file: Path, tmp_path: Path, capsys):
+def test_a_model_from_elsewhere_is_reported_as_it_is(
+    pairs_file: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
     """A folder that transformers alone wrote: a small RoBERTa with one logit, no threshold, no file of ours."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
@@ -66,7 +68,15 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(pairs_file: Path, tmp_path:
     torch.nn.init.normal_(model.classifier.out_proj.weight, std=3)  # scores that are far from probabilities
     model.save_pretrained(tmp_path / "elsewhere")
     tokenizer.save_pretrained(tmp_path / "elsewhere")
+    used: list[float] = []
+    for name in ("draw", "worst_errors"):
+        plain = getattr(evaluating, name)
+        spy = lambda columns, at, plain=plain: used.append(at) or plain(columns, at)  # noqa: E731
+        monkeypatch.setattr(evaluating, name, spy)
     figures, text = report(capsys, tmp_path / "elsewhere", pairs_file, tmp_path / "out", "--data.limit", "40")
+    assert used == [figures["val/threshold"]] * 2
+    assert abs(used[0] - 0.5) > 1e-3
+    assert f"at the threshold {used[0]:.4f}, which was chosen on dev pairs" in text.replace("\nchosen", " chosen")
     assert figures["val/rows"] == 40
     scored = pq.read_table(tmp_path / "out" / "scores.parquet").filter(pc.field("split") == "val").to_pydict()
     texts = list(zip(scored["text_a"], scored["text_b"], strict=True))

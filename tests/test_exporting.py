@@ -10,6 +10,7 @@ import torch
 
 from crossenc import export, exporting
 from crossenc.backbone import load_tokenizer
+from crossenc.checkpoints import read_checkpoint
 from crossenc.cli import main
 from crossenc.encode import PairCollator, encode
 from crossenc.errors import CheckpointError, ExportError, UsageError
@@ -124,20 +125,26 @@ def test_options_that_need_others_are_named(trained: Path, write, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["one.csv"]
 
 
-def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path):
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     (tmp_path / "junk.ckpt").write_text("junk")
     (tmp_path / "table.ckpt").write_text("question1,question2\na,b\n")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    torch.save({"crossenc": print}, tmp_path / "code.ckpt")  # which unpickling could run
     for name, said in (
         ("text.ckpt", "no checkpoint"),
         ("junk.ckpt", "no checkpoint"),
         ("table.ckpt", "no checkpoint"),
+        ("code.ckpt", "no checkpoint"),
         ("other.ckpt", "not written by crossenc"),
     ):
         with pytest.raises(CheckpointError, match=said):
             export(str(tmp_path / name), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:  # as a GPU's tensors are marked
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        torch.save({"crossenc": torch.zeros(1)}, tmp_path / "gpu.ckpt")
+    assert read_checkpoint(tmp_path / "gpu.ckpt")["crossenc"].device.type == "cpu"
 
 
 def test_an_export_that_gives_no_number_is_refused(trained: Path, tmp_path: Path):

@@ -104,8 +104,8 @@ def dev(tmp_path: Path) -> Path:
     return tmp_path / "dev.csv"
 
 
-def test_dev_pairs_weigh_the_similarity_beside_the_logit(tiny: Path, dev: Path):
-    """A model of random weights knows nothing, so that what the vectors know decides."""
+def test_dev_pairs_weigh_the_similarity_beside_the_logit(tiny: Path, dev: Path, monkeypatch: pytest.MonkeyPatch):
+    """A model of random weights knows nothing, so that what the vectors know decides; and they choose the threshold."""
     from sentence_transformers import SentenceTransformer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -118,9 +118,12 @@ def test_dev_pairs_weigh_the_similarity_beside_the_logit(tiny: Path, dev: Path):
         scores = score(str(tiny), list(zip(pairs["text_a"], pairs["text_b"], strict=True))).astype(float)
         return np.column_stack([np.log(scores / (1 - scores)), (a * b).sum(1)])
 
-    scale = StandardScaler().fit(seen(labelled))
-    judge = LogisticRegression().fit(scale.transform(seen(labelled)), labelled["label"])
+    known, truth = seen(labelled), labelled["label"].to_numpy() == 1
+    scale = StandardScaler().fit(known)
+    judge = LogisticRegression().fit(scale.transform(known), truth)
     options = {"retriever": BACKBONE, "min_similarity": 0.2}
+    used, duplicates = [], mining._duplicates
+    monkeypatch.setattr(mining, "_duplicates", lambda *given: used.append(given[-1]) or duplicates(*given))
     found = {name: mine(str(tiny), QUESTIONS, dev=name, **options).pairs for name in (None, str(dev))}
     rows = pd.DataFrame([row for row in found[str(dev)] if row["found_by"] == "model"])
     assert rows["score"].tolist() == pytest.approx(judge.predict_proba(scale.transform(seen(rows)))[:, 1], abs=1e-4)
@@ -130,6 +133,11 @@ def test_dev_pairs_weigh_the_similarity_beside_the_logit(tiny: Path, dev: Path):
         for name, pairs in found.items()
     }
     assert np.mean(right[str(dev)]) > np.mean(right[None]) + 0.1
+    chances = judge.predict_proba(scale.transform(known))[:, 1]
+    f1 = {at: 2 * truth[chances >= at].sum() / ((chances >= at).sum() + truth.sum()) for at in chances}
+    best = max(sorted(chances, reverse=True), key=f1.get)
+    assert max(chances[chances < best]) - 1e-3 <= used[1] <= best + 1e-3
+    assert abs(used[1] - 0.5) > 4e-3
     alike = dev.with_name("alike.csv")
     labelled.assign(label=1).to_csv(alike, index=False)
     with pytest.raises(DataError, match="all the same"):

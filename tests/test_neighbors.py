@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from crossenc.backbone import locate
 from crossenc.errors import BackboneError
+from crossenc.loading import find
 from crossenc.neighbors import embed, find_candidates, kind_of_index, make_search
 from crossenc.parts import Parts
 from crossenc.reranking import retrieve
@@ -18,14 +20,21 @@ from crossenc.reranking import retrieve
 from .conftest import BACKBONE
 
 
-def test_a_bi_encoders_further_layers_are_read_from_the_hub_too():
+def test_all_that_a_model_consists_of_is_read_from_the_hub(monkeypatch: pytest.MonkeyPatch):
+    """A bi-encoder's further layers too, tokenizers of all kinds, and ONNX files where they are asked for."""
     from huggingface_hub.utils import filter_repo_objects
 
-    from crossenc.loading import _MODEL_FILES
-
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or ""
+    )
+    for onnx in (False, True):
+        find("owner/model", onnx=onnx)
     kept = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "2_Dense/model.safetensors"]
-    other = ["pytorch_model.bin", "onnx/model.onnx", "adapter.safetensors"]
-    assert list(filter_repo_objects([*kept, *other], allow_patterns=list(_MODEL_FILES))) == kept
+    kept += ["vocab.txt", "merges.txt", "spiece.model"]
+    graphs, other = ["onnx/model.onnx", "onnx/model.onnx.data"], ["pytorch_model.bin", "adapter.safetensors"]
+    for patterns, more in zip(asked, ([], graphs), strict=True):
+        assert list(filter_repo_objects([*kept, *graphs, *other], allow_patterns=patterns)) == [*kept, *more]
 
 
 def unit_vectors(count: int, dimensions: int = 16) -> np.ndarray:
@@ -65,10 +74,19 @@ def test_approximate_indexes_find_nearly_all(index: str, monkeypatch: pytest.Mon
     assert len(exact & found) / len(exact) > 0.95
 
 
-def test_auto_is_exact_up_to_a_size():
+def test_auto_is_exact_up_to_a_size(monkeypatch: pytest.MonkeyPatch):
     assert kind_of_index(100_000, "auto") == "exact"
     assert kind_of_index(100_001, "auto") == "ivf"
     assert kind_of_index(10, "hnsw") == "hnsw"
+    made = SimpleNamespace(cp=SimpleNamespace(), train=lambda _: None, add=lambda _: None)
+    faiss = SimpleNamespace(
+        METRIC_INNER_PRODUCT=0,
+        IndexFlatIP=lambda _: None,
+        IndexIVFFlat=lambda flat, dimensions, lists, metric: setattr(made, "lists", lists) or made,
+    )
+    monkeypatch.setattr("crossenc.neighbors.require", lambda *_: faiss)
+    make_search(np.zeros((1_000_000, 1), dtype=np.float32), "auto")
+    assert (made.lists, made.nprobe) == (4_000, 125)  # one list in 32
 
 
 def test_fewer_rows_than_neighbours():
@@ -110,15 +128,14 @@ def test_a_bi_encoder_may_have_layers_in_folders_and_words_of_its_own_for_querie
     layers = json.loads((folder.parent / "modules.json").read_text())
     layers[0]["path"] = "0_Transformer"
     (folder.parent / "modules.json").write_text(json.dumps(layers))
-    settings = {"prompts": {"query": "search for: ", "document": ""}, "default_prompt_name": None}
+    settings = {"prompts": {"query": "search for: ", "document": "text: "}, "default_prompt_name": None}
     (folder.parent / "config_sentence_transformers.json").write_text(json.dumps(settings))
     model = SentenceTransformer(str(folder.parent), device="cpu")
     queries = embed(["swim"], str(folder.parent), Parts(None, {}), encode="encode_query")
     assert queries == pytest.approx(model.encode(["search for: swim"], normalize_embeddings=True), abs=1e-5)
     (found,) = retrieve(["swim"], ["swim", "rain"], str(folder.parent), 1)
-    plain = embed(["swim"], str(folder.parent), Parts(None, {}))
-    assert found[0][1] == pytest.approx((queries * plain).sum(), abs=1e-5)
-    assert found[0][1] < 0.99
+    documents = model.encode(["text: swim"], normalize_embeddings=True)
+    assert found[0][1] == pytest.approx((queries * documents).sum(), abs=1e-5)
 
 
 def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -99,6 +100,20 @@ def test_what_is_missing_is_said(trained: Path, exported: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="give --dev FILE"):
         export(str(tmp_path / "best.ckpt"), str(tmp_path / "model"), int8=True)
     assert [file.name for file in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_each_process_has_a_gpu_of_its_own(exported: Path, monkeypatch: pytest.MonkeyPatch):
+    opened, session = [], SimpleNamespace(get_inputs=list)
+    runtime = SimpleNamespace(
+        SessionOptions=SimpleNamespace,
+        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        InferenceSession=lambda _, options, providers: (
+            opened.append((options.intra_op_num_threads, providers)) or session
+        ),
+    )
+    monkeypatch.setattr("crossenc.onnx_model.require", lambda *_: runtime)
+    OnnxModel(exported, "onnx", rank=3, threads=2)
+    assert opened == [(2, [("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"])]
 
 
 def test_dev_pairs_are_those_of_the_run(trained: Path, tmp_path: Path):

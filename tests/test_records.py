@@ -21,6 +21,7 @@ def test_metrics_json_keeps_figures_of_its_checkpoint_only(tmp_path: Path):
     content = json.loads((tmp_path / "metrics.json").read_text())
     expected = {"test/f1": 0.25, "test/source": "pairs.csv", "val/f1": 0.5, "val/roc_auc": None, "val/rows": 3}
     assert content == {"checkpoint": "best.ckpt", **expected}
+    assert math.isnan(read_figures(tmp_path / "best.ckpt")["val/roc_auc"])
     write_figures(tmp_path, "last.ckpt", {"val/f1": 0.4})
     assert read_figures(tmp_path / "best.ckpt") == {}
     assert read_figures(tmp_path / "last.ckpt") == {"val/f1": 0.4}
@@ -31,7 +32,9 @@ def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
     val, test = ({"row": np.arange(n), "text_a": ["a"] * n, "score": np.arange(n) / n} for n in (3, 2))
     write_scores(tmp_path, "best.ckpt", {"val": val})
     write_scores(tmp_path, "best.ckpt", {"test": test | {"score_swapped": np.zeros(2)}})
+    write_scores(tmp_path, "best.ckpt", {"test": test | {"score": np.ones(2), "score_swapped": np.zeros(2)}})
     found = read_scores(tmp_path / "best.ckpt")
+    assert found["test"]["score"].tolist() == [1, 1]
     assert list(found) == ["val", "test"]
     assert found["val"]["score"].tolist() == val["score"].tolist()
     assert found["test"]["text_a"].tolist() == ["a", "a"]

@@ -160,7 +160,10 @@ def test_what_stood_before_is_the_order_of_the_candidates_scores(tiny: Path, cap
     expected = score(tiny, [("What?", "What is a cat?"), ("What?", "Dogs What is a dog?")], both_orders=True)
     scores = {row["corpus_id"]: row["score"] for row in found[0]}
     assert [scores["x"], scores["y"]] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert len(rerank(tiny, ["What?"], ["a", "b", "c"], retriever=BACKBONE, retrieve_k=2, top_k=3)[0]) == 2
+    asked = {"retriever": BACKBONE, "retrieve_k": 2, "top_k": 3, "index": "ivf"}
+    with caplog.at_level(logging.INFO):
+        assert len(rerank(tiny, ["What?"], ["a", "b", "c"], **asked)[0]) == 2
+    assert "index: lists of like questions: 1, looked at: 1" in caplog.messages
 
 
 def test_queries_that_nobody_asked_do_not_count(tiny: Path, caplog):

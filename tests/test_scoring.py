@@ -211,6 +211,9 @@ def test_parts_of_another_model_or_way_are_not_taken_over(trained: Path, tiny: P
     for content in ("one", "other"):
         (model / "onnx" / "model.onnx").write_text(content)
         facts.append(Scoring(model, backend="onnx").facts())
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text("{}")
+    facts.append(Scoring(model, backend="onnx").facts())
     assert len({json.dumps(of) for of in facts}) == len(facts)
 
 

@@ -7,12 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from crossenc import CrossEncoderModule
+from crossenc.sharding import shard
 
 from .conftest import run_on
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_each_layer_is_gathered_by_itself(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch):
+    units, module = [], CrossEncoderModule(str(tiny_backbone))
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *given: given)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda part, mesh: units.append((part, mesh)))
+    shard(module, "cpu", 2)
+    assert units == [(part, ("cpu", (2,))) for part in (*module.model.bert.encoder.layer, module)]
 
 
 def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
