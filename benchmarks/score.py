@@ -95,7 +95,7 @@ def main() -> None:
                 if number:  # the first round warms up
                     seconds[name].append(taken)
         tokens, weights = count(file, folder)
-    limits = {p: best_matrix_product(DTYPES[p], arguments.device) for p in ("fp32", *arguments.precision)}
+    limits = {p: best_matrix_product(DTYPES[p], arguments.device) for p in {"fp32", *arguments.precision}}
     differences = {name: (found[name] - found["peer, fp32"]).abs().max().item() for name in contenders}
     record = {
         "pairs": arguments.pairs,

@@ -147,6 +147,8 @@ class RunCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # the arguments are plain already
         )
+        if self.config[self.command].trainer.fast_dev_run:  # a look at one batch leaves nothing
+            discard_if_empty(self.folder)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the command at hand: the parser of each takes a second to build."""
@@ -319,10 +321,7 @@ class RunCLI(LightningCLI):
 
     def _test_and_export(self) -> None:
         """Test the best checkpoint, export it, and print what there is to know."""
-        if self.config[self.command].trainer.fast_dev_run:
-            discard_if_empty(self.folder)
-            return
-        if self.trainer.interrupted:
+        if self.trainer.interrupted or self.config[self.command].trainer.fast_dev_run:
             return
         done, planned = self.trainer.global_step, self.trainer.estimated_stepping_batches
         if 0 < done < planned:
@@ -365,9 +364,7 @@ class RunCLI(LightningCLI):
             _print_examples(folder, self.config[self.command].examples)
 
     def after_validate(self) -> None:
-        if self.config[self.command].trainer.fast_dev_run:
-            discard_if_empty(self.folder)
-        elif self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not self.config[self.command].trainer.fast_dev_run:
             self._finish(self.config[self.command].ckpt_path)
             split = "val" if self.command == "validate" else "test"
             print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
@@ -378,9 +375,7 @@ class RunCLI(LightningCLI):
         finish(self.model, self.datamodule, self.folder, Path(checkpoint).name if checkpoint else None)
 
     def after_predict(self) -> None:
-        if self.config[self.command].trainer.fast_dev_run:
-            discard_if_empty(self.folder)
-        else:
+        if not self.config[self.command].trainer.fast_dev_run:
             log.info("scores: %s", self.folder / "predictions.csv")
 
 

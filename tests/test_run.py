@@ -134,6 +134,9 @@ def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, trained:
     config = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path), "--run", "dev"]
     assert main(["fit", *config, "--trainer.fast_dev_run", "true"]) == 0
     assert not list(tmp_path.iterdir())
+    other = [*config, "--ckpt_path", str(trained / "best.ckpt")]
+    assert main(["predict", *other, "--trainer.fast_dev_run", "true"]) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fit_without_dev_pairs_keeps_its_last_weights(trained: Path, pairs_file: Path, tmp_path: Path):
