@@ -89,6 +89,16 @@ def work(arguments: list[str], environment: dict[str, str], said: Path) -> None:
     sys.exit(main(arguments))
 
 
+def start_server() -> None:
+    """Import everything once: its time is no part of a run's time, in which it is killed."""
+    FORK.set_forkserver_preload(
+        ["crossenc.run", "datasets", "pandas", "peft", "tensorboard", "transformers.models.bert.modeling_bert"]
+    )
+    ready = FORK.Process(target=int)
+    ready.start()
+    ready.join()
+
+
 def start(arguments: list[str], processes: int, said: Path) -> list[Any]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -137,7 +147,7 @@ def same(one: Path, other: Path) -> bool:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--kills", type=int, default=1, help="kills in a trial")
+    parser.add_argument("--kills", type=int, nargs="+", default=[1], help="kills in a trial, of the trials in turn")
     parser.add_argument("--epochs", type=int, default=8, help="of a run, 15 steps each")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the trials in turn")
     parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"], help="of two processes")
@@ -149,12 +159,7 @@ def main() -> None:
         folder = Path(name)
         os.environ |= {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what was killed
-        FORK.set_forkserver_preload(
-            ["crossenc.run", "datasets", "pandas", "peft", "tensorboard", "transformers.models.bert.modeling_bert"]
-        )
-        ready = FORK.Process(target=int)  # the server's imports are no part of a run's time, in which it is killed
-        ready.start()
-        ready.join()
+        start_server()
         options, whole, seconds = make_inputs(folder), {}, {}
         options["trainer.max_epochs"] = arguments.epochs
         for processes in set(arguments.processes):
@@ -168,7 +173,7 @@ def main() -> None:
             options["trainer.strategy"] = arguments.strategy if processes > 1 else "auto"
             output, said = folder / str(trial), folder / f"{trial}.log"
             run, killed = command(options, output, processes), []
-            for _ in range(arguments.kills):
+            for _ in range(arguments.kills[trial % len(arguments.kills)]):
                 started, moment = start(run, processes, said), draw.uniform(0, seconds[processes])
                 time.sleep(moment)
                 kill(started)

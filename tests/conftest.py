@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kill_resume import start, start_server
 
 from crossenc.cli import main
 
@@ -51,22 +52,28 @@ for words in json.loads(sys.argv[1]):
     return list(zip(map(int, rest[::2]), [said, *rest[1:-1:2]], strict=True))
 
 
-def run_on(devices: int, words: list[str]) -> None:
-    """One command on the CPU: one device's in this process, since imports take longer than what is computed."""
+def run_on(devices: int, words: list[str], log: Path) -> None:
+    """One command on the CPU, by a process for each device: this one, or such as torchrun starts.
+
+    They are forked from one that has imported everything, since imports take longer than what is computed.
+    """
     words = [*words, "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
     if devices == 1:
         assert main(words) == 0
         return
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-m", "crossenc", *words]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "arning" not in done.stderr
+    start_server()
+    started = start(words, devices, log)
+    for process in started:
+        process.join()
+    said = log.read_text()
+    assert [process.exitcode for process in started] == [0] * devices, said
+    assert "warning" not in said.lower()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files whose tests start processes come first: at the end none of them keeps one worker busy alone."""
-    slow = ["resume", "machines", "ddp", "package", "sharding", "exporting", "onnx_model", "mining", "hub", "run"]
+    slow = ["resume", "run", "machines", "package", "ddp", "hub", "exporting", "onnx_model", "mining", "sharding"]
+    slow += ["scoring", "forward", "cli", "card", "evaluating", "callbacks", "reranking"]
     order = {f"test_{name}.py": number for number, name in enumerate(slow)}
     items.sort(key=lambda item: order.get(item.path.name, len(slow)))
 

@@ -44,7 +44,7 @@ def test_any_number_of_processes_makes_the_same_updates(
             "output": tmp_path,
             "run": number,
         }
-        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())])
+        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())], tmp_path / "log")
         with (tmp_path / str(number) / "metrics.csv").open() as file:
             losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
         if accumulated == 1:  # else it is the last batch's and not the step's
@@ -63,9 +63,9 @@ def test_evaluation_and_prediction_are_the_same_on_any_number_of_processes(train
         where = ["--config", str(run / "config.yaml"), f"--output={tmp_path}", "--ckpt_path=best"]
         where += ["--data.eval_tokens=50"]
         where += ["--trainer.precision=32-true", "--trainer.strategy=" + ("ddp" if devices > 1 else "auto")]
-        run_on(devices, ["test", *where, "--data.test_size=7"])
+        run_on(devices, ["test", *where, "--data.test_size=7"], tmp_path / "log")
         found.append(json.loads((run / "metrics.json").read_text()))
-        run_on(devices, ["predict", *where])
+        run_on(devices, ["predict", *where], tmp_path / "log")
         with (run / "predictions.csv").open() as file:
             scores.append([(int(row["row"]), float(row["score"])) for row in csv.DictReader(file)])
     assert found[0]["test/rows"] == 7

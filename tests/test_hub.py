@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from crossenc.backbone import locate
+from crossenc.cli import main
 from crossenc.exporting import upload
 from crossenc.pairs import sample_pairs
 
@@ -95,46 +94,47 @@ def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, trained: Path, t
     assert not list((tmp_path / "runs").iterdir())
 
 
-def push(endpoint: str, home: Path, token: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "cache"), "HF_TOKEN": token}
-    environment["HF_HUB_DISABLE_XET"] = "1"  # the server knows the older way only
-    command = [sys.executable, "-m", "crossenc", "export", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def test_an_export_is_uploaded_and_a_refused_one_stays(trained: Path, tmp_path: Path):
+def test_an_export_is_uploaded_and_a_refused_one_stays(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
     old = tmp_path / "hub" / "owner" / "mine" / "onnx" / "model.onnx"  # of an earlier model
     old.parent.mkdir(parents=True)
     old.write_text("other scores")
+    command = ["export", str(trained / "best.ckpt"), str(tmp_path / "mine"), "--push-to-hub", "owner/mine", "--private"]
+
+    def refused(endpoint: str, token: str, *more: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(huggingface_hub, "HfApi", partial(huggingface_hub.HfApi, endpoint, token))
+            assert main([*command, *more]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said.splitlines()[-1]
+
     with serve({"models/owner/mine": old.parents[1]}) as server:
         server.uploads = tmp_path / "hub"
-        arguments = [str(trained / "best.ckpt"), str(tmp_path / "mine"), "--push-to-hub", "owner/mine"]
-        done = push(server.endpoint, tmp_path, "wrong", *arguments, "--private")
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        line = done.stderr.splitlines()[-1]
+        line = refused(server.endpoint, "wrong")
         assert f"{tmp_path / 'mine'} is written, but its upload to owner/mine was refused" in line
         assert line.endswith(f"hf upload owner/mine {tmp_path / 'mine'} --private")
         assert (tmp_path / "mine" / "modules.json").is_file()
-        done = push(server.endpoint, tmp_path, TOKEN, *arguments, "--private", "--overwrite")
-        assert done.returncode == 0, done.stderr
-        assert "arning" not in done.stderr
-        assert f"uploaded: {server.endpoint}/owner/mine" in done.stderr
+        known = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
+        known["HF_HUB_DISABLE_XET"] = "1"  # the server knows the older way only
+        ((code, said),) = run_all([[*command, "--overwrite"]], **known)
+        assert code == 0, said
+        assert "arning" not in said
+        assert f"uploaded: {server.endpoint}/owner/mine" in said
         assert server.visibility == {"owner/mine": "private"}
-    done = push("http://127.0.0.1:9", tmp_path, TOKEN, *arguments, "--overwrite")
-    assert done.returncode == 2  # nobody answers there
-    assert "hf upload owner/mine" in done.stderr.splitlines()[-1]
     here, there = (
         {f.relative_to(d): f.read_bytes() for f in d.rglob("*") if f.is_file()}
         for d in (tmp_path / "mine", tmp_path / "hub" / "owner" / "mine")
     )
     assert here == there
     assert 'CrossEncoder("owner/mine")' in (tmp_path / "mine" / "README.md").read_text()
+    line = refused("http://127.0.0.1:9", TOKEN, "--overwrite")  # nobody answers there
+    assert "hf upload owner/mine" in line
+    assert {f.relative_to(tmp_path / "mine") for f in (tmp_path / "mine").rglob("*") if f.is_file()} == set(here)
 
 
 def test_an_upload_goes_to_what_is_there_too_and_leaves_the_visibility_to_its_owner(tmp_path: Path, monkeypatch):
-    import huggingface_hub
-
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "README.md").write_text("---\npipeline_tag: text-ranking\n---\n")
     with serve({"models/owner/model": tmp_path / "hub" / "owner" / "model"}) as server:

@@ -70,7 +70,7 @@ def options(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
         "model.backbone": backbone,
         "model.learning_rate": 1e-3,
         "trainer.max_epochs": 16,
-        "trainer.val_check_interval": 10,
+        "trainer.val_check_interval": 40,
         "trainer.precision": "32-true",
         "trainer.accelerator": "cpu",
         "checkpoint_every_n_steps": 4,

@@ -20,7 +20,7 @@ from crossenc.onnx_model import OnnxModel, write_onnx
 from crossenc.pairs import sample_pairs
 from crossenc.records import read_scores
 
-DEV = sample_pairs()["val"][:200]
+DEV = sample_pairs()["val"][:80]
 PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:40]] + [("word " * 600, "")]
 
 
@@ -87,6 +87,10 @@ def test_weights_too_large_for_one_file_lie_beside_it(tiny: Path, tmp_path: Path
 def test_onnx_alone_is_written_and_checked(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = export(str(trained / "best.ckpt"), str(tmp_path / "model"), onnx=True)
     assert [file.name for file in (folder / "onnx").iterdir()] == ["model.onnx"]
+    # Of the same model, with other scores.
+    monkeypatch.setattr(
+        "crossenc.exporting.write_onnx", lambda new, int8: shutil.copytree(folder / "onnx", new / "onnx")
+    )
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, inputs: np.zeros(len(inputs["input_ids"]), np.float32))
     with pytest.raises(ExportError, match=r"onnx/model\.onnx gives scores that differ by 0"):
         export(str(trained / "best.ckpt"), str(tmp_path / "other"), onnx=True)

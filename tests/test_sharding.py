@@ -41,7 +41,7 @@ def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, 
             "output": tmp_path,
             "run": strategy,
         }
-        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())])
+        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())], tmp_path / "log")
         folder = tmp_path / strategy
         checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
         (optimizer,) = checkpoint["optimizer_states"]
