@@ -50,7 +50,8 @@ def calibrate(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Cal
     Returns:
         The calibration, and logits of shape (pairs,) by cross-fitting: each tenth of the pairs, drawn at random, is
         calibrated by what the other nine give. Where that has no lower cross-entropy than the logits as they are (too
-        few pairs, scores without order, or nothing to mend), it is the calibration that changes nothing.
+        few pairs, scores without order, or nothing to mend), it is the calibration that changes nothing; and so where
+        the scale is no factor from 0.01 to 100: it would be of logits that hardly differ, and of their rounding.
     """
     logits, truth = logits.double(), (labels >= 0.5).double()
     draw = torch.Generator().manual_seed(0)
@@ -61,7 +62,7 @@ def calibrate(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Cal
         crossed[own] = _fit(logits[~own], truth[~own], shifted)(logits[own])
     before, after = (binary_cross_entropy_with_logits(some, truth) for some in (logits, crossed))
     fitted = _fit(logits, truth, shifted)
-    return (fitted, crossed) if after < before and fitted.scale > 0.01 else (Calibration(), logits)
+    return (fitted, crossed) if after < before and 0.01 < fitted.scale < 100 else (Calibration(), logits)
 
 
 def _fit(logits: Tensor, truth: Tensor, shifted: bool) -> Calibration:

@@ -27,9 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainSpeed(Callback):
-    """Logs the learning rate and the pairs per second of all devices, validation apart, every few batches."""
-
-    batches_between_figures = 10
+    """Logs the learning rate and the pairs per second of all devices, validation apart, where the loss is logged."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pairs, self.since = 0, time.perf_counter()
@@ -46,7 +44,7 @@ class TrainSpeed(Callback):
     ) -> None:
         times = 2 if pl_module.hparams["consistency"] else 1  # that each pair is in the batch
         self.pairs += len(batch["label"]) * trainer.world_size // times
-        if (batch_idx + 1) % self.batches_between_figures == 0:
+        if pl_module.is_logged:
             now = time.perf_counter()
             size = len(batch["label"])
             rate = trainer.optimizers[0].param_groups[0]["lr"] / pl_module.hparams["head_rate"]  # the head's come first
@@ -90,6 +88,7 @@ class Pictures(Callback):
         module: Any = pl_module
         if takers:
             for name, figure in draw({"val": module.scored["val"]}, module.threshold).items():
+                figure.set_dpi(100)  # 600 pixels wide: a logger draws them during training, and keeps each
                 for take in takers:
                     take(f"val/{name}", figure, trainer.global_step)
 

@@ -169,7 +169,7 @@ _AS_IT_IS = {
 _ON_HUB = ("average_precision", "roc_auc", "accuracy", "f1", "precision", "recall")
 _PICTURES = {
     "precision_recall": "Precision over recall, with the threshold",
-    "reliability": "Share of duplicates over score, before and after calibration",
+    "reliability": "Share of duplicates over score, without calibration and with it",
     "scores": "Scores of duplicates and of others",
     "learning": "Loss and average precision over the steps",
 }
@@ -279,6 +279,8 @@ def metric_table(figures: dict[str, float], folded: bool = True) -> tuple[list[s
         ]
         for metric, (title, form) in SHOWN.items()
         if any(f"{split}/{metric}" in figures for split in splits)
+        # Without dev pairs there is nothing to calibrate on.
+        and not (metric in ("calibration_error", "brier") and not folded and "val/rows" not in figures)
     ]
     return [TITLES[split] for split in splits], rows
 
@@ -360,7 +362,8 @@ def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
         EvalResult(
             task_type="cross-encoder-classification",
             task_name="Cross Encoder Classification",
-            dataset_type=_source_of(split, data),
+            dataset_type=_source_of(split, data).partition(":")[0],
+            dataset_config=data.get("subset"),
             dataset_name=f"{_source_of(split, data)} ({TITLES[split]})",
             dataset_split=split,
             metric_type=metric,

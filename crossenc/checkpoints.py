@@ -47,7 +47,8 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, by average precision on the dev pairs after each validation.
 
     Lightning forgets what was best so far when the run's folder was moved; here the paths follow it. A run that goes on
-    from a checkpoint of another chooses its own best.
+    from a checkpoint of another chooses its own best. Dev pairs of one label, which have no average precision, choose
+    none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,6 +61,10 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.callback_metrics.get(str(self.monitor), torch.tensor(0.0)).isnan():
+            super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: str) -> str:

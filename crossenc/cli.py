@@ -96,6 +96,7 @@ def _evaluate(command: str, args: list[str]) -> None:
 
 # Arguments of the data module that an evaluation does not ask for.
 _OF_THE_MODEL = {"backbone", "max_length", "trust_remote_code", "revision", "symmetric", "twice", "transitive"}
+_OF_THE_MODEL |= {"batch_size", "batch_by", "window", "on_mismatch"}
 _MODEL = "An export's folder, a Hub id, or a .ckpt file."
 
 

@@ -62,7 +62,7 @@ class PairDataModule(LightningDataModule):
         columns: The source's own column names: `{text_a: left, text_b: right, label: same}`. The usual names
             (sentence1, question1, ..., label, is_duplicate, ...) need no mention.
         split: `position` takes the first rows for dev and the next for test, as sentence-transformers' example does;
-            `question` lets no question stand in two splits.
+            `question` lets no question stand in two of the splits that `source` is cut into.
         val_size: Dev rows cut off `source`, or their share if under 1. Null: 10,000, or a tenth of a source with
             fewer than 100,000 rows; none where `val_source` or `test_source` is given.
         test_size: The same for the test rows.
@@ -192,6 +192,11 @@ class PairDataModule(LightningDataModule):
         for name, part in self.encoded.items():
             share = self.facts["duplicates"][name]
             log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(part):,}", 100 * share)
+            if name == "val" and share in (0, 1):
+                log.warning(
+                    "all dev pairs have the same label, and choose no threshold and no checkpoint: the last is taken; "
+                    "shuffle a source that is in the order of its labels, or set --data.val_source"
+                )
             tell_cut(part, f"{name} pairs", self.max_length)
 
     def _load(self) -> dict[str, Dataset]:

@@ -79,10 +79,10 @@ def require_choice(name: str, value: object, choices: object) -> None:
 
 
 def offline_remedy(asked_for: str, reason: object) -> str:
-    """The message of a `HubError`: what was asked for, why it failed, and two ways to work without the Hub."""
+    """The message of a `HubError`: what was asked for, why it failed, and how to work without the Hub."""
     return (
-        f"{asked_for} could not be read from the Hugging Face Hub ({one_line(reason)}); without the Hub, try "
-        "`--config configs/quickstart.yaml`, or local files: `--data.source FILE --model.backbone FOLDER`"
+        f"{asked_for} could not be read from the Hugging Face Hub ({one_line(reason)}); without the Hub, give what is "
+        "on this machine: pairs as a file, a model as a folder (in place of a .ckpt its export)"
     )
 
 

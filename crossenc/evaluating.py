@@ -86,7 +86,7 @@ def evaluate(
         trainer.test(module, data, verbose=False)
     if trainer.is_global_zero:
         columns = finish(module, data, folder, None)
-        pictures = draw(columns, module.threshold)
+        pictures = draw(columns, module.threshold, folded=False)
         shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
         save(pictures, folder / "figures")
         errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []

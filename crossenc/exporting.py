@@ -82,10 +82,13 @@ def export(
         DataError, HubError: The dev pairs cannot be read.
         ExportError: The folder is there already, or the export does not score as the checkpoint does.
         HubError: The upload was refused; the folder stays.
-        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`, or `dev` without `int8`.
+        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`, or `dev` without `int8`;
+            `push_to_hub` is no repository's name.
     """
     if private and push_to_hub is None:
         raise UsageError("--private is of the upload; give --push_to_hub REPO too")
+    if push_to_hub is not None:
+        _require_repository(push_to_hub)
     if dev is not None and not int8:
         raise UsageError("--dev is what 8-bit weights are measured on; give --int8 too")
     target = Path(output)
@@ -114,6 +117,18 @@ def export(
     if push_to_hub is not None:
         log.info("uploaded: %s", upload(target, push_to_hub, private))
     return target
+
+
+def _require_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"--push_to_hub {name}: {one_line(error)}") from error
+    if "/" not in name:  # the card tells how to load the model from there
+        raise UsageError(f"--push_to_hub {name}: name its owner too, as in owner/{name}")
 
 
 def upload(folder: Path, repository: str, private: bool = False) -> str:
@@ -233,6 +248,8 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
     }
     if module.threshold is not None:
         model.config.crossenc = {"threshold": module.threshold}
+    elif hasattr(model.config, "crossenc"):  # of a backbone that was an export itself
+        del model.config.crossenc
     with quiet_transformers():
         model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors keeps it to its owner

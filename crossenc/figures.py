@@ -21,13 +21,14 @@ _NAMES = {"val": "dev", "test": "test"}
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1690e", "#666666"
 
 
-def draw(evaluated: Mapping[str, Columns], threshold: float | None) -> dict[str, Figure]:
+def draw(evaluated: Mapping[str, Columns], threshold: float | None, folded: bool = True) -> dict[str, Figure]:
     """The pictures of an evaluation by name; empty where every pair has the same label.
 
     Args:
         evaluated: for `val` or `test` or both the columns `label`, `score` (calibrated), `score_raw` (before) and
             `score_crossed` (calibrated by what other pairs gave), each of shape (pairs,).
         threshold: from which score on a pair is called a duplicate.
+        folded: whether the model has the calibration in its weights.
     """
     evaluated = {split: columns for split, columns in evaluated.items() if len(set(columns["label"] >= 0.5)) == 2}
     if not evaluated:
@@ -35,7 +36,7 @@ def draw(evaluated: Mapping[str, Columns], threshold: float | None) -> dict[str,
     last = list(evaluated)[-1]  # the test pairs, where there are any
     return {
         "precision_recall": _precision_recall(evaluated, threshold),
-        "reliability": _reliability(evaluated[last], _NAMES[last]),
+        "reliability": _reliability(evaluated[last], _NAMES[last], folded),
         "scores": _scores(evaluated[last], _NAMES[last], threshold),
     }
 
@@ -53,18 +54,18 @@ def _precision_recall(evaluated: Mapping[str, Columns], threshold: float | None)
         axes.plot([], [], "o", color=_GREY, markersize=9, label=f"at threshold {threshold:.3f}")
     axes.set(xlabel="recall (share of duplicates found)", ylabel="precision (share of calls right)")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), title="Precision and recall")
-    axes.legend(loc="lower left")
+    axes.legend()
     return figure
 
 
-def _reliability(columns: Columns, name: str) -> Figure:
+def _reliability(columns: Columns, name: str, folded: bool) -> Figure:
     figure, (axes,) = _figure(1)
     axes.plot([0, 1], [0, 1], "--", color=_GREY, label="true probabilities")
     series = [("score_crossed", "scores", _BLUE, "o-")]
     if not np.array_equal(columns["score_raw"], columns["score_crossed"]):
         series = [
-            ("score_raw", "before calibration", _ORANGE, "s-"),
-            ("score_crossed", "calibrated", _BLUE, "o-"),
+            ("score_raw", "before calibration" if folded else "scores", _ORANGE, "s-"),
+            ("score_crossed", "calibrated" if folded else "if calibrated on the dev pairs", _BLUE, "o-"),
         ]
     for column, label, colour, style in series:
         bins = bin_numbers(columns[column])
@@ -98,7 +99,7 @@ def _scores(columns: Columns, name: str, threshold: float | None) -> Figure:
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3f}")
     axes.set(xlabel="score (probability of a duplicate)", ylabel="pairs", xlim=(0, 1))
     axes.set(title=f"Scores by label, {len(truth):,} {name} pairs")
-    axes.legend(loc="upper center")
+    axes.legend()
     return figure
 
 
@@ -124,6 +125,7 @@ def draw_learning(run: Path) -> Figure | None:
     for panel in axes:
         panel.legend()
     axes[-1].set_xlabel("step")
+    axes[-1].locator_params(axis="x", integer=True)
     axes[0].set_title("Learning curves")
     return figure
 

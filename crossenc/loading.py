@@ -93,7 +93,7 @@ def fingerprint(path: Path) -> str:
     """A short hash of all that decides a model's scores: its weights, config and tokenizer, or the checkpoint."""
     digest = sha256()
     files = [path] if path.is_file() else sorted(f for kind in (*_MODEL_FILES, *_ONNX_FILES) for f in path.rglob(kind))
-    for file in files:
+    for file in filter(Path.is_file, files):
         digest.update(file.name.encode())
         digest.update(file_digest(file).encode())
     return digest.hexdigest()[:16]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice
-from .loading import find, fingerprint, read_threshold
+from .loading import fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, try_writing
@@ -148,15 +148,16 @@ def mine(
     if output == STANDARD:
         raise UsageError("mine writes two files; name the one of the pairs")
     if output is not None:
-        claim_output(output, SUFFIXES, overwrite)
-        claim_output(_groups_file(output), SUFFIXES, overwrite)
+        for file in (output, _groups_file(output)):
+            claim_output(file, SUFFIXES, overwrite or parts_folder(output).exists())
     if threshold is None and dev is None:
         threshold = read_threshold(model)
         if threshold is None:
             raise UsageError(f"{model} has stored no threshold; give --threshold or --dev")
     if work and not Path(work).is_dir():
         try_writing(Path(work) / "vectors")
-    find(model, onnx=backend != "torch")  # there may be none, to be known before vectors are computed
+    scoring.find()  # what is missing is to be known before vectors are computed
+    require("faiss", "mine")
     labelled = None if dev is None else read(dev)
     with open_table(questions, ["text"]) as table:
         ids, texts, skipped = read_texts(table, column, on_error)
@@ -187,14 +188,14 @@ def mine(
     pairs = _duplicates(candidates, judge(logits, candidates["similarity"]), first, threshold)
     groups, representatives = group(pairs, len(texts), linkage, threshold)
     log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
-    kind = "int64" if all(isinstance(item, int) and abs(item) < 2**63 for item in ids) else "string"
+    kind = "int64" if all(type(item) is int and abs(item) < 2**63 for item in ids) else "string"
     if kind == "string" and str(output).lower().endswith(".parquet"):
         ids = [str(item) for item in ids]
     rows = (_pair_row(pair, score, ids, texts) for pair, score in zip(pairs, decimals(pairs["score"]), strict=True))
     members = _group_rows(groups, representatives, ids, texts)
     if output is None:
         return Mined(list(rows), members)
-    with ExitStack() as stack:  # neither file stands there without the other
+    with ExitStack() as stack:  # both are whole before one of them gets its name
         for file, content, columns in ((output, rows, _PAIR_COLUMNS), (_groups_file(output), members, _GROUP_COLUMNS)):
             schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
             take = stack.enter_context(write_table(file, list(columns), schema))
@@ -222,7 +223,9 @@ def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judge
     if truth.all() or not truth.any():
         raise DataError("the labels of --dev are all the same; give pairs that ask the same, and others")
     ((_, logits),) = score_chunks(scoring, [(0, list(zip(dev["text_a"], dev["text_b"], strict=True)))])
-    a, b = (embed(dev[side], retriever, Parts(None, {}), "embed dev pairs") for side in ("text_a", "text_b"))
+    rows = {text: row for row, text in enumerate(dict.fromkeys([*dev["text_a"], *dev["text_b"]]))}
+    vectors = embed(list(rows), retriever, Parts(None, {}), "embed dev pairs")
+    a, b = (vectors[[rows[text] for text in dev[side]]] for side in ("text_a", "text_b"))
     seen = np.column_stack([logits, similarities := (a * b).sum(1)]).astype(np.float64)
     spread = np.maximum(seen.std(0), 1e-9)  # of one size, so that the regression's penalty means the same for both
     fitted = require("sklearn.linear_model", "mine").LogisticRegression().fit(seen / spread, truth)

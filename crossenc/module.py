@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from importlib.metadata import version
@@ -105,13 +106,14 @@ class CrossEncoderModule(LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"model.label_smoothing {label_smoothing} is not in [0, 1)")
-        if not 0 < layer_decay <= 1 or consistency < 0:
+        if not 0 < layer_decay <= 1 or not 0 <= consistency < math.inf:
             raise UsageError("model.layer_decay must be in (0, 1] and model.consistency at least 0")
-        if pos_weight is not None and pos_weight <= 0:
+        if pos_weight is not None and not 0 < pos_weight < math.inf:
             raise UsageError(f"model.pos_weight {pos_weight} is not above 0")
         if dropout is not None and not 0 <= dropout < 1:
             raise UsageError(f"model.dropout {dropout} is not in [0, 1)")
-        if min(warmup, weight_decay) < 0 or min(learning_rate, head_rate) <= 0:
+        at_least, above = (warmup, weight_decay), (learning_rate, head_rate)
+        if not all(0 <= value < math.inf for value in at_least) or not all(0 < value < math.inf for value in above):
             raise UsageError(
                 "model.warmup and weight_decay must be at least 0, model.learning_rate and model.head_rate above 0"
             )
@@ -161,10 +163,11 @@ class CrossEncoderModule(LightningModule):
     def on_fit_start(self) -> None:
         # The command line gives both the same.
         given = getattr(self.trainer, "datamodule", None)
-        ours = {"symmetric": self.hparams["symmetric"], "twice": bool(self.hparams["consistency"])}
+        ours = {name: self.hparams[name] for name in ("backbone", "symmetric")}
+        ours |= {"max_length": self.max_length, "twice": bool(self.hparams["consistency"])}
         for name, value in ours.items():
             if getattr(given, name, value) != value:
-                raise UsageError(f"the module's symmetric and consistency need PairDataModule({name}={value})")
+                raise UsageError(f"the module's own options need PairDataModule({name}={value!r})")
         wanted = self.hparams["cuda_graphs"]
         possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
         if wanted and not possible:
@@ -363,5 +366,5 @@ def _add_lora(model: Any, arguments: dict[str, Any]) -> Any:
     peft = require("peft", "lora")
     try:
         return peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "SEQ_CLS"} | arguments))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise UsageError(f"model.lora: {error}") from error

@@ -79,6 +79,15 @@ def write_onnx(folder: Path, int8: bool) -> None:
             )
 
 
+def find_onnx(folder: Path, backend: str) -> Path:
+    """The file of `onnx` or `onnx-int8` in an export. Raises `BackboneError` if there is none."""
+    file = folder / FILES[backend]
+    if not file.is_file():
+        how = "--onnx --int8" if backend == "onnx-int8" else "--onnx"
+        raise BackboneError(f"there is no {file}; write it with: crossenc export CHECKPOINT FOLDER {how}")
+    return file
+
+
 class OnnxModel:
     """One ONNX file of an export, on one device.
 
@@ -90,11 +99,8 @@ class OnnxModel:
     """
 
     def __init__(self, folder: Path, backend: str, rank: int, threads: int) -> None:
+        file = find_onnx(folder, backend)
         runtime = require("onnxruntime", "onnx")
-        file = folder / FILES[backend]
-        if not file.is_file():
-            how = "--onnx --int8" if backend == "onnx-int8" else "--onnx"
-            raise BackboneError(f"there is no {file}; write it with: crossenc export CHECKPOINT FOLDER {how}")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         providers: list[Any] = ["CPUExecutionProvider"]

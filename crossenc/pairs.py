@@ -305,6 +305,8 @@ def what_is_wrong(values: Mapping[str, Any], names: Mapping[str, str]) -> str | 
             return f"{names[side]} is null; remove the row or fill in the question"
         if not isinstance(text, str):
             return f"{names[side]} is not text but {type(text).__name__} ({one_line(text)[:60]})"
+        if _SURROGATE.search(text):
+            return f"{names[side]} is {_NOT_UTF8}"
     return None
 
 
@@ -312,6 +314,8 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
     """The source's own name of each of our columns; raises `DataError` if one is missing."""
     if unknown := set(columns) - set(ALIASES):
         raise DataError(f"columns: {sorted(unknown)} is not one of {list(ALIASES)}; write `text_a: NAME_IN_THE_FILE`")
+    if not labelled and "label" in columns:
+        raise DataError("columns: a label is not read here; name text_a and text_b only")
     names: dict[str, str] = {}
     for ours, aliases in ALIASES.items():
         if ours == "label" and not labelled:
@@ -349,11 +353,13 @@ def _parse_label(value: object, place: str, column: str) -> float:
 
 def sizes(rows: int, val_size: float | None, test_size: float | None, where: str) -> tuple[int, int]:
     """The number of dev and test rows: a size under 1 is a share, of one row at least; None is 10,000 (the reference
-    recipe's number), or a tenth of a source with fewer than 100,000 rows. Raises `DataError` when nothing is left for
-    training."""
+    recipe's number), or a tenth of a source with fewer than 100,000 rows. Raises `DataError` for a size that is none,
+    and when nothing is left for training."""
     wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
+    if not all(0 <= size < math.inf for size in wanted):
+        raise DataError(f"--data.val_size {val_size} and --data.test_size {test_size} must be at least 0")
     val, test = (max(1, round(size * rows)) if 0 < size < 1 else int(size) for size in wanted)
-    if min(wanted) < 0 or val + test >= rows:
+    if val + test >= rows:
         raise DataError(
             f"{where} has {rows:,} rows; {val:,} for dev and {test:,} for test leave none for training; "
             "set --data.val_size and --data.test_size"

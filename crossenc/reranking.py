@@ -16,7 +16,6 @@ import numpy as np
 
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice
-from .loading import find
 from .neighbors import BLOCK, Index, embed, make_search
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
@@ -95,7 +94,9 @@ def rerank(
         require("ir_measures", "rank")  # known before the work is done
     if output is not None:
         claim_output(output, (*RUN_SUFFIXES, ".jsonl"), overwrite)
-    find(model, onnx=backend != "torch")  # there may be none, to be known before candidates are searched
+    scoring.find()  # what is missing is to be known before candidates are searched
+    if retriever is not None:
+        require("faiss", "mine")
     with open_table(queries, ["text"]) as table:
         query_ids, query_texts, _ = read_texts(table, None)
     with open_table(corpus, ["text"]) as table:
@@ -169,6 +170,8 @@ def _read_candidates(candidates: Any, query_ids: list[Any], corpus_ids: list[Any
         if item not in places:
             raise DataError(f"{where}: there is no text {item!r} in the corpus")
         found[numbers[query]][places[item]] = score
+    if not any(found):
+        raise DataError("there are no candidates")
     return [sorted(own.items(), key=lambda pair: -pair[1]) for own in found]
 
 

@@ -106,6 +106,9 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
+_WITHOUT_HUB = "--data.source FILE --model.backbone FOLDER, or to try it out --config configs/quickstart.yaml"
+
+
 class RunCLI(LightningCLI):
     """LightningCLI for one command; what a run adds are `--run`, `--output`, `--examples` and `--debug`."""
 
@@ -122,8 +125,10 @@ class RunCLI(LightningCLI):
             if self.old_log.is_file() and not log_file.exists():
                 self.old_log.rename(log_file)  # the run did not go on
             own = self.folder / "config.yaml"
-            if isinstance(error, HubError) and self.checkpoint and own.is_file():
-                raise HubError(f"{error}; the options of the checkpoint's run: --config {own}") from error
+            if isinstance(error, HubError):
+                known = self.checkpoint and own.is_file()
+                remedy = f"the options of the checkpoint's run: --config {own}" if known else _WITHOUT_HUB
+                raise HubError(f"{error}; {remedy}") from error
             if isinstance(error, ValueError) and "val_check_interval" in str(error):  # known when the pairs are read
                 raise UsageError(f"{one_line(error)}; 1.0 is the end of an epoch") from error
             if isinstance(error, RuntimeError) and _is_lost_connection(error):
@@ -294,13 +299,19 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         if self.checkpoint:
-            before = read_checkpoint(Path(self.checkpoint), mmap=True)["hyper_parameters"]
-            now = self.model.hparams
+            loaded = read_checkpoint(Path(self.checkpoint), mmap=True)
+            before, now = loaded["hyper_parameters"], self.model.hparams
             changed = [
                 f"model.{name} {before.get(name)} (now {now[name]})"
                 for name in _WHAT_IS_TRAINED
                 if before.get(name) != now[name]
             ]
+            # Not by its name: a folder may have been moved.
+            kept, own = (
+                [(n, v.shape) for n, v in of.items()] for of in (loaded["state_dict"], self.model.state_dict())
+            )
+            if kept != own and not changed:
+                changed = [f"the weights of model.backbone {before['backbone']}, which fit no {now['backbone']}"]
             if changed:
                 raise CheckpointError(
                     f"the run began with {', '.join(changed)}, which its optimizer depends on; go on with the same, or "

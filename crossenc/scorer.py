@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from .backbone import load_tokenizer, resolve_max_length
 from .encode import PairCollator, encode_texts
-from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require_choice
+from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require, require_choice
 from .forward import padded, pair_logits, piece_cost
-from .loading import find, fingerprint, load
-from .onnx_model import OnnxModel
+from .loading import find, fingerprint, load, require_head
+from .onnx_model import OnnxModel, find_onnx
 from .sampler import plan_evaluation
 
 Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true"]
@@ -57,10 +57,25 @@ class Scoring:
         if self.backend != "torch" and self.precision != "32-true":
             raise UsageError(f"precision {self.precision} is torch's; backend {self.backend} has its own")
 
+    def find(self) -> Path:
+        """The model's folder or checkpoint. What cannot score is refused here, before any work: by its files alone.
+
+        Raises:
+            BackboneError, CheckpointError, HubError: as `loading.find`; or it is no cross-encoder, or has no ONNX file.
+            MissingExtraError: onnxruntime is not installed.
+        """
+        path = find(self.model, onnx=self.backend != "torch")
+        if self.backend != "torch":
+            require("onnxruntime", "onnx")
+            find_onnx(path, self.backend)
+        elif path.is_dir():
+            require_head(str(self.model), path)
+        return path
+
     def facts(self) -> dict[str, Any]:
         """What finished parts depend on, in plain types; the number of devices is none of it."""
         return {
-            "model": fingerprint(find(self.model, onnx=self.backend != "torch")),
+            "model": fingerprint(self.find()),
             "precision": self.precision,
             "backend": self.backend,
             "both_orders": self.both_orders,
@@ -82,7 +97,7 @@ class Scorer:
         self.scoring = scoring
         threads = max(1, torch.get_num_threads() // scoring.devices)
         if scoring.backend != "torch":
-            folder = find(scoring.model, onnx=True)
+            folder = scoring.find()
             self.tokenizer, self.max_length = load_tokenizer(str(folder)), resolve_max_length(str(folder), None)
             self.model: Any = OnnxModel(folder, scoring.backend, rank, threads)
             self.compute, self.tokens, cost = self._by_onnx, _TOKENS["onnx"], 2**40  # all in one piece
@@ -180,8 +195,10 @@ def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
             number, found = results.get(timeout=1)
         except queue.Empty:
             if dead := [worker for worker in workers if worker.exitcode]:
+                # In a script without that line, each process begins the script anew.
+                cause = "for want of memory" if dead[0].exitcode < 0 else "in a script without `if __name__ == ...`"
                 raise LostProcessError(
-                    f"a scoring process ended by itself (exit code {dead[0].exitcode}), perhaps for want of memory; "
+                    f"a scoring process ended by itself (exit code {dead[0].exitcode}), perhaps {cause}; "
                     "finished parts are kept: give the same command again, or fewer devices"
                 ) from None
             continue

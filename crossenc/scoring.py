@@ -74,7 +74,7 @@ def score(
         both_orders: Score each pair in both orders of its texts and take the mean logit, in twice the time.
         precision: `32-true`, or with bf16 where it pays: `bf16-mixed`, or `bf16-true` with the weights in it too.
         backend: `torch`, or the `onnx` or `onnx-int8` file of an export that has one.
-        devices: GPUs, or processes on a CPU, that share the pairs.
+        devices: GPUs, or processes on a CPU, that share the pairs; in a script they need `if __name__ == "__main__":`.
         on_error: `stop` before anything is scored if a row is broken, or `skip` broken rows: they are left out and
             listed in `OUTPUT.skipped.jsonl`; in a list or DataFrame their score is NaN.
         overwrite: Replace an output that is there already, and drop unfinished work that does not fit.
@@ -99,7 +99,8 @@ def score(
     with ExitStack() as stack:
         table = stack.enter_context(open_table(pairs, SIDES))
         if output is not None:
-            claim_output(output, SUFFIXES, overwrite)
+            # Where parts lie, a run was broken, perhaps just after the output got its name.
+            claim_output(output, SUFFIXES, overwrite or parts_folder(output).exists())
         if (decision is not None or logit) and output is None and isinstance(table.source, Path | list):
             raise UsageError("a decision or a logit stands beside its pair; give a DataFrame, or name an output")
         of_the_model = scoring.facts()  # before the input is read, which may take long: there may be no such model
@@ -197,7 +198,9 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
         first = "".join(f"; row {row}: {wrong}" for row, wrong in found.broken[:1])
         raise DataError(f"{table.where} has no rows that can be scored{first}")
     if taken := [name for name in new if name in found.columns]:
-        raise DataError(f"{table.where} has a column {taken[0]} already; name the new one with --column or --decision")
+        raise DataError(
+            f"{table.where} has a column {taken[0]} already; rename it, or the new one with --column or --decision"
+        )
     return found
 
 

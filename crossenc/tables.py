@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pyarrow.parquet
 
-from .errors import DataError, OutputError, UsageError
+from .errors import DataError, OutputError, UsageError, one_line
 from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file, separator_hint
 from .parts import file_digest, replacing, try_writing, writing
 
@@ -44,7 +44,7 @@ class Table:
         where: what messages call it.
     """
 
-    def __init__(self, source: Path | Sequence[Row] | pandas.DataFrame, where: str) -> None:
+    def __init__(self, source: Path | Sequence[Row | str] | pandas.DataFrame, where: str) -> None:
         self.source, self.where = source, where
 
     def __iter__(self) -> Iterator[Row | str]:
@@ -114,12 +114,12 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
         yield Table([_as_row(item, names) for item in source], "the list")
 
 
-def _as_row(item: Any, names: Sequence[str]) -> Row:
+def _as_row(item: Any, names: Sequence[str]) -> Row | str:
     if isinstance(item, Mapping):
         return item
     values = (item,) if isinstance(item, str) or not isinstance(item, Iterable) else tuple(item)
     if len(values) != len(names):
-        raise DataError(f"the list holds {item!r}, where {' and '.join(names)} are needed")
+        return f"not {' and '.join(names)} but {one_line(repr(item))[:60]}"
     return dict(zip(names, values, strict=True))
 
 
@@ -142,7 +142,9 @@ def claim_output(output: str, suffixes: Sequence[str], overwrite: bool) -> None:
     path = Path(output)
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{output}: cannot tell its format; name it {', '.join(suffixes)}, or - for standard output")
-    if path.is_dir() or (path.exists() and not overwrite):
+    if path.is_dir():
+        raise OutputError(f"{output} is a folder; name a file")
+    if path.exists() and not overwrite:
         raise OutputError(f"{output} is there already; choose another name, or give --overwrite")
     try_writing(path)
 

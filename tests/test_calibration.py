@@ -61,6 +61,7 @@ def test_no_row_judges_its_own_fit():
         (torch.randn(500, generator=torch.Generator().manual_seed(1)), torch.arange(500) % 2),  # no order to keep
         (-drawn(500, 1, 0)[0], drawn(500, 1, 0)[1]),  # the wrong order
         (drawn(2_000, 1, 0)[0][:5], drawn(2_000, 1, 0)[1][:5]),  # too few
+        (drawn(2_000, 1, 0)[0] / 1000, drawn(2_000, 1, 0)[1]),  # that hardly differ
         (torch.tensor([0.5, 0.1]), torch.tensor([1.0, 1.0])),  # one label only
         (torch.tensor([0.5]), torch.tensor([0.0])),
     ],

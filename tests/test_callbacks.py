@@ -50,6 +50,17 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
     assert [row["step"] for row in rows if row["val/f1"]] == ["11"]
 
 
+def test_rate_and_speed_are_logged_in_epochs_that_are_shorter_than_the_interval(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path
+):
+    options = ["--trainer.log_every_n_steps=8", "--trainer.max_epochs=4", "--data.batch_size=8"]
+    assert main([*arguments(pairs_file, tiny_backbone, tmp_path), *options]) == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rates = {row["step"]: float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]}
+    assert list(rates) == ["7", "15", "23"]
+    assert rates["7"] == pytest.approx(5e-5 * (24 - 8) / (24 - 3))  # of the step itself, and no earlier one
+
+
 def test_the_speed_of_training_is_without_validations(
     pairs_file: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -117,7 +128,9 @@ def test_speed_is_that_of_all_devices_without_validation_and_counts_a_pair_once(
     trainer: Any = SimpleNamespace(world_size=4, sanity_checking=False, state=state, optimizers=[optimizer])
     told: dict[str, float] = {}
     settings = {"consistency": 1.0, "head_rate": 1.0}
-    module: Any = SimpleNamespace(hparams=settings, log=lambda name, value, **_: told.update({name: value}))
+    module: Any = SimpleNamespace(
+        hparams=settings, is_logged=True, log=lambda name, value, **_: told.update({name: value})
+    )
     speed = callbacks.TrainSpeed()
     speed.on_train_start(trainer, module)
     speed.on_validation_start(trainer, module)

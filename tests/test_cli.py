@@ -47,15 +47,14 @@ def test_the_module_ends_bad_input_in_one_line_without_traceback(tmp_path: Path)
     assert "error: gone.csv: no such file" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "runs").iterdir())
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "CROSSENC_DEBUG": "1"}
-    )
-    assert "Traceback" in done.stderr
 
 
-def test_debug_shows_the_traceback():
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(CheckpointError):
         main(["export", "gone.ckpt", "out", "--debug"])
+    monkeypatch.setenv("CROSSENC_DEBUG", "1")
+    with pytest.raises(CheckpointError):
+        main(["export", "gone.ckpt", "out"])
 
 
 def test_version_is_told(capsys):
@@ -148,6 +147,9 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["fit", "--model.backbone", BACKBONE, "--model.max_length", "9999"], "set --model.max_length"),
         (["fit", "--model.backbone", BACKBONE, "--model.label_smoothing", "2"], "label_smoothing 2.0 is not in [0, 1)"),
         (["fit", "--model.backbone", BACKBONE, "--model.head_rate", "0"], "model.head_rate above 0"),
+        (["fit", "--model.backbone", BACKBONE, "--model.warmup", ".nan"], "model.warmup and weight_decay must be"),
+        (["fit", "--model.backbone", BACKBONE, "--model.lora", "{bias: foo}"], "model.lora: Requested bias: foo"),
+        (["evaluate", "a/model", "--data.batch_size", "3"], "batch_size"),
         (["fit", "--model.backbone", BACKBONE, "--model.backbone_sha256", "00"], "other weights"),
         (["fit", "--model.learning_rat", "1"], "learning_rat"),
         (["fit", "--data.batch_size", "many"], "batch_size"),
@@ -157,10 +159,6 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["export", "a", "out"], "a is a folder; name a checkpoint in it: a/best.ckpt"),
         (["export", "gone.ckpt", "in.csv/x"], "in.csv/x cannot be written: Not a directory"),
         (["mine", "a", "in.csv", "new/out.csv", "--work", "wk", "--retriever", "nope/"], "'a' is no model"),
-        (
-            ["mine", BACKBONE, "in.csv", "new/out.csv", "--threshold", "1", "--retriever", "./nope"],
-            "there is no folder nope",
-        ),
         (
             ["mine", "a", "in.csv", "out.csv", "--threshold", "1", "--work", "in.csv"],
             "in.csv/vectors cannot be written",
@@ -220,13 +218,13 @@ def test_a_backbone_with_three_labels_is_refused(capsys, tmp_path: Path):
     assert "a classifier with 3 labels" in fail(capsys, "fit", "--model.backbone", str(folder))
 
 
-def test_a_hub_out_of_reach_says_what_was_asked_for(write, tmp_path: Path):
+def test_a_hub_out_of_reach_says_what_was_asked_for(write, tiny: Path, tmp_path: Path):
     fit = ["fit", "--output", str(tmp_path / "runs")]
     told = [
         "backbone distilbert/distilroberta-base",
         "data set sentence-transformers/quora-duplicates, subset pair-class",
     ]
-    mine = ["mine", BACKBONE, str(write("q.csv", "text\na\n")), str(tmp_path / "new" / "out.csv"), "--threshold", "1"]
+    mine = ["mine", str(tiny), str(write("q.csv", "text\na\n")), str(tmp_path / "new" / "out.csv"), "--threshold", "1"]
     commands = [fit, [*fit, "--model.backbone", BACKBONE], mine]
     *ends, mined = run_all(commands, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert "for example: --retriever package:" in mined[1].splitlines()[-1]

@@ -71,7 +71,7 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(
     used: list[float] = []
     for name in ("draw", "worst_errors"):
         plain = getattr(evaluating, name)
-        spy = lambda columns, at, plain=plain: used.append(at) or plain(columns, at)  # noqa: E731
+        spy = lambda columns, at, plain=plain, **more: used.append(at) or plain(columns, at, **more)  # noqa: E731
         monkeypatch.setattr(evaluating, name, spy)
     figures, text = report(capsys, tmp_path / "elsewhere", pairs_file, tmp_path / "out", "--data.limit", "40")
     assert used == [figures["val/threshold"]] * 2
@@ -134,6 +134,9 @@ def test_an_exports_threshold_decides_where_no_dev_pairs_choose_one(tiny: Path, 
     (model / "config.json").write_text(json.dumps(settings | {"crossenc": {"threshold": 0.25}}))
     figures = evaluate(model, {"test_source": str(pairs_file)}, str(tmp_path / "out"), accelerator="cpu")
     assert figures["test/threshold"] == 0.25
+    report = (tmp_path / "out" / "README.md").read_text()
+    assert report.count("| calibration error") == 2  # it and chance's: there is nothing to calibrate on
+    assert report.count("| Brier score") == 1
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,9 @@ def test_options_that_need_others_are_named(trained: Path, write, tmp_path: Path
         export(str(trained / "best.ckpt"), str(tmp_path / "model"), private=True)
     with pytest.raises(UsageError, match="give --int8 too"):
         export(str(trained / "best.ckpt"), str(tmp_path / "model"), dev="gone.csv")
+    for name, said in (("bad//name", "Repo id must"), ("name", "name its owner too, as in owner/name")):
+        with pytest.raises(UsageError, match=said):
+            export(str(trained / "best.ckpt"), str(tmp_path / "model"), push_to_hub=name)
     one = write("one.csv", "question1,question2,is_duplicate\na,b,1\nc,d,1\n")
     with pytest.raises(ExportError, match="all dev labels are the same"):
         export(str(trained / "best.ckpt"), str(tmp_path / "model"), int8=True, dev=str(one))
@@ -158,6 +161,12 @@ def test_an_export_that_gives_no_number_is_refused(trained: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
 
 
+def test_the_threshold_of_an_export_is_not_that_of_what_is_trained_from_it(trained: Path, tmp_path: Path):
+    assert "crossenc" in json.loads((trained / "model" / "config.json").read_text())
+    exporting._write(tmp_path, CrossEncoderModule(str(trained / "model")), load_tokenizer(str(trained / "model")))
+    assert "crossenc" not in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_lora_is_merged_at_export(pairs_file: Path, tmp_path: Path):
     from safetensors import safe_open
 
@@ -173,12 +182,14 @@ def test_lora_is_merged_at_export(pairs_file: Path, tmp_path: Path):
 def test_real_pairs_train_export_and_agree(quora: Path, tmp_path: Path):
     from crossenc.pairs import read
 
-    arguments = ["--data.source", str(quora / "train.tsv"), "--data.test_source", str(quora / "dev.tsv")]
+    lines = (quora / "dev.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "test.tsv").write_text("".join(lines[:301]), encoding="utf-8")
+    arguments = ["--data.source", str(quora / "train.tsv"), "--data.test_source", str(tmp_path / "test.tsv")]
     arguments += ["--data.limit", "1000", "--data.val_size", "200", "--model.backbone", BACKBONE]
     arguments += ["--model.freeze_layers", "3", "--model.learning_rate", "1e-4", "--model.max_length", "64"]
     assert main(["fit", *arguments, "--output", str(tmp_path), "--run", "real"]) == 0
     figures = json.loads((tmp_path / "real" / "metrics.json").read_text())
-    assert (figures["val/rows"], figures["test/rows"]) == (200, 1000)
+    assert (figures["val/rows"], figures["test/rows"]) == (200, 300)
     assert figures["test/average_precision"] > 0.45  # the share of duplicates is 0.377
     rows = read(str(quora / "dev.tsv")).take(100)
     pairs = list(zip(rows["text_a"][:], rows["text_b"][:], strict=True))

@@ -170,7 +170,9 @@ def test_groups_and_their_representatives():
     assert group(nearly, 9, "complete", 0.5)[0].tolist() in ([0] * 8 + [-1], [-1] + [0] * 8)
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny: Path, mined: tuple[Path, Path], tmp_path: Path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    tiny: Path, mined: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     questions = shutil.copy(mined[0].parent / "questions.csv", tmp_path)
     command = [sys.executable, "-m", "crossenc", "mine", str(tiny), str(questions), str(tmp_path / "out.csv")]
     command += ["--retriever", BACKBONE, "--top-k", "5", "--min-similarity", "0.5"]
@@ -186,9 +188,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny: Path, mined: tu
     (other / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 8}))
     with pytest.raises(OutputError, match="holds kept work with other retriever"):
         mine(str(tiny), str(questions), str(tmp_path / "out.csv"), retriever=str(other), top_k=5, min_similarity=0.5)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "memory: up to" in done.stderr
-    assert "arning" not in done.stderr
+    assert main(command[3:]) == 0
+    said = capsys.readouterr().err
+    assert "memory: up to" in said
+    assert "arning" not in said
     assert (tmp_path / "out.csv").read_bytes() == mined[0].read_bytes()
     assert (tmp_path / "out.groups.csv").read_bytes() == mined[1].read_bytes()
     assert not work.exists()
@@ -206,8 +209,10 @@ def test_one_output_alone_is_none(tiny: Path, tmp_path: Path, monkeypatch: pytes
         with pytest.raises(KeyboardInterrupt):
             mine(tiny, QUESTIONS, str(tmp_path / "out.csv"), retriever=BACKBONE, top_k=5)
     assert [path.name for path in tmp_path.iterdir()] == [".out.csv.parts"]
+    (tmp_path / "out.groups.csv").touch()  # as when it ends between the names of both
     mine(tiny, QUESTIONS, str(tmp_path / "out.csv"), retriever=BACKBONE, top_k=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.groups.csv"]
+    assert (tmp_path / "out.groups.csv").read_text()
 
 
 def test_kept_work_serves_another_threshold_and_no_other_work(tiny: Path, tmp_path: Path):
@@ -276,6 +281,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(DataError, "has no texts", [])
     refused(UsageError, "top_k must be", top_k=0)
     refused(BackboneError, "cannot be loaded as a bi-encoder", retriever=str(trained / "best.ckpt"))
+    refused(BackboneError, "there is no folder nope", retriever="./nope")
     refused(UsageError, "threshold from 0 to 1", threshold=5)
     refused(UsageError, "threshold from 0 to 1", min_similarity=1.5)
     (tmp_path / "out.groups.csv").write_text("mine")
@@ -288,6 +294,13 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
         mine(tmp_path / "bare", QUESTIONS, retriever=BACKBONE)
     with pytest.raises(BackboneError, match=r"\./gone: there is no folder"):  # known before the retriever is looked for
         mine("./gone", QUESTIONS, threshold=0.5, retriever="./neither")
+    with pytest.raises(BackboneError, match="is no cross-encoder"):
+        mine(BACKBONE, QUESTIONS, threshold=0.5, retriever="./neither")
+    with pytest.raises(BackboneError, match=r"there is no .*model\.onnx"):
+        mine(str(tiny), QUESTIONS, backend="onnx", retriever="./neither")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(OutputError, match=r"folder\.csv is a folder; name a file"):
+        mine(str(tiny), QUESTIONS, str(tmp_path / "folder.csv"), overwrite=True, retriever=BACKBONE)
     refused(UsageError, "linkage 'best' is not one of", linkage="best")
     with pytest.raises(UsageError, match="name the one"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)
@@ -329,3 +342,6 @@ def test_ids_of_any_kind_and_a_broken_first_row(
     assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["1", "x"]]
     assert json.loads((tmp_path / "out.parquet.skipped.jsonl").read_text())["row"] == 1
     assert "WARNING" not in capfd.readouterr().err  # faiss's, of few questions
+    rows = [{"id": True, "text": "What is it?"}, {"id": 3, "text": "what is it?"}]
+    found = mine(tiny, rows, tmp_path / "out.parquet", overwrite=True, **options)
+    assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["True", "3"]]

@@ -179,14 +179,20 @@ def test_a_number_out_of_its_range_is_named(tiny_backbone: Path, wrong: dict[str
 
 @pytest.mark.parametrize(
     ("module", "data", "said"),
-    [({"consistency": 1.0}, {}, "twice=True"), ({}, {"twice": True}, "twice=False"), ({"symmetric": True}, {}, "symm")],
+    [
+        ({"consistency": 1.0}, {}, "twice=True"),
+        ({}, {"twice": True}, "twice=False"),
+        ({"symmetric": True}, {}, "symm"),
+        ({"max_length": 16}, {}, "max_length=16"),
+        ({}, {"backbone": BACKBONE}, "backbone='/"),
+    ],
 )
 def test_from_python_the_data_must_have_the_modules_options(
     tiny_backbone: Path, pairs_file: Path, module: dict[str, Any], data: dict[str, Any], said: str
 ):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **quiet)
-    pairs = PairDataModule(str(pairs_file), backbone=str(tiny_backbone), **data)
+    pairs = PairDataModule(str(pairs_file), **{"backbone": str(tiny_backbone), **data})
     with pytest.raises(UsageError, match=f"need PairDataModule.{said}"):
         trainer.fit(CrossEncoderModule(str(tiny_backbone), **module), pairs)
 

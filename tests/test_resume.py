@@ -30,17 +30,22 @@ from crossenc.checkpoints import AtomicCheckpointIO, find_newest
 from crossenc.cli import main
 from crossenc.errors import CheckpointError
 
+from .conftest import save_tiny
+
 ROOT = Path(__file__).parents[1]
 EPOCHS, STEPS = 16, 96
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """What is computed here is too small for two, and the processes of a test want a core each."""
+def _quick() -> Iterator[None]:
+    """What is computed here is too small for two threads, and pictures would take longer than all of it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("crossenc.callbacks.draw", lambda *_: {})
+        patch.setattr("crossenc.figures.draw", lambda *_: {})
+        patch.setattr("crossenc.figures.draw_learning", lambda _: None)
         yield
     torch.set_num_threads(threads)
 
@@ -113,16 +118,16 @@ def copy(whole: Path, target: Path) -> Path:
     return shutil.copytree(whole, target, ignore=shutil.ignore_patterns("model"))
 
 
-@pytest.mark.parametrize("how", [["--processes=1", "--kills=3"], ["--processes=2", "--kills=2"]])
-def test_killed_runs_end_with_the_same_bits(how: list[str]):
+def test_killed_runs_end_with_the_same_bits():
+    """One process, killed three times, and two, killed twice."""
     seed = os.environ.get("CROSSENC_TEST_SEED", str(time.time_ns() % 10**6))
     print(f"CROSSENC_TEST_SEED={seed}")
-    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=1", "--epochs=4"]
-    words += [f"--seed={seed}", *how]
+    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=2", "--epochs=4"]
+    words += [f"--seed={seed}", "--processes", "1", "2", "--kills", "3", "2"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert "1 of 1 ended bit-identical" in done.stdout
+    assert "2 of 2 ended bit-identical" in done.stdout
 
 
 def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path):
@@ -440,6 +445,16 @@ def test_a_run_goes_on_with_the_parameters_that_it_began_with(
     name = next(iter(change)).replace("__", ".")
     assert f"the run began with {name} " in capsys.readouterr().err.splitlines()[-1]
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
+
+
+def test_a_run_does_not_go_on_with_a_backbone_of_other_shapes(
+    whole: Path, options: dict[str, Any], tmp_path: Path, capsys
+):
+    copy(whole, tmp_path / "run")
+    other = save_tiny(tmp_path / "other", 3, 32, intermediate_size=64)  # with the same tokenizer
+    more = {"model__backbone": other, "trainer__max_epochs": EPOCHS + 1}
+    assert main(fit(options, tmp_path, ckpt_path="last", **more)) == 2
+    assert f"which fit no {other}, which its optimizer depends on" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_another_number_of_devices_is_refused_by_all_of_them(whole: Path, options: dict[str, Any], tmp_path: Path):

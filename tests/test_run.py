@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 
 from crossenc import data
 from crossenc.backbone import load_tokenizer
@@ -28,6 +29,15 @@ from crossenc.exporting import score_pairs
 from crossenc.run import native_precision
 
 from .conftest import BACKBONE
+
+
+@pytest.fixture(scope="module")
+def small(pairs_file: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`trained` with a small model, for what goes on with a run or repeats it."""
+    output = tmp_path_factory.mktemp("runs")
+    where = ["--output", str(output), "--run", "short", "--trainer.accelerator", "cpu", "--data.batch_size", "8"]
+    assert main(["fit", "--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), *where]) == 0
+    return output / "short"
 
 
 def test_a_fit_leaves_everything_in_its_folder(trained: Path):
@@ -50,14 +60,14 @@ def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     assert max(steps["train/loss"]) == max(steps["val/f1"]) < min(steps["test/f1"])  # the last look is no point
 
 
-def test_a_second_run_of_a_name_gets_a_folder_of_its_own(trained: Path):
-    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
-    config = ["--config", str(trained / "config.yaml"), "--trainer.max_steps", "1"]
+def test_a_second_run_of_a_name_gets_a_folder_of_its_own(small: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in small.iterdir()}
+    config = ["--config", str(small / "config.yaml"), "--trainer.max_steps", "1"]
     assert main(["fit", *config, "--run", "short"]) == 0
-    assert (trained.parent / "short-2" / "model" / "config.json").is_file()
-    assert yaml.safe_load((trained.parent / "short-2" / "config.yaml").read_text())["run"] == "short-2"
-    shutil.rmtree(trained.parent / "short-2")
-    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+    assert (small.parent / "short-2" / "model" / "config.json").is_file()
+    assert yaml.safe_load((small.parent / "short-2" / "config.yaml").read_text())["run"] == "short-2"
+    shutil.rmtree(small.parent / "short-2")
+    assert {path.name: path.stat().st_mtime_ns for path in small.iterdir()} == before
 
 
 def test_a_run_may_lie_deeper(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
@@ -69,20 +79,19 @@ def test_a_run_may_lie_deeper(pairs_file: Path, tiny_backbone: Path, tmp_path: P
     assert torch.load(tmp_path / "deep" / "er" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_no_run_goes_on_from_weights_alone(trained: Path, tmp_path: Path, capsys):
-    light = torch.load(trained / "last.ckpt", weights_only=True)
+def test_no_run_goes_on_from_weights_alone(small: Path, tmp_path: Path, capsys):
+    light = torch.load(small / "last.ckpt", weights_only=True)
     del light["optimizer_states"]
     torch.save(light, tmp_path / "light.ckpt")
     where = ["--output", str(tmp_path), "--run", "more", "--ckpt_path", str(tmp_path / "light.ckpt")]
-    assert main(["fit", "--config", str(trained / "config.yaml"), *where]) == 2
+    assert main(["fit", "--config", str(small / "config.yaml"), *where]) == 2
     assert "light.ckpt has weights only" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "more").exists()
 
 
-def test_ckpt_path_last_goes_on_with_the_run(trained: Path, tmp_path: Path):
-    config = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path), "--run", "long"]
-    folder = tmp_path / "long"
-    assert main(["fit", *config]) == 0
+def test_ckpt_path_last_goes_on_with_the_run(small: Path, tmp_path: Path):
+    config = ["--config", str(small / "config.yaml"), "--output", str(tmp_path), "--run", "long"]
+    folder = shutil.copytree(small, tmp_path / "long")
     first_log = (folder / "metrics.csv").read_text()
     assert main(["fit", *config, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["long"]
@@ -94,12 +103,12 @@ def test_ckpt_path_last_goes_on_with_the_run(trained: Path, tmp_path: Path):
     assert [(folder / f"metrics-{number}.csv").read_text() for number in (1, 2)] == [first_log, second_log]
 
 
-def test_a_checkpoint_of_another_run_is_only_read(trained: Path, tmp_path: Path):
-    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
-    where = ["--output", str(tmp_path), "--run", "other", "--ckpt_path", str(trained / "last.ckpt")]
-    assert main(["fit", "--config", str(trained / "config.yaml"), *where, "--trainer.max_epochs", "2"]) == 0
+def test_a_checkpoint_of_another_run_is_only_read(small: Path, tmp_path: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in small.iterdir()}
+    where = ["--output", str(tmp_path), "--run", "other", "--ckpt_path", str(small / "last.ckpt")]
+    assert main(["fit", "--config", str(small / "config.yaml"), *where, "--trainer.max_epochs", "2"]) == 0
     assert (tmp_path / "other" / "best.ckpt").is_file()  # its own, however good the other run's is
-    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in small.iterdir()} == before
 
 
 def test_validate_and_test_repeat_the_fits_figures(trained: Path, capsys):
@@ -130,18 +139,18 @@ def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pair
     assert (trained / "predictions.csv").stat().st_mtime_ns == written
 
 
-def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, trained: Path):
-    config = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path), "--run", "dev"]
+def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, small: Path):
+    config = ["--config", str(small / "config.yaml"), "--output", str(tmp_path), "--run", "dev"]
     assert main(["fit", *config, "--trainer.fast_dev_run", "true"]) == 0
     assert not list(tmp_path.iterdir())
-    other = [*config, "--ckpt_path", str(trained / "best.ckpt")]
+    other = [*config, "--ckpt_path", str(small / "best.ckpt")]
     assert main(["predict", *other, "--trainer.fast_dev_run", "true"]) == 0
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fit_without_dev_pairs_keeps_its_last_weights(trained: Path, pairs_file: Path, tmp_path: Path):
+def test_a_fit_without_dev_pairs_keeps_its_last_weights(small: Path, pairs_file: Path, tmp_path: Path):
     where = ["--output", str(tmp_path), "--run", "blind", "--data.test_source", str(pairs_file)]
-    assert main(["fit", "--config", str(trained / "config.yaml"), *where]) == 0
+    assert main(["fit", "--config", str(small / "config.yaml"), *where]) == 0
     figures = json.loads((tmp_path / "blind" / "metrics.json").read_text())
     assert (figures["checkpoint"], figures["test/threshold"], figures["test/rows"]) == ("last.ckpt", 0.5, 60)
     assert "val/rows" not in figures
@@ -152,10 +161,17 @@ def test_a_fit_without_dev_pairs_keeps_its_last_weights(trained: Path, pairs_fil
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_dev_pairs_of_one_label_choose_no_threshold(
-    pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, label: int
+    pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, caplog, label: int
 ):
     dev = write("dev.csv", f"question1,question2,label\na,b,{label}\nc,d,{label}\n")
-    assert main(fit(pairs_file, tiny_backbone, tmp_path, "--data.val_source", str(dev), "--data.test_size=6")) == 0
+    options = ["--data.val_source", str(dev), "--data.test_size=6", "--trainer.val_check_interval=5"]
+    with caplog.at_level("WARNING", logger="crossenc"):
+        assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
+    assert "all dev pairs have the same label" in caplog.text
+    assert not (tmp_path / "run" / "best.ckpt").exists()
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(last[f"model.{name}"], value) for name, value in exported.items())
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (figures["val/threshold"], figures["test/threshold"]) == (0.5, 0.5)
     assert "crossenc" not in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
@@ -165,10 +181,10 @@ def test_dev_pairs_of_one_label_choose_no_threshold(
     assert "| pairs | 2 | 6 |" in card
 
 
-def test_two_processes_train_one_model(trained: Path, tmp_path: Path):
+def test_two_processes_train_one_model(small: Path, tmp_path: Path):
     """Real DDP over gloo, without dev pairs, into the second folder of a name: the other rank must find the first's."""
     (tmp_path / "twice").mkdir()
-    command = [sys.executable, "-m", "crossenc", "fit", "--config", str(trained / "config.yaml")]
+    command = [sys.executable, "-m", "crossenc", "fit", "--config", str(small / "config.yaml")]
     command += ["--output", str(tmp_path), "--run", "twice", "--trainer.devices=2", "--trainer.strategy=ddp"]
     done = subprocess.run(
         [*command, "--trainer.max_steps=2", "--data.val_size=0"], capture_output=True, text=True, check=False
@@ -341,7 +357,8 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "there is no schedule 'cosine_with_min_lr'"),
         (["--model.weight_decay=-1"], "model.warmup and weight_decay must be"),
-        (["--data.val_size=-0.5"], "leave none for training"),
+        (["--data.val_size=-0.5"], "must be at least 0"),
+        (["--data.val_size=.inf"], "--data.val_size inf and --data.test_size None must be at least 0"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
@@ -373,12 +390,12 @@ def test_bars_profilers_and_an_early_stop_are_lightnings(
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
-def test_a_finished_run_of_another_name_is_not_gone_on_with(trained: Path, tmp_path: Path, capsys):
-    config, last = ["--config", str(trained / "config.yaml"), "--output", str(tmp_path)], trained / "last.ckpt"
+def test_a_finished_run_of_another_name_is_not_gone_on_with(small: Path, tmp_path: Path, capsys):
+    config, last = ["--config", str(small / "config.yaml"), "--output", str(tmp_path)], small / "last.ckpt"
     assert main(["fit", *config, "--ckpt_path", str(last), "--run", "new"]) == 2
     assert f"{last} has all of its training; raise max_epochs or max_steps" in capsys.readouterr().err
-    assert main(["fit", *config, "--ckpt_path", str(trained)]) == 2
-    assert f"is a folder; name a checkpoint in it: {trained / 'best.ckpt'}" in capsys.readouterr().err
+    assert main(["fit", *config, "--ckpt_path", str(small)]) == 2
+    assert f"is a folder; name a checkpoint in it: {small / 'best.ckpt'}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -204,10 +204,12 @@ def test_parts_of_another_model_or_way_are_not_taken_over(trained: Path, tiny: P
     assert Scoring(tiny).facts() == Scoring(str(tiny), devices=2).facts()
     ways = [{}, {"precision": "bf16-true"}, {"precision": "bf16-mixed"}, {"both_orders": True}]
     ways += [{"backend": backend} for backend in ("onnx", "onnx-int8")]
-    facts = [Scoring(tiny, **way).facts() for way in ways]
-    facts += [Scoring(trained / name).facts() for name in ("model", "best.ckpt")]
     model = shutil.copytree(tiny, tmp_path / "model")
-    (model / "onnx").mkdir()
+    (model / "onnx" / "old").mkdir(parents=True)
+    for name in ("model.onnx", "model_qint8.onnx"):
+        (model / "onnx" / name).touch()
+    facts = [Scoring(model, **way).facts() for way in ways]
+    facts += [Scoring(trained / name).facts() for name in ("model", "best.ckpt")]
     for content in ("one", "other"):
         (model / "onnx" / "model.onnx").write_text(content)
         facts.append(Scoring(model, backend="onnx").facts())
@@ -275,7 +277,7 @@ def scored(many: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return output.read_bytes()
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, tmp_path, capsys):
     output = tmp_path / "out.csv"
     command = [sys.executable, "-m", "crossenc", "score", str(tiny), str(many), str(output)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -287,11 +289,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, t
     assert not output.exists()
     with pytest.raises(OutputError, match="kept work with other both_orders"):
         score(str(tiny), str(many), str(output), both_orders=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "0,000 of 25,000 pairs are scored already" in done.stderr
-    assert "arning" not in done.stderr
+    assert main(command[3:]) == 0
+    said = capsys.readouterr().err
+    assert "0,000 of 25,000 pairs are scored already" in said
+    assert "arning" not in said
     assert output.read_bytes() == scored
     assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_run_that_ends_just_after_its_output_is_there_goes_on(tiny, write, monkeypatch):
+    path = write("p.csv", "question1,question2\na,b\n")
+    output = path.with_name("out.csv")
+    with monkeypatch.context() as broken:
+        broken.setattr("crossenc.scoring.shutil.rmtree", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            score(str(tiny), str(path), str(output))
+    found = output.read_text()
+    score(str(tiny), str(path), str(output))
+    assert output.read_text() == found
+    assert {file.name for file in path.parent.iterdir()} == {"p.csv", "out.csv"}
 
 
 @pytest.mark.parametrize(
@@ -357,8 +373,8 @@ def test_broken_rows_are_skipped_and_listed(tiny, tmp_path):
     assert "not UTF-8" in listed[2]["error"]
     with pytest.raises(DataError, match="no rows that can be scored; row 1: text_b is null"):
         score(str(tiny), [("a", None)], on_error="skip")
-    found = score(str(tiny), [("a", "b"), ("a", None), ("c", "d")], on_error="skip")
-    assert np.isnan(found).tolist() == [False, True, False]
+    found = score(str(tiny), [("a", "b"), ("a", None), ("c", "d"), None, ("c",), ("a", "\ud800")], on_error="skip")
+    assert np.isnan(found).tolist() == [False, True, False, True, True, True]
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
@@ -440,7 +456,11 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tiny, many):
         ("p.csv", 'question1,question2\na,b\na,"b\n', "row 2: a quote is never closed; --on_error skip"),
         ("p.csv.gz", "", r"cannot tell its format; give a file named \.csv, \.tsv"),
         ("p.csv", "question1,question1,question2\na,b,c\n", "more than one column 'question1'"),
-        ("p.csv", "question1,question2,score\na,b,1\n", "has a column score already; name the new one with --column"),
+        (
+            "p.csv",
+            "question1,question2,score\na,b,1\n",
+            "has a column score already; rename it, or the new one with --c",
+        ),
         ("p.jsonl", '{"text1": "a", "text2": "\\ud800"}\n', "row 1: not UTF-8"),
         ("p.jsonl", '{"text1": "a", "text2": 3}\n', "row 1: text2 is not text but int"),
         ("p.jsonl", f'{{"text1": "a", "text2": {"1" * 5_000}}}\n', "row 1: not a JSON object"),
@@ -468,7 +488,7 @@ def test_two_columns_of_one_name_are_refused(tiny, tmp_path):
         with pytest.raises(DataError, match="more than one column 'note'"):
             score(tiny, source)
     for source in ([None], [5], 7):
-        with pytest.raises(DataError, match=r"the list holds|is no file"):
+        with pytest.raises(DataError, match=r"row 1: not text_a and text_b but|is no file"):
             score(tiny, source)
 
 
