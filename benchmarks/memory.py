@@ -2,13 +2,15 @@
 
     python benchmarks/memory.py
 
-Each figure is the largest resident size of a process of its own that reads, tokenizes and takes eight steps on the CPU;
-`warm` finds the tokens in the cache. Seconds are those of the last five steps. Needs the extra `offline`.
+Each figure is the largest resident size of a process of its own that reads, tokenizes and takes eight steps on the CPU,
+a median over rounds; `warm` finds the tokens in the cache. Seconds are those of the last five steps. A whole fit also
+validates after these steps, tests, and exports. Needs the extra `offline`.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from machine import begin, make_parser, write_record
 from startup import BACKBONE, blow_up
 
 STEPS, WARM_UP = 8, 3
+STEPS_ALONE = ["--data.val_size=0", "--data.test_size=0", "--trainer.callbacks=memory.Stop"]
+WHOLE = ["--data.val_size=2000", "--data.test_size=2000", f"--trainer.max_steps={STEPS}"]
 
 
 class Stop(Callback):
@@ -36,41 +40,49 @@ class Stop(Callback):
             os._exit(0)
 
 
-def measure(file: Path, cache: Path, *options: str) -> dict[str, float]:
+def measure(file: Path, cache: Path, options: list[str]) -> dict[str, float]:
     command = [sys.executable, "-m", "crossenc", "fit", "--output", str(cache), "--model.backbone", BACKBONE]
-    command += ["--data.source", str(file), "--data.val_size=0", "--data.test_size=0", "--trainer.accelerator=cpu"]
-    command += ["--trainer.callbacks=memory.Stop", *options]
+    command += ["--data.source", str(file), "--trainer.accelerator=cpu", *options]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        taken = float(process.stdout.read())
-        _, _, usage = os.wait4(process.pid, 0)
-        process.returncode = 0
-    return {"peak_mb": usage.ru_maxrss / 1024, "seconds": taken}
+        said = process.stdout.read()
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+    if process.returncode:
+        sys.exit(f"a run ended badly: {' '.join(command)}")
+    peak = {"peak_mb": usage.ru_maxrss / 1024}
+    return peak if options == WHOLE else {**peak, "seconds": float(said)}
 
 
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = begin(parser, "offline")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as space:
-        cache = Path(space) / "cache"
-        for rows in (10_000, 100_000, 400_000):
-            file = Path(space) / f"{rows}.tsv"
+        files = {rows: Path(space) / f"{rows}.tsv" for rows in (10_000, 100_000, 400_000)}
+        for rows, file in files.items():
             blow_up(arguments.data / "train.tsv", file, rows)
-            for state in ("cold", "warm"):
-                found[f"{rows:,} rows, batch 64, {state}"] = measure(file, cache)
-        file = Path(space) / "10000.tsv"
-        for name, options in {
-            "batch 256": ["--data.batch_size=256"],
-            "batch 256, gradient checkpointing": ["--data.batch_size=256", "--model.gradient_checkpointing=true"],
-            "batch 64, 4 accumulated": ["--data.batch_size=64", "--trainer.accumulate_grad_batches=4"],
-        }.items():
-            found[f"10,000 rows, {name}"] = measure(file, cache, *options)
+        large = ["--data.batch_size=256"]
+        runs = {f"{rows:,} rows, batch 64, {state}": (rows, []) for rows in files for state in ("cold", "warm")} | {
+            "10,000 rows, batch 256": (10_000, large),
+            "10,000 rows, batch 256, gradient checkpointing": (10_000, [*large, "--model.gradient_checkpointing=true"]),
+            "10,000 rows, batch 64, 4 accumulated": (10_000, ["--trainer.accumulate_grad_batches=4"]),
+        }
+        for number in range(arguments.rounds):
+            cache = Path(space) / f"cache-{number}"
+            for name, (rows, options) in runs.items():
+                found.setdefault(name, []).append(measure(files[rows], cache, [*STEPS_ALONE, *options]))
+            whole = "400,000 rows, whole fit of 8 steps, 2,000 dev and 2,000 test pairs"
+            found.setdefault(whole, []).append(measure(files[400_000], cache, WHOLE))
     write_record(arguments.out, {"steps": STEPS - WARM_UP, "found": found})
-    print(f"| | peak, MB | seconds for {STEPS - WARM_UP} steps |\n|---|---|---|")
+    print(f"| | peak, MB (range) | seconds for {STEPS - WARM_UP} steps (range) |\n|---|---|---|")
     for name, figures in found.items():
-        print(f"| {name} | {figures['peak_mb']:,.0f} | {figures['seconds']:.1f} |")
+        cells = []
+        for what, form in (("peak_mb", "{:,.0f} ({:,.0f} to {:,.0f})"), ("seconds", "{:.1f} ({:.1f} to {:.1f})")):
+            values = [of[what] for of in figures if what in of]
+            cells.append(form.format(statistics.median(values), min(values), max(values)) if values else "")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 `cold` finds no token cache, `warm` finds the tokens of an earlier start. The large file holds the real pairs, blown up
 to Quora's 404,290 rows, each with its number added, so that no two are the same. The peer's first step is that of its
-own trainer on the same file; it has no cache to warm. Needs the extras `offline` and `peer`.
+own trainer on the same file; it has no cache to warm. `tokens` is the part of a start that reads, checks and tokenizes
+the pairs, or finds that in the cache. Needs the extras `offline` and `peer`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,17 @@ def first_step_of_peer(file: str) -> None:
         ).train()
 
 
+def tokens(file: str, num_proc: int | None) -> float:
+    """The seconds that a process which has imported everything takes to have a file's tokens at hand."""
+    from crossenc.data import PairDataModule
+
+    data = PairDataModule(file, val_size=0, test_size=0, num_proc=num_proc, backbone=BACKBONE)
+    start = time.perf_counter()
+    data.prepare_data()
+    data.setup("fit")
+    return time.perf_counter() - start
+
+
 def blow_up(source: Path, target: Path, rows: int) -> None:
     with source.open(newline="", encoding="utf-8") as file:
         header, *pairs = csv.reader(file, delimiter="\t")
@@ -69,19 +81,25 @@ def blow_up(source: Path, target: Path, rows: int) -> None:
 
 
 def seconds(command: list[str], cache: Path) -> float:
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
+    """What a command takes; or what it says, where it measures itself."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     start = time.perf_counter()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    return time.perf_counter() - start
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(done.stdout) if "--tokens" in command else time.perf_counter() - start
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=404_290)
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
-    if "--peer" in sys.argv:  # this script as it starts itself, on the clock
-        first_step_of_peer(parser.parse_args().peer)
+    for name in ("--peer", "--tokens", "--num_proc"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    if {"--peer", "--tokens"} & set(sys.argv):  # this script as it starts itself, on the clock
+        own = parser.parse_args()
+        if own.peer:
+            first_step_of_peer(own.peer)
+        print(tokens(own.tokens, own.num_proc and int(own.num_proc)))
+        return
     arguments = begin(parser, "offline", "peer")
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as space:
@@ -104,17 +122,19 @@ def main() -> None:
                 "first step, 8,999 rows, warm": fit(small),
                 "first step of the peer, 8,999 rows": [sys.executable, __file__, "--peer", str(small)],
             }
-            if not number:
-                commands |= {f"first step, {arguments.rows:,} rows, cold": fit(large)}
-                two = [*fit(large), "--data.num_proc=2"]
-                commands |= {f"first step, {arguments.rows:,} rows, cold, num_proc 2": two}
+            rows, read = f"{arguments.rows:,} rows", [sys.executable, __file__, "--tokens", str(large)]
+            two = "cold, num_proc 2"
             if number < 3:
-                commands |= {f"first step, {arguments.rows:,} rows, warm": fit(large)}
+                commands |= {f"tokens, {rows}, cold": read, f"tokens, {rows}, {two}": [*read, "--num_proc=2"]}
+            if not number:
+                commands |= {f"first step, {rows}, {two}": [*fit(large), "--data.num_proc=2"]}
+                commands |= {f"first step, {rows}, cold": fit(large)}
+            commands |= {f"tokens, {rows}, warm": read, f"first step, {rows}, warm": fit(large)}
             for name, command in commands.items():
-                own = cache
-                if str(large) in command:
-                    own = Path(space) / ("cache-two" if "--data.num_proc=2" in command else "cache-large")
-                found.setdefault(name, []).append(seconds(command, own))
+                if str(large) in command:  # where nothing may be found, in a folder of its own
+                    kept = "warm" in name or name == f"first step, {rows}, cold"
+                    cache = Path(space) / ("cache-large" if kept else f"cache-{name}-{number}")
+                found.setdefault(name, []).append(seconds(command, cache))
     write_record(arguments.out, {"seconds": found})
     print("| | seconds (range) |\n|---|---|")
     for name, taken in found.items():

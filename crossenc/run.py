@@ -307,9 +307,7 @@ class RunCLI(LightningCLI):
                 if before.get(name) != now[name]
             ]
             # Not by its name: a folder may have been moved.
-            kept, own = (
-                [(n, v.shape) for n, v in of.items()] for of in (loaded["state_dict"], self.model.state_dict())
-            )
+            kept, own = ({n: v.shape for n, v in of.items()} for of in (loaded["state_dict"], self.model.state_dict()))
             if kept != own and not changed:
                 changed = [f"the weights of model.backbone {before['backbone']}, which fit no {now['backbone']}"]
             if changed:
