@@ -39,16 +39,21 @@ class TrainSpeed(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:  # which comes before the training
             self.since += time.perf_counter() - self.paused
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.rate = (
+            trainer.optimizers[0].param_groups[0]["lr"] / pl_module.hparams["head_rate"]
+        )  # the head's come first
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         times = 2 if pl_module.hparams["consistency"] else 1  # that each pair is in the batch
         self.pairs += len(batch["label"]) * trainer.world_size // times
-        if pl_module.is_logged:
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if pl_module.is_logged and whole:
             now = time.perf_counter()
             size = len(batch["label"])
-            rate = trainer.optimizers[0].param_groups[0]["lr"] / pl_module.hparams["head_rate"]  # the head's come first
-            pl_module.log("train/lr", rate, prog_bar=True, batch_size=size)
+            pl_module.log("train/lr", self.rate, prog_bar=True, batch_size=size)
             pl_module.log("train/pairs_per_second", self.pairs / (now - self.since), prog_bar=True, batch_size=size)
             self.pairs, self.since = 0, now
 

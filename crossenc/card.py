@@ -363,7 +363,8 @@ def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
             task_type="cross-encoder-classification",
             task_name="Cross Encoder Classification",
             dataset_type=_source_of(split, data).partition(":")[0],
-            dataset_config=data.get("subset"),
+            # Which is the training pairs' own.
+            dataset_config=data.get("subset") if _source_of(split, data) == _source_of("train", data) else None,
             dataset_name=f"{_source_of(split, data)} ({TITLES[split]})",
             dataset_split=split,
             metric_type=metric,

@@ -82,7 +82,7 @@ def offline_remedy(asked_for: str, reason: object) -> str:
     """The message of a `HubError`: what was asked for, why it failed, and how to work without the Hub."""
     return (
         f"{asked_for} could not be read from the Hugging Face Hub ({one_line(reason)}); without the Hub, give what is "
-        "on this machine: pairs as a file, a model as a folder (in place of a .ckpt its export)"
+        "on this machine: pairs as a file, a model as a folder"
     )
 
 

@@ -148,8 +148,8 @@ def mine(
     if output == STANDARD:
         raise UsageError("mine writes two files; name the one of the pairs")
     if output is not None:
-        for file in (output, _groups_file(output)):
-            claim_output(file, SUFFIXES, overwrite or parts_folder(output).exists())
+        claim_output(output, SUFFIXES, overwrite)
+        claim_output(_groups_file(output), SUFFIXES, overwrite)
     if threshold is None and dev is None:
         threshold = read_threshold(model)
         if threshold is None:
@@ -195,7 +195,7 @@ def mine(
     members = _group_rows(groups, representatives, ids, texts)
     if output is None:
         return Mined(list(rows), members)
-    with ExitStack() as stack:  # both are whole before one of them gets its name
+    with ExitStack() as stack:  # an error in one leaves neither
         for file, content, columns in ((output, rows, _PAIR_COLUMNS), (_groups_file(output), members, _GROUP_COLUMNS)):
             schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
             take = stack.enter_context(write_table(file, list(columns), schema))

@@ -107,15 +107,16 @@ class CrossEncoderModule(LightningModule):
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"model.label_smoothing {label_smoothing} is not in [0, 1)")
         if not 0 < layer_decay <= 1 or not 0 <= consistency < math.inf:
-            raise UsageError("model.layer_decay must be in (0, 1] and model.consistency at least 0")
+            raise UsageError("model.layer_decay must be in (0, 1] and model.consistency finite and at least 0")
         if pos_weight is not None and not 0 < pos_weight < math.inf:
-            raise UsageError(f"model.pos_weight {pos_weight} is not above 0")
+            raise UsageError(f"model.pos_weight {pos_weight} is not above 0 and finite")
         if dropout is not None and not 0 <= dropout < 1:
             raise UsageError(f"model.dropout {dropout} is not in [0, 1)")
         at_least, above = (warmup, weight_decay), (learning_rate, head_rate)
         if not all(0 <= value < math.inf for value in at_least) or not all(0 < value < math.inf for value in above):
             raise UsageError(
-                "model.warmup and weight_decay must be at least 0, model.learning_rate and model.head_rate above 0"
+                "model.warmup and weight_decay must be at least 0, model.learning_rate and model.head_rate above 0; "
+                "all of them are finite"
             )
         backbone = str(backbone)  # a Path from Python
         self.save_hyperparameters()

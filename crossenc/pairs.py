@@ -206,8 +206,8 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             if not isinstance(item, dict):
                 item = f"not a JSON object: {line.strip()[:60]!r}"
             # An escape such as \ud800 is no character either.
-            elif _SURROGATE.search(json.dumps(item, ensure_ascii=False) if "\\u" in line else line):
-                item = _NOT_UTF8
+            elif SURROGATE.search(json.dumps(item, ensure_ascii=False) if "\\u" in line else line):
+                item = NOT_UTF8
             yield item
         return
     csv.field_size_limit(_LONGEST_FIELD)
@@ -217,8 +217,8 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
         header = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{where}, header: {str(error).replace(*_UNCLOSED)}") from error
-    if _SURROGATE.search("".join(header)):
-        raise DataError(f"{where}, header: {_NOT_UTF8}")
+    if SURROGATE.search("".join(header)):
+        raise DataError(f"{where}, header: {NOT_UTF8}")
     refuse_twice(header, where)
     while True:
         lines.row.clear()
@@ -231,8 +231,8 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             yield str(error).replace(*_UNCLOSED)
             continue
         if len(fields) == len(header):
-            if _SURROGATE.search("".join(fields)):
-                yield _NOT_UTF8
+            if SURROGATE.search("".join(fields)):
+                yield NOT_UTF8
             else:
                 # An empty field is how a csv writes a null.
                 yield {name: field or None for name, field in zip(header, fields, strict=True)}
@@ -273,8 +273,8 @@ def refuse_twice(header: list[str], where: str) -> None:
 # would take all that follows into memory.
 _LONGEST_FIELD = 2**24
 _UNCLOSED = ("unexpected end of data", "a quote is never closed")
-_NOT_UTF8 = "not UTF-8; save the file as UTF-8"
-_SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is no UTF-8 is read as
+NOT_UTF8 = "not UTF-8; save the file as UTF-8"
+SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is no UTF-8 is read as
 
 
 def canonical(
@@ -305,8 +305,8 @@ def what_is_wrong(values: Mapping[str, Any], names: Mapping[str, str]) -> str | 
             return f"{names[side]} is null; remove the row or fill in the question"
         if not isinstance(text, str):
             return f"{names[side]} is not text but {type(text).__name__} ({one_line(text)[:60]})"
-        if _SURROGATE.search(text):
-            return f"{names[side]} is {_NOT_UTF8}"
+        if SURROGATE.search(text):
+            return f"{names[side]} is {NOT_UTF8}"
     return None
 
 
@@ -314,8 +314,6 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
     """The source's own name of each of our columns; raises `DataError` if one is missing."""
     if unknown := set(columns) - set(ALIASES):
         raise DataError(f"columns: {sorted(unknown)} is not one of {list(ALIASES)}; write `text_a: NAME_IN_THE_FILE`")
-    if not labelled and "label" in columns:
-        raise DataError("columns: a label is not read here; name text_a and text_b only")
     names: dict[str, str] = {}
     for ours, aliases in ALIASES.items():
         if ours == "label" and not labelled:
@@ -357,7 +355,7 @@ def sizes(rows: int, val_size: float | None, test_size: float | None, where: str
     and when nothing is left for training."""
     wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
     if not all(0 <= size < math.inf for size in wanted):
-        raise DataError(f"--data.val_size {val_size} and --data.test_size {test_size} must be at least 0")
+        raise DataError(f"--data.val_size {val_size} and --data.test_size {test_size} must be finite and at least 0")
     val, test = (max(1, round(size * rows)) if 0 < size < 1 else int(size) for size in wanted)
     if val + test >= rows:
         raise DataError(

@@ -106,9 +106,6 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
-_WITHOUT_HUB = "--data.source FILE --model.backbone FOLDER, or to try it out --config configs/quickstart.yaml"
-
-
 class RunCLI(LightningCLI):
     """LightningCLI for one command; what a run adds are `--run`, `--output`, `--examples` and `--debug`."""
 
@@ -125,10 +122,11 @@ class RunCLI(LightningCLI):
             if self.old_log.is_file() and not log_file.exists():
                 self.old_log.rename(log_file)  # the run did not go on
             own = self.folder / "config.yaml"
-            if isinstance(error, HubError):
-                known = self.checkpoint and own.is_file()
-                remedy = f"the options of the checkpoint's run: --config {own}" if known else _WITHOUT_HUB
-                raise HubError(f"{error}; {remedy}") from error
+            if isinstance(error, HubError) and self.checkpoint and own.is_file():
+                raise HubError(f"{error}; the options of the checkpoint's run: --config {own}") from error
+            if isinstance(error, HubError) and self.command == "fit":
+                local = "--data.source FILE --model.backbone FOLDER, or to try it out --config configs/quickstart.yaml"
+                raise HubError(f"{error}: {local}") from error
             if isinstance(error, ValueError) and "val_check_interval" in str(error):  # known when the pairs are read
                 raise UsageError(f"{one_line(error)}; 1.0 is the end of an epoch") from error
             if isinstance(error, RuntimeError) and _is_lost_connection(error):

@@ -58,18 +58,19 @@ class Scoring:
             raise UsageError(f"precision {self.precision} is torch's; backend {self.backend} has its own")
 
     def find(self) -> Path:
-        """The model's folder or checkpoint. What cannot score is refused here, before any work: by its files alone.
+        """The model's folder or checkpoint, for a look before any work; its weights are not read.
 
         Raises:
-            BackboneError, CheckpointError, HubError: as `loading.find`; or it is no cross-encoder, or has no ONNX file.
+            BackboneError, CheckpointError, HubError: as `loading.find`; or there is no classification head, or no file
+                of the backend.
             MissingExtraError: onnxruntime is not installed.
         """
         path = find(self.model, onnx=self.backend != "torch")
+        if path.is_dir():
+            require_head(str(self.model), path)
         if self.backend != "torch":
             require("onnxruntime", "onnx")
             find_onnx(path, self.backend)
-        elif path.is_dir():
-            require_head(str(self.model), path)
         return path
 
     def facts(self) -> dict[str, Any]:
@@ -195,10 +196,9 @@ def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
             number, found = results.get(timeout=1)
         except queue.Empty:
             if dead := [worker for worker in workers if worker.exitcode]:
-                # In a script without that line, each process begins the script anew.
-                cause = "for want of memory" if dead[0].exitcode < 0 else "in a script without `if __name__ == ...`"
+                cause = ", perhaps for want of memory" if dead[0].exitcode < 0 else ""
                 raise LostProcessError(
-                    f"a scoring process ended by itself (exit code {dead[0].exitcode}), perhaps {cause}; "
+                    f"a scoring process ended by itself (exit code {dead[0].exitcode}){cause}; "
                     "finished parts are kept: give the same command again, or fewer devices"
                 ) from None
             continue

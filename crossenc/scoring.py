@@ -94,13 +94,14 @@ def score(
     new = _New(column, "logit" if logit else None, decision, None if decision is None else read_threshold(model))
     if not all(new.names()) or len(set(new.names())) < len(new.names()):
         raise UsageError(f"the new columns cannot be called {new.names()}; name each otherwise: --column, --decision")
+    if columns and "label" in columns:
+        raise UsageError("columns: no label is read here; name text_a and text_b")
     if decision is not None and new.threshold is None:
         raise UsageError(f"{model} has stored no threshold, which a decision needs")
     with ExitStack() as stack:
         table = stack.enter_context(open_table(pairs, SIDES))
         if output is not None:
-            # Where parts lie, a run was broken, perhaps just after the output got its name.
-            claim_output(output, SUFFIXES, overwrite or parts_folder(output).exists())
+            claim_output(output, SUFFIXES, overwrite)
         if (decision is not None or logit) and output is None and isinstance(table.source, Path | list):
             raise UsageError("a decision or a logit stands beside its pair; give a DataFrame, or name an output")
         of_the_model = scoring.facts()  # before the input is read, which may take long: there may be no such model

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet
 
 from .errors import DataError, OutputError, UsageError, one_line
-from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file, separator_hint
+from .pairs import NOT_UTF8, SUFFIXES, SURROGATE, is_local, open_parquet, refuse_twice, rows_of_file, separator_hint
 from .parts import file_digest, replacing, try_writing, writing
 
 if TYPE_CHECKING:
@@ -245,6 +245,8 @@ def read_texts(
                 wrong = f"no text; it has {list(row)}"
             elif found and not key:
                 wrong = f"an id, {found!r}, where the first row has none"
+            elif isinstance(text, str) and SURROGATE.search(text):
+                wrong = f"{name} is {NOT_UTF8}"
             elif not isinstance(text, str) or known is None or isinstance(known, dict | list):
                 wrong = f"{name if not isinstance(text, str) else key} is null or no text"
             else:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_resume import start, start_server
 
 from crossenc.cli import main
 
@@ -61,7 +60,11 @@ def run_on(devices: int, words: list[str], log: Path) -> None:
     if devices == 1:
         assert main(words) == 0
         return
-    start_server()
+    from kill_resume import start, start_server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        start_server()
     started = start(words, devices, log)
     for process in started:
         process.join()

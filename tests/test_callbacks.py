@@ -53,12 +53,12 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
 def test_rate_and_speed_are_logged_in_epochs_that_are_shorter_than_the_interval(
     pairs_file: Path, tiny_backbone: Path, tmp_path: Path
 ):
-    options = ["--trainer.log_every_n_steps=8", "--trainer.max_epochs=4", "--data.batch_size=8"]
+    options = ["--trainer.log_every_n_steps=8", "--trainer.max_epochs=4", "--trainer.accumulate_grad_batches=2"]
     assert main([*arguments(pairs_file, tiny_backbone, tmp_path), *options]) == 0
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rates = {row["step"]: float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]}
     assert list(rates) == ["7", "15", "23"]
-    assert rates["7"] == pytest.approx(5e-5 * (24 - 8) / (24 - 3))  # of the step itself, and no earlier one
+    assert rates["7"] == pytest.approx(5e-5 * (24 - 7) / (24 - 3))  # of the step itself, and no earlier one
 
 
 def test_the_speed_of_training_is_without_validations(
@@ -71,7 +71,12 @@ def test_the_speed_of_training_is_without_validations(
         return lambda *_: setattr(time, "now", time.now + seconds)
 
     module = CrossEncoderModule(tiny_backbone)
-    module.on_train_batch_start, module.on_validation_epoch_start = passes(1), passes(1000)
+    module.on_validation_epoch_start = passes(1000)
+
+    def takes_a_second(_: object, number: int) -> None:
+        time.now, module.is_logged = time.now + 1, number == 9
+
+    module.on_train_batch_start = takes_a_second
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = Trainer(max_steps=10, val_check_interval=5, callbacks=[callbacks.TrainSpeed()], **quiet)
     trainer.fit(module, PairDataModule(str(pairs_file), batch_size=4, backbone=str(tiny_backbone)))
@@ -126,6 +131,7 @@ def test_speed_is_that_of_all_devices_without_validation_and_counts_a_pair_once(
     optimizer = SimpleNamespace(param_groups=[{"lr": 1e-5}])
     state = SimpleNamespace(fn=TrainerFn.FITTING)
     trainer: Any = SimpleNamespace(world_size=4, sanity_checking=False, state=state, optimizers=[optimizer])
+    trainer.accumulate_grad_batches, trainer.is_last_batch = 2, False
     told: dict[str, float] = {}
     settings = {"consistency": 1.0, "head_rate": 1.0}
     module: Any = SimpleNamespace(
@@ -135,8 +141,11 @@ def test_speed_is_that_of_all_devices_without_validation_and_counts_a_pair_once(
     speed.on_train_start(trainer, module)
     speed.on_validation_start(trainer, module)
     speed.on_validation_end(trainer, module)
-    speed.on_train_batch_end(trainer, module, None, {"label": range(10)}, 9)  # five pairs twice, in 110 seconds of 160
-    assert told["train/pairs_per_second"] == pytest.approx(20 / 110)
+    for batch in (8, 9):  # of one step: five pairs twice each, in 110 seconds of 160
+        assert not told
+        speed.on_train_batch_start(trainer, module, None, batch)
+        speed.on_train_batch_end(trainer, module, None, {"label": range(10)}, batch)
+    assert told["train/pairs_per_second"] == pytest.approx(2 * 20 / 110)
 
 
 def test_cost_is_that_of_all_parts_of_a_run(monkeypatch: pytest.MonkeyPatch):

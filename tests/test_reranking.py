@@ -207,6 +207,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
     refused(DataError, r"row 1: id is null or no text$", corpus=[{"id": [1], "text": "a"}])
     refused(DataError, r"row 1: text is null or no text$", queries=[{"id": 1, "text": None}])
+    refused(DataError, r"row 1: text is not UTF-8", queries=["x\ud800"])
     refused(UsageError, "index 'fast' is not one of", retriever=BACKBONE, index="fast")
     refused(UsageError, "are the retriever's", retrieve_k=100)
     refused(BackboneError, "is a cross-encoder, which makes no vectors", retriever=str(tiny))

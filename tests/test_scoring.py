@@ -297,19 +297,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, t
     assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
 
 
-def test_a_run_that_ends_just_after_its_output_is_there_goes_on(tiny, write, monkeypatch):
-    path = write("p.csv", "question1,question2\na,b\n")
-    output = path.with_name("out.csv")
-    with monkeypatch.context() as broken:
-        broken.setattr("crossenc.scoring.shutil.rmtree", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            score(str(tiny), str(path), str(output))
-    found = output.read_text()
-    score(str(tiny), str(path), str(output))
-    assert output.read_text() == found
-    assert {file.name for file in path.parent.iterdir()} == {"p.csv", "out.csv"}
-
-
 @pytest.mark.parametrize(
     ("name", "given"),
     [("columns", {"columns": {"text_b": "other"}}), ("on_error", {"on_error": "skip"}), ("input", {})],
@@ -500,6 +487,8 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
         score(str(tiny), path, path)
     with pytest.raises(OutputError, match="cannot be written"):
         score(str(tiny), path, f"{path}/out.csv")
+    with pytest.raises(UsageError, match="columns: no label is read here"):
+        score(str(tiny), path, columns={"label": "question1"})
     with pytest.raises(DataError, match=r"columns: .'texta'. is not one of"):
         score(str(tiny), path, columns={"texta": "question1"})
     with pytest.raises(DataError, match="text_a and text_b are both the column 'question1'; name two"):
