@@ -88,18 +88,10 @@ def attend(
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float = 0.0, scaling: float | None = None
 ) -> Tensor:
-    """Attention of every pair within itself.
+    """Attention of every pair within itself, of the shape of `query`: (tokens, heads, width), or (pairs, heads, width)
+    where only each pair's first token is asked for.
 
-    Args:
-        query: (tokens, heads, width), or (pairs, heads, width) where only each pair's first token is asked for.
-        key: (tokens, heads, width).
-        value: as `key`.
-        packing: where the pairs lie.
-        dropout: share of the attention that is dropped.
-        scaling: of the products; None is 1 / sqrt(width).
-
-    Returns:
-        As `query`.
+    `key` and `value` are (tokens, heads, width). `scaling` is of the products; None is 1 / sqrt(width).
     """
     firsts = len(query) == len(packing.starts) != len(key)
     if packing.bounds is not None:

@@ -12,128 +12,10 @@ from . import __version__
 from .errors import one_line
 from .pairs import SUFFIXES
 
-REPORT = """\
-## Metrics
+_TEMPLATES = Path(__file__).with_name("templates")
 
-{% if splits -%}
-| |{% for split in splits %} {{ split }} |{% endfor %}
-|---|{{ "---|" * splits | length }}
-{% for row in metric_rows -%}
-| {{ row | join(" | ") }} |
-{% endfor %}
-Accuracy, F1, precision and recall are taken at the threshold
-{{- " %.4f" | format(0.5 if threshold is none else threshold) }}, which was {{ "not " if threshold is none -}}
-chosen on dev pairs; "own best" is the figure at the
-threshold that suits the very pairs it is measured on, as sentence-transformers reports it. In brackets stands the 95 %
-interval (bootstrap over pairs). "Unseen questions" are the pairs that share no question with the training pairs. The
-calibration error is the mean distance of score and share of duplicates in ten bins; on dev pairs it is cross-fitted, so
-that no pair judges its own fit. "By chance" is what it would be on average if the scores were true probabilities.
-Swapped are the two texts of a pair.
-{%- else -%}
-None were measured.
-{%- endif %}
-{% for name, text in pictures %}
-![{{ text }}](figures/{{ name }}.png)
-{% endfor %}
-{%- if errors %}
-### Most confident errors on dev pairs
-
-| score | label | one text | the other |
-|---|---|---|---|
-{% for row in errors -%}
-| {{ row | join(" | ") }} |
-{% endfor %}
-{%- endif -%}
-"""
-
-TEMPLATE = (
-    """\
----
-{{ card_data }}
----
-
-# {{ name }}
-
-A cross-encoder: it reads two questions at once and gives one score from 0 to 1 for whether they ask the same thing.
-It was made from `{{ backbone }}` with crossenc {{ version }}.
-{% if summary %}
-{{ summary }}
-{% endif %}
-## Use
-
-```python
-from sentence_transformers import CrossEncoder
-
-model = CrossEncoder("{{ place }}")
-scores = model.predict([("How do I learn to swim?", "What is the best way to learn swimming?")])
-```
-
-```python
-from transformers import pipeline
-
-scorer = pipeline("text-classification", model="{{ place }}")
-scorer({"text": "How do I learn to swim?", "text_pair": "What is the best way to learn swimming?"})
-```
-
-Both give the score after the sigmoid. A file of pairs of any size is scored by
-`python -m crossenc score {{ place }} pairs.csv scores.csv`. Others read it too:
-
-| reader | how | what it gives |
-|---|---|---|
-| transformers | `AutoModelForSequenceClassification.from_pretrained("{{ place }}")` | logit |
-| LangChain | `HuggingFaceCrossEncoder(model_name="{{ place }}")` | score |
-| Haystack | `SentenceTransformersSimilarityRanker(model="{{ place }}")` | score |
-| LlamaIndex | `SentenceTransformerRerank(model="{{ place }}")` | score |
-| rerankers | `Reranker("{{ place }}", model_type="cross-encoder")` | logit |
-| text-embeddings-inference | `text-embeddings-router --model-id {{ place }}`, then `/rerank` | score |
-| vLLM | `vllm serve {{ place }}`, then `/score` | score |
-
-{% if threshold is not none -%}
-A score of {{ "%.4f" | format(threshold) }} or more means a duplicate: the threshold with the best F1 on the dev pairs.
-{%- endif %}
-{% if calibrated -%}
-Scores are calibrated on the dev pairs, in the weights: of pairs with a score of 0.8 about 80 % are duplicates.
-{%- endif %}
-Pairs of more than {{ max_length }} tokens are cut.
-
-"""
-    + REPORT
-    + """
-
-## Training data
-
-{{ data_text }}
-
-## Training
-
-| | |
-|---|---|
-{% for name, value in settings.items() -%}
-| {{ name }} | {{ value }} |
-{% endfor %}
-{%- if onnx is not none %}
-## ONNX
-
-`onnx/model.onnx` gives the same scores by onnxruntime, in fp32:
-
-```python
-model = CrossEncoder("{{ place }}", backend="onnx")
-```
-{% if onnx %}
-`onnx/model_qint8.onnx` has its weights in 8 bits (`model_kwargs={"file_name": "onnx/model_qint8.onnx"}`). On
-{{ "{:,.0f}".format(onnx.rows) }} dev pairs its average precision is {{ "%.4f" | format(onnx["onnx-int8"]) }}, and
-that of fp32 {{ "%.4f" | format(onnx.onnx) }}: a change of {{ "%+.4f" | format(onnx["onnx-int8"] - onnx.onnx) }}.
-Scores differ by {{ "%.3f" | format(onnx.difference) }} at most.
-{% endif %}
-{%- endif %}"""
-)
-
-TITLES = {
-    "val": "dev",
-    "val_unseen": "dev, unseen questions",
-    "test": "test",
-    "test_unseen": "test, unseen questions",
-}
+TITLES = {"val": "dev", "val_unseen": "dev, unseen questions"}
+TITLES |= {"test": "test", "test_unseen": "test, unseen questions"}
 # The rows of the metric table, and how their figures are written.
 SHOWN = {
     "rows": ("pairs", "{:,.0f}"),
@@ -216,7 +98,7 @@ def write_card(
             model_name=name,
             eval_results=_eval_results(figures, data) or None,
         ),
-        template_str=TEMPLATE,
+        template_path=str(_TEMPLATES / "card.md"),
         name=name,
         place=name if "/" in name else "path/to/this/folder",
         backbone=_shown_path(settings["backbone"]),
@@ -227,7 +109,8 @@ def write_card(
         data_text=_data_text(data),
         settings=_settings(settings, data, checkpoint),
         onnx=onnx,
-        **_report(figures, checkpoint["crossenc"]["threshold"], pictures, errors),
+        threshold=checkpoint["crossenc"]["threshold"],
+        report=_report(figures, checkpoint["crossenc"]["threshold"], pictures, errors),
     )
     card.save(folder / "README.md")
 
@@ -242,9 +125,7 @@ def write_report(
     errors: Sequence[Sequence[str]],
 ) -> None:
     """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
-    from jinja2 import Template
-
-    text = Template(REPORT).render(**_report(figures, threshold, pictures, errors, folded=False))
+    text = _report(figures, threshold, pictures, errors, folded=False)
     told = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())
     parts = [f"# Evaluation of {_shown_path(name)}", f"By crossenc {__version__}; {told}.", _summary(figures), text]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -256,16 +137,15 @@ def _report(
     pictures: Collection[str],
     errors: Sequence[Sequence[str]],
     folded: bool = True,
-) -> dict[str, Any]:
-    """What `REPORT` asks for."""
+) -> str:
+    """Metrics, pictures and errors in Markdown."""
+    from jinja2 import Template
+
     splits, rows = metric_table(figures, folded)
-    return {
-        "splits": splits,
-        "metric_rows": rows,
-        "threshold": threshold,
-        "pictures": [(picture, text) for picture, text in _PICTURES.items() if picture in pictures],
-        "errors": errors,
-    }
+    shown = [(picture, text) for picture, text in _PICTURES.items() if picture in pictures]
+    template = Template((_TEMPLATES / "report.md").read_text(encoding="utf-8"))
+    told = template.render(splits=splits, metric_rows=rows, threshold=threshold, pictures=shown, errors=errors)
+    return str(told).strip()
 
 
 def metric_table(figures: dict[str, float], folded: bool = True) -> tuple[list[str], list[list[str]]]:
@@ -312,16 +192,10 @@ def worst_errors(columns: Mapping[str, Any], threshold: float, count: int = 10) 
 
     `columns` are `label`, `score`, `text_a` and `text_b` of an evaluated split.
     """
-    wrong = [i for i, score in enumerate(columns["score"]) if (score >= threshold) != (columns["label"][i] >= 0.5)]
-    wrong.sort(key=lambda i: -abs(columns["score"][i] - columns["label"][i]))
-    return [
-        [
-            f"{columns['score'][i]:.3f}",
-            f"{columns['label'][i]:g}",
-            *(_quote(columns[n][i]) for n in ("text_a", "text_b")),
-        ]
-        for i in wrong[:count]
-    ]
+    scores, labels, a, b = (columns[name] for name in ("score", "label", "text_a", "text_b"))
+    wrong = [i for i, score in enumerate(scores) if (score >= threshold) != (labels[i] >= 0.5)]
+    wrong.sort(key=lambda i: -abs(scores[i] - labels[i]))
+    return [[f"{scores[i]:.3f}", f"{labels[i]:g}", _quote(a[i]), _quote(b[i])] for i in wrong[:count]]
 
 
 def _quote(text: str) -> str:

@@ -165,16 +165,11 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
 
 def command_table() -> str:
     """The help of `crossenc` itself: every command with one line."""
-    lines = [f"  {name:<10}{text}" for name, (text, _) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python -m crossenc COMMAND [options]",
-            "",
-            *lines,
-            "",
-            "first run, without network:  python -m crossenc fit --config configs/quickstart.yaml",
-            "options of a command:        python -m crossenc COMMAND --help",
-        ]
+    lines = "".join(f"  {name:<10}{text}\n" for name, (text, _) in COMMANDS.items())
+    return (
+        f"usage: python -m crossenc COMMAND [options]\n\n{lines}\n"
+        "first run, without network:  python -m crossenc fit --config configs/quickstart.yaml\n"
+        "options of a command:        python -m crossenc COMMAND --help"
     )
 
 

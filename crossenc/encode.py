@@ -47,11 +47,7 @@ class PairBatch(TypedDict, total=False):
 
 
 def encode(
-    pairs: Dataset,
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int,
-    num_proc: int | None = None,
-    swap: bool = False,
+    pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int, num_proc: int | None = None, swap: bool = False
 ) -> Dataset:
     """Add `input_ids`, `token_type_ids` where the backbone takes them, `length` and `cut`, and drop the texts.
 
@@ -133,12 +129,9 @@ def tell_cut(encoded: Dataset, what: str, max_length: int) -> None:
 
 
 class PairCollator:
-    """Make a `PairBatch` of encoded pairs, given as an Arrow table.
+    """Make a `PairBatch` of encoded pairs, given as an Arrow table, padded as the tokenizer says.
 
-    Args:
-        tokenizer: says how to pad, and which inputs the backbone takes.
-        mean_pairs: handed on in the batch; None in evaluation.
-        piece_cost: what one more piece costs, in tokens; see `cut_pieces`.
+    `mean_pairs` is handed on in the batch; None in evaluation. For `piece_cost`, in tokens, see `cut_pieces`.
     """
 
     def __init__(
@@ -182,11 +175,8 @@ class PairCollator:
 
 
 def cut_pieces(lengths: NDArray[np.int32], cost: int) -> list[int]:
-    """Sizes of the pieces of a batch that take the fewest tokens: padding, and `cost` for each piece.
-
-    Args:
-        lengths: tokens of each pair, from long to short, shape (pairs,).
-        cost: what a piece takes beyond its tokens (starting every operation once more), counted in tokens.
+    """Sizes of the pieces of a batch that take the fewest tokens: padding, and for each piece `cost`, that of starting
+    every operation once more. `lengths` are the pairs' tokens, from long to short, shape (pairs,).
     """
     if int(lengths[0]) * len(lengths) - int(lengths.sum()) <= cost:  # cuts save all padding at most
         return [len(lengths)]

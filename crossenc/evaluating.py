@@ -55,24 +55,12 @@ def evaluate(
     if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):
         raise OutputError(f"{output} is there and holds no earlier evaluation; name another folder with --output")
     module = load_module(model)
-    hparams = module.hparams
-    data = PairDataModule(
-        **{"source": "", **arguments},
-        backbone=hparams["backbone"],
-        max_length=module.max_length,
-        trust_remote_code=hparams["trust_remote_code"],
-        revision=hparams["revision"],
-    )
+    of_the_model = {name: module.hparams[name] for name in ("backbone", "trust_remote_code", "revision")}
+    data = PairDataModule(**{"source": "", **arguments, **of_the_model, "max_length": module.max_length})
+    given: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "precision": precision, "logger": False}
+    given |= {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
     try:
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            precision=precision,  # type: ignore[arg-type]
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = Trainer(**given)
     except (TypeError, ValueError) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
     splits = data.splits()

@@ -8,7 +8,7 @@ fewer operations. Other backbones, and those whose attention or layers were exch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
@@ -133,8 +133,7 @@ def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
         first = _LAST_LAYERS[kind](last, hidden[0], packing)
     else:  # wrapped, as sharding does: only its own call brings its weights together
         first = last(hidden, packing=packing)[0, packing.starts]
-    logits: Tensor = _HEADS[model.config.model_type](model, first)
-    return logits
+    return _HEADS[model.config.model_type](model, first)
 
 
 def _attend_first(own: Any, query: Any, key: Any, value: Any, packing: Packing) -> Tensor:
@@ -160,31 +159,12 @@ def _last_of_distilbert(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
     return output
 
 
-def _head_of_bert(model: Any, first: Tensor) -> Any:
-    return model.classifier(model.dropout(model.bert.pooler(first[:, None])))
-
-
-def _head_of_roberta(model: Any, first: Tensor) -> Any:
-    return model.classifier(first[:, None])
-
-
-def _head_of_distilbert(model: Any, first: Tensor) -> Any:
-    return model.classifier(model.dropout(model.pre_classifier(first).relu()))
-
-
-_LAST_LAYERS = {
-    "BertLayer": _last_of_bert,
-    "RobertaLayer": _last_of_bert,
-    "XLMRobertaLayer": _last_of_bert,
-    "CamembertLayer": _last_of_bert,
-    "TransformerBlock": _last_of_distilbert,
-}
-_HEADS = {
-    "bert": _head_of_bert,
-    "roberta": _head_of_roberta,
-    "xlm-roberta": _head_of_roberta,
-    "camembert": _head_of_roberta,
-    "distilbert": _head_of_distilbert,
+_LAST_LAYERS = dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer"), _last_of_bert)
+_LAST_LAYERS["TransformerBlock"] = _last_of_distilbert
+_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "bert": lambda model, first: model.classifier(model.dropout(model.bert.pooler(first[:, None]))),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda model, first: model.classifier(first[:, None])),
+    "distilbert": lambda model, first: model.classifier(model.dropout(model.pre_classifier(first).relu())),
 }
 
 

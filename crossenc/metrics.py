@@ -65,12 +65,8 @@ class PairMetrics(Metric):
         backward = order[rows[order] < 0].flip(0)  # ~0 is the last of them
         forward = order[rows[order] >= 0]
         both = torch.equal(~rows[backward], rows[forward])  # not where `limit_test_batches` ends an evaluation early
-        scored = Scored(
-            rows[forward],
-            labels[forward].float(),
-            logits[forward].double(),
-            logits[backward].double() if both else None,
-        )
+        swapped = logits[backward].double() if both else None
+        scored = Scored(rows[forward], labels[forward].float(), logits[forward].double(), swapped)
         return scored, losses[forward].mean().item()
 
     def compute(self) -> tuple[Tensor, ...]:
@@ -163,15 +159,9 @@ def intervals(columns: Columns, threshold: float) -> dict[str, float]:
     if truth.all() or not truth.any():
         return {}
     draw, size = np.random.default_rng(0), 50  # so many at once, for memory's sake
-    found = [
-        resampled_figures(
-            columns["score"],
-            truth,
-            threshold,
-            draw.multinomial(len(truth), np.full(len(truth), 1 / len(truth)), size=size).astype(np.float64),
-        )
-        for _ in range(RESAMPLES // size)
-    ]
+    chances = np.full(len(truth), 1 / len(truth))
+    draws = (draw.multinomial(len(truth), chances, size=size).astype(np.float64) for _ in range(RESAMPLES // size))
+    found = [resampled_figures(columns["score"], truth, threshold, times) for times in draws]
     ends = np.quantile(np.concatenate(found, axis=1), [0.025, 0.975], axis=1)
     names = ("average_precision", "f1", "accuracy")
     return {

@@ -280,18 +280,10 @@ class CrossEncoderModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and decay, unless the arguments say otherwise."""
-        optimizer = make_optimizer(
-            self.hparams["optimizer"],
-            parameter_groups(
-                base_model(self.model),
-                self.hparams["weight_decay"],
-                self.hparams["learning_rate"],
-                self.hparams["layer_decay"],
-                self.hparams["head_rate"],
-            ),
-            self.hparams["learning_rate"],
-            fused=self.trainer.precision != "16-mixed",  # whose gradient scaler does not go with Lightning's clipping
-        )
+        rates = {name: self.hparams[name] for name in ("weight_decay", "learning_rate", "layer_decay", "head_rate")}
+        groups = parameter_groups(base_model(self.model), **rates)
+        fused = self.trainer.precision != "16-mixed"  # whose gradient scaler does not go with Lightning's clipping
+        optimizer = make_optimizer(self.hparams["optimizer"], groups, rates["learning_rate"], fused)
         steps = self.trainer.estimated_stepping_batches
         schedule = make_schedule(self.hparams["schedule"], optimizer, self.hparams["warmup"], steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -89,14 +89,7 @@ def find_onnx(folder: Path, backend: str) -> Path:
 
 
 class OnnxModel:
-    """One ONNX file of an export, on one device.
-
-    Args:
-        folder: the export.
-        backend: `onnx` or `onnx-int8`.
-        rank: which GPU, where onnxruntime has one.
-        threads: on a CPU.
-    """
+    """One ONNX file of an export, `onnx` or `onnx-int8`, on GPU number `rank` or so many `threads` of the CPU."""
 
     def __init__(self, folder: Path, backend: str, rank: int, threads: int) -> None:
         file = find_onnx(folder, backend)

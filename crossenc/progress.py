@@ -16,12 +16,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far `what` has come; gives the function to call with how many more are done.
+    """Show how far `what` (such as "score pairs") has come; gives the function to call with how many more are done.
 
-    Args:
-        what: a verb and its object, such as "score pairs".
-        total: how many there are.
-        done: how many an earlier run did: they count as done, but not for the speed.
+    Those that an earlier run has `done` do not count for the speed.
     """
     if not sys.stderr.isatty():
         yield _lines(what, total, done)
