@@ -296,9 +296,6 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
         mine(BACKBONE, QUESTIONS, threshold=0.5, retriever="./neither")
     with pytest.raises(BackboneError, match=r"there is no .*model\.onnx"):
         mine(str(tiny), QUESTIONS, backend="onnx", retriever="./neither")
-    (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(OutputError, match=r"folder\.csv is a folder; name a file"):
-        mine(str(tiny), QUESTIONS, str(tmp_path / "folder.csv"), overwrite=True, retriever=BACKBONE)
     refused(UsageError, "linkage 'best' is not one of", linkage="best")
     with pytest.raises(UsageError, match="name the one"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)

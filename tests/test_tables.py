@@ -36,7 +36,7 @@ def test_json_has_no_nan(tmp_path: Path):
 def test_nothing_is_written_over_that_was_not_to_be(tmp_path: Path):
     (tmp_path / "out.csv").mkdir()
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="is there already"):
+        with pytest.raises(OutputError, match="is a folder; name a file"):
             claim_output(str(tmp_path / "out.csv"), (".csv",), overwrite)
     (tmp_path / "file.csv").write_text("a")
     with pytest.raises(OutputError, match="give --overwrite"):
