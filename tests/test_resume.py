@@ -122,7 +122,7 @@ def test_killed_runs_end_with_the_same_bits():
     """One process, killed three times, and two, killed twice."""
     seed = os.environ.get("CROSSENC_TEST_SEED", str(time.time_ns() % 10**6))
     print(f"CROSSENC_TEST_SEED={seed}")
-    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=2", "--epochs=4"]
+    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=2", "--epochs=3"]
     words += [f"--seed={seed}", "--processes", "1", "2", "--kills", "3", "2"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     print(done.stdout)

@@ -64,7 +64,7 @@ def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, 
 def test_a_killed_sharded_run_ends_with_the_same_bits():
     seed = os.environ.get("CROSSENC_TEST_SEED", "0")
     script = str(ROOT / "benchmarks" / "kill_resume.py")
-    words = [sys.executable, script, "--trials=1", "--epochs=3", "--processes=2", "--strategy=fsdp", f"--seed={seed}"]
+    words = [sys.executable, script, "--trials=1", "--epochs=2", "--processes=2", "--strategy=fsdp", f"--seed={seed}"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
