@@ -91,15 +91,21 @@ def load_tokenizer(
         raise BackboneError(f"{backbone} has no vocabulary: tokenizer.json is missing")
     if tokenizer.pad_token is None:  # decoder models are trained without padding
         tokenizer.pad_token = tokenizer.eos_token
-    config = load_config(backbone, trust_remote_code, revision)
-    # To ask the model costs its import.
-    if "token_type_ids" in tokenizer.model_input_names and not hasattr(config, "type_vocab_size"):
-        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as MODELS
-
-        model: Any = MODELS.get(type(config), None)
-        if model and "token_type_ids" not in signature(model.forward).parameters:  # as DistilBERT with BERT's tokenizer
-            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    if "token_type_ids" in tokenizer.model_input_names and not _has_segments(
+        load_config(backbone, trust_remote_code, revision)
+    ):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer  # type: ignore[return-value]
+
+
+def _has_segments(config: PreTrainedConfig) -> bool:
+    """Whether a backbone takes two segments: not DistilBERT, nor a RoBERTa, which some have with BERT's tokenizer."""
+    if (count := getattr(config, "type_vocab_size", None)) is not None:
+        return bool(count != 1)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as MODELS
+
+    model: Any = MODELS.get(type(config), None)  # whose import takes its time
+    return not model or "token_type_ids" in signature(model.forward).parameters
 
 
 def resolve_max_length(
@@ -112,7 +118,8 @@ def resolve_max_length(
     """
     config = load_config(backbone, trust_remote_code, revision)
     tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
-    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or _NO_LIMIT)
+    positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+    limit = min(tokenizer.model_max_length, positions if positions > 0 else _NO_LIMIT)  # XLNet's are -1
     if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "esm"):
         limit = min(limit, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
     special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -181,6 +188,8 @@ def load_model(
         raise BackboneError(
             f"{backbone} holds no weights for {len(lost)} layers of its own config, such as {min(lost)}"
         )
+    if hasattr(model, "score"):  # a decoder's head, which reads the last token that is no padding
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.train()
     use_cheap_dropout(model)
     use_attention(model)

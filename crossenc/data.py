@@ -157,6 +157,7 @@ class PairDataModule(LightningDataModule):
         loaded = self._load()
         self.encoded |= loaded
         if stage == "fit":
+            self.position = {}  # of an earlier fit; a checkpoint's own comes later
             if "train" not in loaded:
                 raise DataError("there are no training pairs; set --data.source")
             self.facts = {
@@ -189,8 +190,8 @@ class PairDataModule(LightningDataModule):
 
     @rank_zero_only
     def _tell(self) -> None:
-        for name, part in self.encoded.items():
-            share = self.facts["duplicates"][name]
+        for name, share in self.facts["duplicates"].items():
+            part = self.encoded[name]
             log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(part):,}", 100 * share)
             if name == "val" and share in (0, 1):
                 log.warning(

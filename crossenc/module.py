@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
@@ -120,6 +121,9 @@ class CrossEncoderModule(LightningModule):
             )
         backbone = str(backbone)  # a Path from Python
         self.save_hyperparameters()
+        for name, value in self.hparams.items():
+            if isinstance(value, np.generic):  # from Python, and in a checkpoint no `weights_only` reads them
+                self.hparams[name] = value.item()
         self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
         self.model: Any = load_model(backbone, attn_implementation, trust_remote_code, revision, backbone_sha256)
         if dropout is not None:
@@ -155,6 +159,11 @@ class CrossEncoderModule(LightningModule):
     def calibration(self) -> Calibration:
         """What the logits are calibrated by wherever scores leave the module."""
         return self.fitted if self.folds else Calibration()
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # what an evaluation found before is of other weights; a checkpoint's own comes later
+            self.threshold, self.fitted, self.evaluated_step = None, Calibration(), -1
+            self.figures, self.scored = {}, {}
 
     def configure_model(self) -> None:
         """Shard the weights where the strategy is made for it; Lightning asks for it once for each stage."""
@@ -357,7 +366,10 @@ def disagreement(one: Tensor, other: Tensor) -> Tensor:
 
 def _add_lora(model: Any, arguments: dict[str, Any]) -> Any:
     peft = require("peft", "lora")
+    # Without its name peft leaves a new head as it is, unless that is called score or classifier.
+    head = [name for name, part in model.named_children() if name != model.base_model_prefix and [*part.parameters()]]
     try:
-        return peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "SEQ_CLS"} | arguments))
+        config = peft.LoraConfig(**{"task_type": "SEQ_CLS", "modules_to_save": head} | arguments)
+        return peft.get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UsageError(f"model.lora: {error}") from error

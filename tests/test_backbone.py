@@ -12,8 +12,9 @@ import torch
 
 from crossenc.backbone import load_config, load_model, load_tokenizer, locate, resolve_max_length
 from crossenc.errors import BackboneError
+from crossenc.forward import pair_logits
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, collate
 
 
 def test_lengths_fit_the_backbone():
@@ -42,12 +43,34 @@ def test_roberta_positions_begin_after_the_padding(tmp_path: Path):
 
 
 def test_segments_are_given_to_those_that_take_them(tmp_path: Path):
-    from transformers import DistilBertConfig
+    from transformers import DistilBertConfig, RobertaConfig
 
-    load_tokenizer(BACKBONE).save_pretrained(tmp_path)  # a BERT's, which knows segments
-    DistilBertConfig().save_pretrained(tmp_path)
-    assert "token_type_ids" not in load_tokenizer(str(tmp_path)).model_input_names
+    for name, config in {"distilbert": DistilBertConfig(), "roberta": RobertaConfig(type_vocab_size=1)}.items():
+        load_tokenizer(BACKBONE).save_pretrained(tmp_path / name)  # a BERT's, which knows segments
+        config.save_pretrained(tmp_path / name)
+        assert "token_type_ids" not in load_tokenizer(str(tmp_path / name)).model_input_names
     assert "token_type_ids" in load_tokenizer(BACKBONE).model_input_names
+
+
+def decoder(folder: Path) -> str:
+    """A small one, that its config says is padded with another token than its tokenizer does."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokenizer = load_tokenizer(BACKBONE)
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), num_labels=1, pad_token_id=5)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_decoder_reads_past_the_padding_that_it_gets(tmp_path: Path):
+    model = load_model(decoder(tmp_path)).eval()
+    batch = collate([("a", "b"), ("a much longer text", "and another")], str(tmp_path))
+    alone = collate([("a", "b")], str(tmp_path))
+    with torch.inference_mode():
+        found, expected = pair_logits(model, batch)[batch["row"].argmin()], pair_logits(model, alone)[0]
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_weights_are_safetensors_and_complete(tmp_path: Path):

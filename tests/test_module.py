@@ -6,14 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from transformers import T5Config, T5ForSequenceClassification
 
 from crossenc import PairDataModule
+from crossenc.backbone import load_tokenizer
 from crossenc.calibration import Calibration
+from crossenc.checkpoints import read_checkpoint
 from crossenc.errors import BackboneError, UsageError
 from crossenc.module import CrossEncoderModule, disagreement
 from crossenc.optim import share_segments
@@ -109,6 +113,39 @@ def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
     second.fit(module, data, ckpt_path=tmp_path / "first.ckpt")
     assert steps == [8, 9, 14, 15]
     assert {"val/loss", "val/average_precision"} <= set(second.validate(module, data, verbose=False)[0])
+
+
+def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
+    """From Python, with one module and one data module: a test and a fit before, the fit from a checkpoint."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet |= {"default_root_dir": tmp_path, "max_steps": 4}
+    data = PairDataModule(str(pairs_file), batch_size=6, backbone=str(tiny_backbone))
+    module = CrossEncoderModule(tiny_backbone, learning_rate=np.float64(1e-3))
+    Trainer(**quiet).predict(module, data)
+    Trainer(**quiet).test(module, data, verbose=False)
+    first = Trainer(**quiet)
+    first.fit(module, data)
+    assert "test/f1" not in module.figures
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    assert read_checkpoint(tmp_path / "first.ckpt")["hyper_parameters"]["learning_rate"] == 1e-3
+    Trainer(**quiet | {"max_steps": 6}).fit(module, data, ckpt_path=tmp_path / "first.ckpt")
+    rows = []
+    module.on_train_batch_start = lambda batch, _: rows.extend(batch["row"].tolist())
+    last = Trainer(**quiet | {"max_steps": 8}, limit_val_batches=0)
+    last.fit(module, data)
+    assert sorted(rows) == sorted(data.encoded["train"]["row"])  # a whole epoch
+    last.save_checkpoint(tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt")["crossenc"]["threshold"] is None
+
+
+def test_lora_trains_a_new_head_whatever_it_is_called(tmp_path: Path):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    config = T5Config(**sizes, vocab_size=len(load_tokenizer(BACKBONE)), num_labels=1, decoder_start_token_id=0)
+    T5ForSequenceClassification(config).save_pretrained(tmp_path)
+    module = CrossEncoderModule(tmp_path, max_length=32, lora={"r": 2, "target_modules": ["q"]})
+    trained = {name for name, part in module.named_parameters() if part.requires_grad}
+    assert any("classification_head" in name for name in trained)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
