@@ -66,7 +66,7 @@ def decoder(folder: Path) -> str:
 
 def test_a_decoder_reads_past_the_padding_that_it_gets(tmp_path: Path):
     model = load_model(decoder(tmp_path)).eval()
-    batch = collate([("a", "b"), ("a much longer text", "and another")], str(tmp_path))
+    batch = collate([("a", "b"), ("a much longer text", "and another")], str(tmp_path), piece_cost=100)  # padded
     alone = collate([("a", "b")], str(tmp_path))
     with torch.inference_mode():
         found, expected = pair_logits(model, batch)[batch["row"].argmin()], pair_logits(model, alone)[0]

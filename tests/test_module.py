@@ -118,7 +118,7 @@ def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
 def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
     """From Python, with one module and one data module: a test and a fit before, the fit from a checkpoint."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    quiet |= {"default_root_dir": tmp_path, "max_steps": 4}
+    quiet |= {"default_root_dir": tmp_path, "max_steps": 4, "val_check_interval": 2}
     data = PairDataModule(str(pairs_file), batch_size=6, backbone=str(tiny_backbone))
     module = CrossEncoderModule(tiny_backbone, learning_rate=np.float64(1e-3))
     Trainer(**quiet).predict(module, data)
@@ -128,10 +128,11 @@ def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pai
     assert "test/f1" not in module.figures
     first.save_checkpoint(tmp_path / "first.ckpt")
     assert read_checkpoint(tmp_path / "first.ckpt")["hyper_parameters"]["learning_rate"] == 1e-3
-    Trainer(**quiet | {"max_steps": 6}).fit(module, data, ckpt_path=tmp_path / "first.ckpt")
+    Trainer(**quiet | {"max_steps": 8}).fit(module, data, ckpt_path=tmp_path / "first.ckpt")
+    assert module.evaluation()["threshold"] == module.threshold
     rows = []
     module.on_train_batch_start = lambda batch, _: rows.extend(batch["row"].tolist())
-    last = Trainer(**quiet | {"max_steps": 8}, limit_val_batches=0)
+    last = Trainer(**quiet | {"max_steps": 8}, limit_val_batches=0)  # as many steps, and no validation
     last.fit(module, data)
     assert sorted(rows) == sorted(data.encoded["train"]["row"])  # a whole epoch
     last.save_checkpoint(tmp_path / "last.ckpt")
