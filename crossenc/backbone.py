@@ -91,9 +91,8 @@ def load_tokenizer(
         raise BackboneError(f"{backbone} has no vocabulary: tokenizer.json is missing")
     if tokenizer.pad_token is None:  # decoder models are trained without padding
         tokenizer.pad_token = tokenizer.eos_token
-    if "token_type_ids" in tokenizer.model_input_names and not _has_segments(
-        load_config(backbone, trust_remote_code, revision)
-    ):
+    config = load_config(backbone, trust_remote_code, revision)
+    if "token_type_ids" in tokenizer.model_input_names and not _has_segments(config):
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer  # type: ignore[return-value]
 
@@ -118,7 +117,7 @@ def resolve_max_length(
     """
     config = load_config(backbone, trust_remote_code, revision)
     tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
-    positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+    positions = getattr(config, "max_position_embeddings", None) or -1
     limit = min(tokenizer.model_max_length, positions if positions > 0 else _NO_LIMIT)  # XLNet's are -1
     if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "esm"):
         limit = min(limit, config.max_position_embeddings - (config.pad_token_id or 0) - 1)

@@ -40,9 +40,8 @@ class TrainSpeed(Callback):
             self.since += time.perf_counter() - self.paused
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.rate = (
-            trainer.optimizers[0].param_groups[0]["lr"] / pl_module.hparams["head_rate"]
-        )  # the head's come first
+        head = trainer.optimizers[0].param_groups[0]  # whose groups come first
+        self.rate = head["lr"] / pl_module.hparams["head_rate"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

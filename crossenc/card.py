@@ -14,8 +14,12 @@ from .pairs import SUFFIXES
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
-TITLES = {"val": "dev", "val_unseen": "dev, unseen questions"}
-TITLES |= {"test": "test", "test_unseen": "test, unseen questions"}
+TITLES = {
+    "val": "dev",
+    "val_unseen": "dev, unseen questions",
+    "test": "test",
+    "test_unseen": "test, unseen questions",
+}
 # The rows of the metric table, and how their figures are written.
 SHOWN = {
     "rows": ("pairs", "{:,.0f}"),
@@ -152,15 +156,15 @@ def metric_table(figures: dict[str, float], folded: bool = True) -> tuple[list[s
     """The head and the rows of the table of metrics, with intervals; without `folded`, of a model that is as it is, and
     that no calibration goes into."""
     splits = [split for split in TITLES if f"{split}/rows" in figures]
+    # What a calibration would bring, where there are no dev pairs to fit one on.
+    unknown = () if folded or "val" in splits else ("calibration_error", "brier")
     rows = [
         [
             title if folded else _AS_IT_IS.get(metric, title),
             *(_cell(figures, f"{split}/{metric}", form) for split in splits),
         ]
         for metric, (title, form) in SHOWN.items()
-        if any(f"{split}/{metric}" in figures for split in splits)
-        # Without dev pairs there is nothing to calibrate on.
-        and not (metric in ("calibration_error", "brier") and not folded and "val/rows" not in figures)
+        if metric not in unknown and any(f"{split}/{metric}" in figures for split in splits)
     ]
     return [TITLES[split] for split in splits], rows
 

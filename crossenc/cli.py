@@ -83,7 +83,7 @@ def _evaluate(command: str, args: list[str]) -> None:
 
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
     parser.add_argument("model", type=str, help=_MODEL)
-    parser.add_class_arguments(PairDataModule, "data", skip=_OF_THE_MODEL)
+    parser.add_class_arguments(PairDataModule, "data", skip=_OF_THE_MODEL | _OF_TRAINING)
     parser.set_defaults({"data.source": ""})
     parser.add_argument("--output", type=str, default="evaluation", help="The folder to write the report into.")
     parser.add_function_arguments(evaluate, skip={"model", "arguments", "output"})
@@ -94,9 +94,9 @@ def _evaluate(command: str, args: list[str]) -> None:
         print(f"\nreport: {given['output']}")
 
 
-# Arguments of the data module that an evaluation does not ask for.
-_OF_THE_MODEL = {"backbone", "max_length", "trust_remote_code", "revision", "symmetric", "twice", "transitive"}
-_OF_THE_MODEL |= {"batch_size", "batch_by", "window", "on_mismatch"}
+# Arguments of the data module that an evaluation does not ask for: the model's own, and those of training.
+_OF_THE_MODEL = {"backbone", "max_length", "trust_remote_code", "revision"}
+_OF_TRAINING = {"symmetric", "twice", "transitive", "batch_size", "batch_by", "window", "on_mismatch"}
 _MODEL = "An export's folder, a Hub id, or a .ckpt file."
 
 

@@ -57,10 +57,16 @@ def evaluate(
     module = load_module(model)
     of_the_model = {name: module.hparams[name] for name in ("backbone", "trust_remote_code", "revision")}
     data = PairDataModule(**{"source": "", **arguments, **of_the_model, "max_length": module.max_length})
-    given: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "precision": precision, "logger": False}
-    given |= {f"enable_{part}": False for part in ("checkpointing", "progress_bar", "model_summary")}
     try:
-        trainer = Trainer(**given)
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
     except (TypeError, ValueError) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
     splits = data.splits()

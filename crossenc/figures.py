@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -84,10 +84,9 @@ def _reliability(columns: Columns, name: str, folded: bool) -> Figure:
 
 def _scores(columns: Columns, name: str, threshold: float | None) -> Figure:
     figure, (axes,) = _figure(1)
-    truth = columns["label"] >= 0.5
+    scores, truth = columns["score"], columns["label"] >= 0.5
     for which, label, colour, hatch in ((~truth, "no duplicate", _ORANGE, "//"), (truth, "duplicate", _BLUE, "")):
-        kind: dict[str, Any] = {"color": colour, "label": label, "hatch": hatch, "alpha": 0.55, "ec": "white"}
-        axes.hist(columns["score"][which], 20, range=(0, 1), **kind)
+        axes.hist(scores[which], 20, range=(0, 1), color=colour, alpha=0.55, label=label, hatch=hatch, ec="white")
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3f}")
     axes.set(xlabel="score (probability of a duplicate)", ylabel="pairs", xlim=(0, 1))

@@ -147,11 +147,16 @@ class CrossEncoderModule(LightningModule):
         self.graphed: GraphedModel | None = None
         self.first_step, self.is_logged = 0, True  # of this run; the loss of the step that is taken now
         self.metrics = PairMetrics()  # the pairs of the evaluation at hand, of whichever split
+        # What was fitted on the dev pairs goes into scores, unless this is False: then they stay as they are, and the
+        # report says what a calibration would bring.
+        self.folds = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be without an evaluation."""
         self.threshold: float | None = None
+        self.fitted = Calibration()
         self.evaluated_step = -1  # the one that threshold, calibration and figures belong to
-        # What was fitted on the dev pairs goes into scores, unless `folds` is False: then they stay as they are, and
-        # the report says what a calibration would bring.
-        self.folds, self.fitted = True, Calibration()
         self.figures: dict[str, float] = {}
         self.scored: dict[str, dict[str, NDArray[Any]]] = {}  # the last evaluation of each split, pair by pair
 
@@ -162,8 +167,7 @@ class CrossEncoderModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # what an evaluation found before is of other weights; a checkpoint's own comes later
-            self.threshold, self.fitted, self.evaluated_step = None, Calibration(), -1
-            self.figures, self.scored = {}, {}
+            self._forget()
 
     def configure_model(self) -> None:
         """Shard the weights where the strategy is made for it; Lightning asks for it once for each stage."""

@@ -80,7 +80,11 @@ def write_onnx(folder: Path, int8: bool) -> None:
 
 
 def find_onnx(folder: Path, backend: str) -> Path:
-    """The file of `onnx` or `onnx-int8` in an export. Raises `BackboneError` if there is none."""
+    """The file of `onnx` or `onnx-int8` in an export.
+
+    Raises `BackboneError` if there is none, and `MissingExtraError` if there is no onnxruntime to read it.
+    """
+    require("onnxruntime", "onnx")
     file = folder / FILES[backend]
     if not file.is_file():
         how = "--onnx --int8" if backend == "onnx-int8" else "--onnx"

@@ -105,7 +105,13 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
 
 
 # They ask for more than the number of steps: a metric, or rates and lengths of their own.
-_OTHERS = ("reduce_lr_on_plateau", "greedy", "warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
+_OTHER_SCHEDULES = (
+    "reduce_lr_on_plateau",
+    "greedy",
+    "warmup_stable_decay",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+)
 
 
 def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) -> LRScheduler:
@@ -120,7 +126,7 @@ def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) 
     """
     from transformers import SchedulerType, get_scheduler
 
-    names = [kind.value for kind in SchedulerType if kind.value not in _OTHERS]
+    names = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULES]
     if name not in names:
         raise UsageError(f"model.schedule: there is no schedule {name!r}; choose one of {', '.join(names)}")
     if math.isinf(steps):

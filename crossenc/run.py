@@ -60,8 +60,16 @@ TRAINER_DEFAULTS = {
 
 
 # Where these differ, a checkpoint's optimizer is one of other parameters, or would silently keep its own rates.
-_WHAT_IS_TRAINED = ["optimizer", "learning_rate", "weight_decay", "layer_decay", "head_rate"]
-_WHAT_IS_TRAINED += ["freeze_layers", "shared_segments", "lora"]
+_WHAT_IS_TRAINED = (
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "layer_decay",
+    "head_rate",
+    "freeze_layers",
+    "shared_segments",
+    "lora",
+)
 
 # Callbacks that change what the module and the data module have fixed by then, and what does their work here.
 _UNFIT = {

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from .backbone import load_tokenizer, resolve_max_length
 from .encode import PairCollator, encode_texts
-from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require, require_choice
+from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require_choice
 from .forward import padded, pair_logits, piece_cost
 from .loading import find, fingerprint, load, require_head
 from .onnx_model import OnnxModel, find_onnx
@@ -69,7 +69,6 @@ class Scoring:
         if path.is_dir():
             require_head(str(self.model), path)
         if self.backend != "torch":
-            require("onnxruntime", "onnx")
             find_onnx(path, self.backend)
         return path
 
