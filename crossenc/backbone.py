@@ -55,12 +55,12 @@ def locate(backbone: str | Path) -> str:
     return str(folder)
 
 
-def load_config(backbone: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+def load_config(backbone: str, revision: str | None = None) -> PreTrainedConfig:
     """The backbone's configuration; raises `BackboneError` if its head has another number of labels than one."""
     from transformers import AutoConfig
 
     with _clear_errors(backbone):
-        config = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=trust_remote_code, revision=revision)
+        config = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False, revision=revision)
     if has_head(config.architectures) and config.num_labels != 1:
         raise BackboneError(
             f"{backbone} is a classifier with {config.num_labels} labels, and a cross-encoder has one; "
@@ -75,26 +75,36 @@ def has_head(architectures: list[str] | None) -> bool:
 
 
 @cache
-def load_tokenizer(
-    backbone: str, trust_remote_code: bool = False, revision: str | None = None
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(backbone: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The backbone's fast tokenizer; raises `BackboneError` if it has none."""
     from transformers import AutoTokenizer
 
     with _clear_errors(backbone):
-        tokenizer = AutoTokenizer.from_pretrained(
-            locate(backbone), trust_remote_code=trust_remote_code, revision=revision
-        )
+        tokenizer = AutoTokenizer.from_pretrained(locate(backbone), trust_remote_code=False, revision=revision)
     if not tokenizer.is_fast:
         raise BackboneError(f"{backbone} has no fast tokenizer (tokenizer.json), which crossenc needs")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without it
         raise BackboneError(f"{backbone} has no vocabulary: tokenizer.json is missing")
     if tokenizer.pad_token is None:  # decoder models are trained without padding
         tokenizer.pad_token = tokenizer.eos_token
-    config = load_config(backbone, trust_remote_code, revision)
+    config = load_config(backbone, revision)
+    if not has_head(config.architectures) and tokenizer.num_special_tokens_to_add(pair=True) == 0:
+        _part_texts(tokenizer)
     if "token_type_ids" in tokenizer.model_input_names and not _has_segments(config):
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer  # type: ignore[return-value]
+
+
+def _part_texts(tokenizer: Any) -> None:
+    """Put the token of an end between the texts of a pair. GPT-2 and Qwen put none, and read "a b" and "c" as they read
+    "a" and "b c". The export's tokenizer keeps it, for every reader.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    end, rules = tokenizer.eos_token, tokenizer.backend_tokenizer
+    if end is not None:
+        ends = [(end, tokenizer.eos_token_id)]
+        rules.post_processor = TemplateProcessing(single="$A", pair=f"$A {end} $B", special_tokens=ends)
 
 
 def _has_segments(config: PreTrainedConfig) -> bool:
@@ -107,16 +117,14 @@ def _has_segments(config: PreTrainedConfig) -> bool:
     return not model or "token_type_ids" in signature(model.forward).parameters
 
 
-def resolve_max_length(
-    backbone: str, max_length: int | None, trust_remote_code: bool = False, revision: str | None = None
-) -> int:
+def resolve_max_length(backbone: str, max_length: int | None, revision: str | None = None) -> int:
     """The longest pair in tokens, special tokens included: `max_length`, or for None all that the backbone can take.
 
     RoBERTa-like models number their positions from `pad_token_id + 1`, and so have fewer than their table is long.
     Raises `BackboneError` if `max_length` is more than the backbone can take, or too short for a pair.
     """
-    config = load_config(backbone, trust_remote_code, revision)
-    tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
+    config = load_config(backbone, revision)
+    tokenizer = load_tokenizer(backbone, revision)
     positions = getattr(config, "max_position_embeddings", None) or -1
     limit = min(tokenizer.model_max_length, positions if positions > 0 else _NO_LIMIT)  # XLNet's are -1
     if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "esm"):
@@ -135,7 +143,6 @@ def resolve_max_length(
 def load_model(
     backbone: str,
     attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
     revision: str | None = None,
     sha256: str | None = None,
 ) -> PreTrainedModel:
@@ -154,8 +161,8 @@ def load_model(
     from .attention import use_attention
     from .dropout import use_cheap_dropout
 
-    config = load_config(backbone, trust_remote_code, revision)
-    tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
+    config = load_config(backbone, revision)
+    tokenizer = load_tokenizer(backbone, revision)
     if sha256:
         _check_digest(backbone, sha256)
     config.num_labels = 1
@@ -170,7 +177,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=False,
             revision=revision,
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
@@ -217,7 +224,9 @@ def _clear_errors(backbone: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, OSError) and not Path(locate(backbone)).is_dir():
             raise HubError(offline_remedy(f"backbone {backbone}", error)) from error
-        raise BackboneError(f"{backbone} cannot be loaded as a sequence classifier: {one_line(error)[:300]}") from error
+        own_code = "its code comes with it, and crossenc runs none but transformers' own"
+        why = own_code if "trust_remote_code" in str(error) else one_line(error)[:300]
+        raise BackboneError(f"{backbone} cannot be loaded as a sequence classifier: {why}") from error
 
 
 @contextmanager

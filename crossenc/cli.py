@@ -95,7 +95,7 @@ def _evaluate(command: str, args: list[str]) -> None:
 
 
 # Arguments of the data module that an evaluation does not ask for: the model's own, and those of training.
-_OF_THE_MODEL = {"backbone", "max_length", "trust_remote_code", "revision"}
+_OF_THE_MODEL = {"backbone", "max_length", "revision"}
 _OF_TRAINING = {"symmetric", "twice", "transitive", "batch_size", "batch_by", "window", "on_mismatch"}
 _MODEL = "An export's folder, a Hub id, or a .ckpt file."
 

@@ -82,7 +82,6 @@ class PairDataModule(LightningDataModule):
         twice: Every pair comes twice in a training batch, which the model's `consistency` needs.
         backbone: The model's; its tokenizer is used.
         max_length: The model's.
-        trust_remote_code: The model's.
         revision: The model's.
 
     Raises:
@@ -113,7 +112,6 @@ class PairDataModule(LightningDataModule):
         twice: bool = False,
         backbone: str = DEFAULT_BACKBONE,
         max_length: int | None = None,
-        trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
         super().__init__()
@@ -140,9 +138,9 @@ class PairDataModule(LightningDataModule):
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
         self.backbone = backbone
-        self.tokenizer = load_tokenizer(backbone, trust_remote_code, revision)
-        self.model_type = load_config(backbone, trust_remote_code, revision).model_type
-        self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
+        self.tokenizer = load_tokenizer(backbone, revision)
+        self.model_type = load_config(backbone, revision).model_type
+        self.max_length = resolve_max_length(backbone, max_length, revision)
         self.tables: dict[str, Dataset] = {}
         self.encoded: dict[str, Dataset] = {}
         self.swapped: dict[str, Dataset] = {}  # the same with the texts in the other order, where it is needed

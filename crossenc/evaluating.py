@@ -55,7 +55,7 @@ def evaluate(
     if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):
         raise OutputError(f"{output} is there and holds no earlier evaluation; name another folder with --output")
     module = load_module(model)
-    of_the_model = {name: module.hparams[name] for name in ("backbone", "trust_remote_code", "revision")}
+    of_the_model = {name: module.hparams[name] for name in ("backbone", "revision")}
     data = PairDataModule(**{"source": "", **arguments, **of_the_model, "max_length": module.max_length})
     try:
         trainer = Trainer(

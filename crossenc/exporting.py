@@ -203,7 +203,7 @@ def _dev_pairs(checkpoint: Path, dev: str | None) -> Dataset:
                 f"--int8 is measured on dev pairs, and there is no {config} that tells them; give --dev FILE"
             )
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        model = {name: settings["model"][name] for name in ("backbone", "max_length", "trust_remote_code", "revision")}
+        model = {name: settings["model"][name] for name in ("backbone", "max_length", "revision")}
         pairs = PairDataModule(**settings["data"] | model).read_split("val")
     if len({label >= 0.5 for label in pairs["label"]}) < 2:
         raise ExportError("what 8 bits cost cannot be measured: all dev labels are the same; give --dev FILE")

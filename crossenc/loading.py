@@ -125,5 +125,5 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, Pre
     settings = loaded["hyper_parameters"]
     # The digest guards the backbone's own weights; these come from the checkpoint.
     module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)
-    tokenizer = load_tokenizer(settings["backbone"], settings["trust_remote_code"], settings["revision"])
+    tokenizer = load_tokenizer(settings["backbone"], settings["revision"])
     return loaded, module.eval(), copy.deepcopy(tokenizer)

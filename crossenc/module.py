@@ -67,7 +67,6 @@ class CrossEncoderModule(LightningModule):
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`; null lets transformers choose.
         lora: Arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`; then only the adapter and the head
             are trained, and the export holds the merged weights. Needs the extra `lora`.
-        trust_remote_code: Run model code that comes with a Hub id.
         revision: Branch, tag or commit of a Hub id.
         backbone_sha256: Refuse a local `model.safetensors` with another digest.
 
@@ -100,7 +99,6 @@ class CrossEncoderModule(LightningModule):
         cuda_graphs: bool | None = None,
         attn_implementation: str | None = None,
         lora: dict[str, Any] | None = None,
-        trust_remote_code: bool = False,
         revision: str | None = None,
         backbone_sha256: str | None = None,
     ) -> None:
@@ -124,8 +122,8 @@ class CrossEncoderModule(LightningModule):
         for name, value in self.hparams.items():
             if isinstance(value, np.generic):  # from Python, and in a checkpoint no `weights_only` reads them
                 self.hparams[name] = value.item()
-        self.max_length = resolve_max_length(backbone, max_length, trust_remote_code, revision)
-        self.model: Any = load_model(backbone, attn_implementation, trust_remote_code, revision, backbone_sha256)
+        self.max_length = resolve_max_length(backbone, max_length, revision)
+        self.model: Any = load_model(backbone, attn_implementation, revision, backbone_sha256)
         if dropout is not None:
             layers = [part for part in self.model.modules() if isinstance(part, nn.Dropout)]
             if not layers:

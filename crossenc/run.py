@@ -188,7 +188,7 @@ class RunCLI(LightningCLI):
             "optimizer and continue with the next epoch.",
         )
         parser.link_arguments("on_mismatch", "data.on_mismatch")
-        for name in ("backbone", "max_length", "trust_remote_code", "revision", "symmetric"):
+        for name in ("backbone", "max_length", "revision", "symmetric"):
             parser.link_arguments(f"model.{name}", f"data.{name}")
         parser.link_arguments("model.consistency", "data.twice", bool)
 

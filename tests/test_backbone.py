@@ -73,6 +73,36 @@ def test_a_decoder_reads_past_the_padding_that_it_gets(tmp_path: Path):
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_a_decoder_that_marks_no_end_gets_one_between_the_texts(tmp_path: Path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+
+    rules = Tokenizer(WordLevel({"<end>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<end>"))
+    rules.pre_tokenizer = Whitespace()
+    plain = PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<end>", model_max_length=32)
+    assert plain("a b", "c").input_ids == plain("a", "b c").input_ids
+    for name, architecture in {"new": "GPT2LMHeadModel", "trained": "GPT2ForSequenceClassification"}.items():
+        plain.save_pretrained(tmp_path / name)
+        GPT2Config(architectures=[architecture], num_labels=1).save_pretrained(tmp_path / name)
+    tokenizer = load_tokenizer(str(tmp_path / "new"))
+    assert tokenizer("a b", "c").input_ids == [1, 2, 0, 3]
+    tokenizer.save_pretrained(tmp_path / "export")
+    GPT2Config().save_pretrained(tmp_path / "export")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export")("a", "b c").input_ids == [1, 0, 2, 3]
+    trained = load_tokenizer(str(tmp_path / "trained"))  # without: as it learnt
+    assert trained("a b", "c").input_ids == [1, 2, 3]
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match="its code comes with it"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_weights_are_safetensors_and_complete(tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
