@@ -189,8 +189,8 @@ def load_model(
     known = getattr(config, "vocab_size", None)
     if known is not None and len(tokenizer) > known:
         raise BackboneError(f"{backbone}: its tokenizer has {len(tokenizer):,} tokens, and its model knows {known:,}")
-    # A pooler belongs to the head here: a language model comes without one.
-    if lost := [key for key in loaded["missing_keys"] if key.startswith(prefix) and ".pooler." not in key]:
+    new = set() if has_head(config.architectures) else {key for key in loaded["missing_keys"] if _of_head(key, prefix)}
+    if lost := loaded["missing_keys"] - new:
         raise BackboneError(
             f"{backbone} holds no weights for {len(lost)} layers of its own config, such as {min(lost)}"
         )
@@ -200,6 +200,11 @@ def load_model(
     use_cheap_dropout(model)
     use_attention(model)
     return model  # type: ignore[no-any-return]
+
+
+def _of_head(key: str, prefix: str) -> bool:
+    """Whether weights are the head's, or a pooler's, which belongs to it: a language model comes without both."""
+    return not key.startswith(prefix) or ".pooler." in key
 
 
 def _check_digest(backbone: str, sha256: str) -> None:

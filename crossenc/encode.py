@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Texts that are tokenized at once: the tokenizer makes all that is cut off too, some 200 bytes for each character.
+_CHARACTERS = 500_000
+
 
 class PairBatch(TypedDict, total=False):
     """Pairs from long to short, their tokens in one row without padding, and how they lie in pieces of like length.
@@ -85,15 +88,19 @@ def _encode_batch(
 ) -> dict[str, list[Any]]:
     sides = (batch["text_b"], batch["text_a"]) if swap else (batch["text_a"], batch["text_b"])
     pairs = list(zip(*sides, strict=True))
-    encodings = _truncating(tokenizer, max_length).encode_batch(pairs)
-    columns: dict[str, list[Any]] = {
-        "input_ids": [e.ids for e in encodings],
-        "length": [len(e.ids) for e in encodings],
-        "cut": [bool(e.overflowing) for e in encodings],
-    }
+    names = ("input_ids", "length", "cut", *(["token_type_ids"] if with_types else ()))
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    characters = np.cumsum([len(a) + len(b) for a, b in pairs], dtype=np.int64)
+    for part in np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(characters // _CHARACTERS)) + 1):
+        for encoding in _truncating(tokenizer, max_length).encode_batch([pairs[i] for i in part]):
+            columns["input_ids"].append(encoding.ids)
+            columns["length"].append(len(encoding.ids))
+            columns["cut"].append(bool(encoding.overflowing))
+            if with_types:
+                columns["token_type_ids"].append(encoding.type_ids)
     if swap:
         columns["row"] = [~row for row in batch["row"]]
-    return columns | ({"token_type_ids": [e.type_ids for e in encodings]} if with_types else {})
+    return columns
 
 
 def encode_texts(

@@ -15,6 +15,7 @@ CrossencError           anything a user can mend; never raised itself
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from types import ModuleType
 from typing import get_args
@@ -87,8 +88,8 @@ def offline_remedy(asked_for: str, reason: object) -> str:
 
 
 def one_line(text: object) -> str:
-    """The text with every run of white space folded into one blank."""
-    return " ".join(str(text).split())
+    """The text with every run of white space folded into one blank, and without a terminal's colours."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
 
 
 def require(module: str, extra: str) -> ModuleType:

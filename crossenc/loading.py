@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backbone import has_head, load_model, load_tokenizer, locate, resolve_max_length
+from .backbone import has_head, load_config, load_model, load_tokenizer, locate, resolve_max_length
 from .calibration import fold
 from .errors import BackboneError, CheckpointError, HubError, one_line
 from .parts import file_digest, read_json
@@ -40,8 +41,7 @@ def load(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, i
         _, module, tokenizer = load_checkpoint(path)
         return plain_model(module).train(False), tokenizer, module.max_length
     require_head(str(model), path)
-    folder = str(path)
-    return load_model(folder).train(False), load_tokenizer(folder), resolve_max_length(folder, None)
+    return load_model(str(path)).train(False), load_tokenizer(str(path)), longest_pair(path)
 
 
 def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
@@ -51,15 +51,24 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
     return plain  # type: ignore[no-any-return]
 
 
+def longest_pair(folder: Path) -> int:
+    """The most tokens of a pair that a trained model reads, as sentence-transformers cuts it."""
+    known: int | None = read_config(folder, "sentence_bert_config.json").get("max_seq_length")
+    return min(resolve_max_length(str(folder), None), known or sys.maxsize)
+
+
 def require_head(model: str, folder: Path) -> None:
-    """Raise `BackboneError` where a folder's `config.json` names no sequence classifier among its architectures."""
+    """Raise `BackboneError` where a folder's model has no head of one label, or reads more than the two texts."""
     if not has_head(read_config(folder).get("architectures")):
         raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
+    load_config(str(folder))
+    if prompt := read_config(folder, "config_sentence_transformers.json").get("default_prompt_name"):
+        raise BackboneError(f"{model} puts its prompt {prompt!r} before the texts, which crossenc does not do")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model's `config.json`, empty where only its layers have one, as in a bi-encoder's folder."""
-    file = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A model's settings, empty where it has no such file, as a bi-encoder whose layers lie in folders of their own."""
+    file = folder / name
     return read_json(file) if file.is_file() else {}
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice
 from .loading import fingerprint, read_threshold
-from .neighbors import DEFAULT_RETRIEVER, Index, embed, find_candidates, find_retriever, kind_of_index
+from .neighbors import DEFAULT_RETRIEVER, PAIR_BYTES, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, try_writing
 from .scorer import Backend, Precision, Scoring, score_chunks
@@ -194,6 +194,8 @@ def mine(
     rows = (_pair_row(pair, score, ids, texts) for pair, score in zip(pairs, decimals(pairs["score"]), strict=True))
     members = _group_rows(groups, representatives, ids, texts)
     if output is None:
+        if skipped:
+            log.warning("%s broken rows are left out, the first of them row %s: %s", len(skipped), *skipped[0].values())
         return Mined(list(rows), members)
     with ExitStack() as stack:  # an error in one leaves neither
         for file, content, columns in ((output, rows, _PAIR_COLUMNS), (_groups_file(output), members, _GROUP_COLUMNS)):
@@ -363,7 +365,7 @@ def _tell_memory(texts: list[str], count: int, config: dict[str, Any], top_k: in
         "questions": sum(60 + 2 * len(text) for text in texts),
         "vectors": vectors,
         f"index ({index})": own,
-        "pairs, at most": 2 * 20 * top_k * count,
+        "pairs, at most": PAIR_BYTES * top_k * count,
     }
     shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in held.items())
     log.info("memory: up to %.2f GB beside libraries and models: %s", sum(held.values()) / 1e9, shares)

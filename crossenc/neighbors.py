@@ -134,6 +134,8 @@ def make_search(vectors: Vectors, index: Index) -> Search:
 
 
 CANDIDATE = np.dtype([("a", np.int64), ("b", np.int64), ("similarity", np.float32)])
+# What `find_candidates` holds of a pair at its fullest: twice the pair, and four numbers to sort it by.
+PAIR_BYTES = 2 * CANDIDATE.itemsize + 4 * 8
 
 
 def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: Index, parts: Parts) -> NDArray[Any]:

@@ -216,7 +216,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
     try:
         header = next(reader, [])
     except csv.Error as error:
-        raise DataError(f"{where}, header: {str(error).replace(*_UNCLOSED)}") from error
+        raise DataError(f"{where}, header: {_csv_error(error)}") from error
     if SURROGATE.search("".join(header)):
         raise DataError(f"{where}, header: {NOT_UTF8}")
     refuse_twice(header, where)
@@ -228,7 +228,7 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             return
         except csv.Error as error:
             lines.put_back()
-            yield str(error).replace(*_UNCLOSED)
+            yield _csv_error(error)
             continue
         if len(fields) == len(header):
             if SURROGATE.search("".join(fields)):
@@ -240,6 +240,10 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
             over = f" (over {len(lines.row):,} lines, which a quote holds together)" if len(lines.row) > 1 else ""
             hint = separator_hint(header) or "; quote fields that hold the separator"
             yield f"{len(fields)} fields where the header has {len(header)}{over}{hint}"
+
+
+def _csv_error(error: csv.Error) -> str:
+    return next((ours for theirs, ours in _CSV_ERRORS.items() if theirs in str(error)), str(error))
 
 
 class _Lines:
@@ -266,13 +270,16 @@ class _Lines:
 def refuse_twice(header: list[str], where: str) -> None:
     """Raise `DataError` where two columns have one name."""
     if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{where} has more than one column {twice[0]!r}; rename one")
+        raise DataError(f"{where} has more than one column {twice[0]!r} in its header; rename one")
 
 
 # Python's own limit would not let a long text pass beside the questions; without any, a quote that is never closed
 # would take all that follows into memory.
 _LONGEST_FIELD = 2**24
-_UNCLOSED = ("unexpected end of data", "a quote is never closed")
+_CSV_ERRORS = {
+    "unexpected end of data": "a quote is never closed",
+    "expected after": "text follows a closing quote; write quotes within a field twice",
+}
 NOT_UTF8 = "not UTF-8; save the file as UTF-8"
 SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is no UTF-8 is read as
 

@@ -47,7 +47,7 @@ def rerank(
     devices: int = 1,
     overwrite: bool = False,
 ) -> Path | list[list[Row]]:
-    """Find the best texts of a corpus for each query.
+    """Find the best texts of a corpus for each query. A score is the sigmoid of the model's logit, as in `score`.
 
     Args:
         model: An export's folder, a Hub id, or a `.ckpt` file of fit.

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .backbone import load_tokenizer, resolve_max_length
+from .backbone import load_tokenizer
 from .encode import PairCollator, encode_texts
 from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require_choice
 from .forward import padded, pair_logits, piece_cost
-from .loading import find, fingerprint, load, require_head
+from .loading import find, fingerprint, load, longest_pair, require_head
 from .onnx_model import OnnxModel, find_onnx
 from .sampler import plan_evaluation
 
@@ -61,15 +61,21 @@ class Scoring:
         """The model's folder or checkpoint, for a look before any work; its weights are not read.
 
         Raises:
-            BackboneError, CheckpointError, HubError: as `loading.find`; or there is no classification head, or no file
-                of the backend.
+            BackboneError, CheckpointError, HubError: as `loading.find`; or there is no head of one label, or no file of
+                the backend.
             MissingExtraError: onnxruntime is not installed.
         """
         path = find(self.model, onnx=self.backend != "torch")
-        if path.is_dir():
-            require_head(str(self.model), path)
+        if path.is_file():
+            from .checkpoints import read_checkpoint  # and with it Lightning, which takes seconds
+
+            read_checkpoint(path, mmap=True)
+            return path
+        require_head(str(self.model), path)
         if self.backend != "torch":
             find_onnx(path, self.backend)
+        elif not any(path.glob("*model*.safetensors")):
+            raise BackboneError(f"{self.model} has no model.safetensors; transformers' save_pretrained writes one")
         return path
 
     def facts(self) -> dict[str, Any]:
@@ -98,7 +104,7 @@ class Scorer:
         threads = max(1, torch.get_num_threads() // scoring.devices)
         if scoring.backend != "torch":
             folder = scoring.find()
-            self.tokenizer, self.max_length = load_tokenizer(str(folder)), resolve_max_length(str(folder), None)
+            self.tokenizer, self.max_length = load_tokenizer(str(folder)), longest_pair(folder)
             self.model: Any = OnnxModel(folder, scoring.backend, rank, threads)
             self.compute, self.tokens, cost = self._by_onnx, _TOKENS["onnx"], 2**40  # all in one piece
         else:

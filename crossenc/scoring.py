@@ -30,7 +30,7 @@ from .pairs import SUFFIXES, match_columns, what_is_wrong
 from .parts import Parts
 from .progress import progress
 from .scorer import Backend, Logits, Precision, Scoring, score_chunks
-from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, write_table
+from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, skipped_file, write_table
 
 if TYPE_CHECKING:
     import pandas
@@ -284,9 +284,10 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: _New, output: str)
             some = "; ".join(f"row {row}: {wrong}" for row, wrong in checked.broken)
             log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", some)
         elif checked.good < checked.rows:
-            where = f"{output}.skipped.jsonl"
-            skip = stack.enter_context(write_table(where, ["row", "error"]))
-            log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", where)
+            skip = stack.enter_context(write_table(str(skipped_file(output)), ["row", "error"]))
+            log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", skipped_file(output))
+        elif output != STANDARD:  # an output that was in its place may have had some
+            skipped_file(output).unlink(missing_ok=True)
         for number, chunk in enumerate(chunked(_good_rows(table, checked.names, skip))):
             columns = new.values(parts[number])
             values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns.values()]

@@ -105,7 +105,9 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
             raise DataError(f"{source}: cannot tell its format; give a file named {', '.join(SUFFIXES)}, or -")
         yield Table(path, str(source))
     elif hasattr(source, "columns"):
-        source = source.to_pandas() if hasattr(source, "to_pandas") else source  # of pyarrow or polars
+        source = source.to_arrow() if hasattr(source, "to_arrow") else source  # of polars
+        if isinstance(source, pyarrow.Table | pyarrow.RecordBatch):
+            source = source.to_pandas(integer_object_nulls=True)  # a float would not hold every id
         refuse_twice(list(map(str, source.columns)), "the DataFrame")
         yield Table(source, "the DataFrame")
     elif not isinstance(source, Iterable):
@@ -266,9 +268,16 @@ def read_texts(
 
 
 def tell_skipped(skipped: list[Row], output: str) -> None:
-    """List broken rows in `OUTPUT.skipped.jsonl`, if there are any."""
-    if skipped:
-        where = f"{output}.skipped.jsonl"
-        log.warning("%s broken rows are left out: %s", f"{len(skipped):,}", where)
-        with write_table(where, ["row", "error"]) as take:
-            take(skipped)
+    """List broken rows in `OUTPUT.skipped.jsonl`; without any, remove the list of an output that was in its place."""
+    where = skipped_file(output)
+    if not skipped:
+        where.unlink(missing_ok=True)
+        return
+    log.warning("%s broken rows are left out: %s", f"{len(skipped):,}", where)
+    with write_table(str(where), ["row", "error"]) as take:
+        take(skipped)
+
+
+def skipped_file(output: str) -> Path:
+    """Where the broken rows that an output leaves out are listed."""
+    return Path(f"{output}.skipped.jsonl")

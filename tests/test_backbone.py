@@ -150,6 +150,19 @@ def test_a_tokenizer_of_another_model_is_named(tiny: Path, tmp_path: Path):
         load_model(str(folder))
 
 
+def test_a_head_that_a_config_names_is_not_made_anew(tiny: Path, tmp_path: Path):
+    """Its scores would be others on each call."""
+    from safetensors.torch import load_file, save_file
+
+    for left_out in ("classifier.weight", "bert.pooler.dense.bias"):
+        folder = shutil.copytree(tiny, tmp_path / left_out)
+        weights = load_file(folder / "model.safetensors")
+        del weights[left_out]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(BackboneError, match=f"holds no weights for 1 layers .* such as {left_out}"):
+            load_model(str(folder))
+
+
 @pytest.mark.parametrize("name", ["a.b/model", ".x", "", "gone/model"])
 def test_a_package_that_is_not_there_is_named(name: str):
     with pytest.raises(BackboneError, match=r"no package .*is installed"):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crossenc import encode as encoding
 from crossenc.backbone import load_tokenizer
 from crossenc.encode import PairCollator, cut_pieces, encode, encode_texts, tell_cut
 from crossenc.pairs import read
@@ -39,6 +40,29 @@ def test_swapped_pairs_are_those_of_the_texts_in_the_other_order(write):
     assert swapped["row"][:] == [~0, ~1]
     for column in ("input_ids", "token_type_ids", "length", "label"):
         assert swapped[column][:] == expected[column][:]
+
+
+def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """All that is cut off would else be held at once."""
+    sizes = []
+
+    class Counted:
+        def __init__(self, real):
+            self.real = real
+
+        def encode_batch(self, pairs):
+            sizes.append(len(pairs))
+            return self.real.encode_batch(pairs)
+
+    tokenizer = load_tokenizer(BACKBONE)
+    pairs = [("a b", "c")] * 10 + [("one two " * 400, "three " * 300)] * 10 + [("d", "e f")]
+    expected = encode_texts(pairs, tokenizer, 32)
+    real = encoding._truncating
+    monkeypatch.setattr(encoding, "_truncating", lambda *which: Counted(real(*which)))
+    monkeypatch.setattr(encoding, "_CHARACTERS", 11_000)
+    assert encode_texts(pairs, tokenizer, 32) == expected
+    assert sum(sizes) == len(pairs)
+    assert max(sizes[1:-1]) <= 3
 
 
 def test_tokens_are_cached_until_the_length_changes(pairs_file: Path):

@@ -13,7 +13,7 @@ import pytest
 from crossenc.backbone import locate
 from crossenc.errors import BackboneError
 from crossenc.loading import find
-from crossenc.neighbors import embed, find_candidates, kind_of_index, make_search
+from crossenc.neighbors import PAIR_BYTES, embed, find_candidates, kind_of_index, make_search
 from crossenc.parts import Parts
 from crossenc.reranking import retrieve
 
@@ -61,6 +61,18 @@ def test_candidates_are_the_neighbours_once_each():
     assert pairs == sorted(set(pairs))
     assert set(pairs) == expected
     assert found["similarity"] == pytest.approx(similarities[found["a"], found["b"]], abs=1e-5)
+
+
+def test_memory_of_the_pairs_is_what_is_told():
+    import tracemalloc
+
+    vectors, parts = unit_vectors(4_000), Parts(None, {})
+    find_candidates(vectors, 50, -1, "exact", parts)  # keeps all, of which those found twice count twice
+    tracemalloc.start()
+    find_candidates(vectors, 50, -1, "exact", parts)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.6 * PAIR_BYTES < most / (50 * len(vectors)) <= PAIR_BYTES
 
 
 @pytest.mark.parametrize("index", ["ivf", "hnsw"])

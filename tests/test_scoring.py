@@ -21,7 +21,7 @@ import pytest
 
 from crossenc import score
 from crossenc.cli import main
-from crossenc.errors import BackboneError, DataError, OutputError, UsageError
+from crossenc.errors import BackboneError, CheckpointError, DataError, OutputError, UsageError
 from crossenc.exporting import score_pairs
 from crossenc.pairs import sample_pairs
 from crossenc.scorer import Scoring, score_chunks
@@ -441,6 +441,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tiny, many):
         ("p.csv", "a;b\nc,d;e\n", r"row 1: 2 fields where the header has 1; is it separated by ';'"),
         ("p.csv", '"a,b\nc,d\n', "header: a quote is never closed"),
         ("p.csv", 'question1,question2\na,b\na,"b\n', "row 2: a quote is never closed; --on_error skip"),
+        ("p.tsv", 'question1\tquestion2\n"a" b\tc\n', "row 1: text follows a closing quote; write quotes within"),
         ("p.csv.gz", "", r"cannot tell its format; give a file named \.csv, \.tsv"),
         ("p.csv", "question1,question1,question2\na,b,c\n", "more than one column 'question1'"),
         (
@@ -509,6 +510,42 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
     assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--both-orders", "--on-error", "skip"]) == 0
     assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--overwrite", "--logit"]) == 0
     assert (tmp_path / "out.csv").read_text().startswith("question1,question2,logit,score\n")
+    for name, lines in {"skipped": "a,b\nc,\n", "mended": "a,b\nc,d\n"}.items():  # a list that is no longer true
+        path = str(write(f"{name}.csv", "question1,question2\n" + lines))
+        score(str(tiny), path, str(tmp_path / "out.csv"), on_error="skip", overwrite=True)
+        assert (tmp_path / "out.csv.skipped.jsonl").is_file() == (name == "skipped")
+
+
+def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path: Path):
+    def changed(name: str, file: str, **settings: object) -> str:
+        folder = shutil.copytree(tiny, tmp_path / name)
+        known = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+        (folder / file).write_text(json.dumps(known | settings))
+        return str(folder)
+
+    three = changed("three", "config.json", id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    prompted = changed("prompted", "config_sentence_transformers.json", default_prompt_name="query")
+    weightless = changed("weightless", "config.json")
+    (Path(weightless) / "model.safetensors").rename(tmp_path / "junk.ckpt")
+    refusals = {three: "3 labels", prompted: "puts its prompt 'query' before", weightless: "has no model.safetensors"}
+    for model, said in refusals.items():
+        with pytest.raises(BackboneError, match=said):
+            Scoring(model).find()
+    with pytest.raises(CheckpointError, match=r"junk\.ckpt"):
+        Scoring(tmp_path / "junk.ckpt").find()
+
+
+def test_pairs_are_cut_as_sentence_transformers_cuts_them(tiny: Path, tmp_path: Path):
+    from sentence_transformers import CrossEncoder
+
+    folder = shutil.copytree(tiny, tmp_path / "short")
+    CrossEncoder(str(tiny)).save_pretrained(str(folder))
+    settings = json.loads((folder / "sentence_bert_config.json").read_text())
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 16}))
+    pairs = [("a b c d e f g h " * 4, "one two three " * 4)]
+    peers = CrossEncoder(str(folder)).predict(pairs)
+    assert score(folder, pairs) == pytest.approx(peers, abs=1e-6)
+    assert abs(score(tiny, pairs) - peers).item() > 1e-3
 
 
 def test_an_error_in_a_scoring_process_ends_all_and_leaves_nothing(trained, tmp_path):

@@ -76,8 +76,10 @@ def test_arrays_are_lists_whole_and_in_any_depth(tmp_path: Path):
 
 
 def test_a_table_of_arrow_is_a_frame():
-    with open_table(pa.table({"n": ["a", None]}), ["n"]) as table:
-        assert [row["n"] for row in table] == ["a", None]
+    columns = {"n": ["a", None, "c"], "id": pa.array([2**53 + 1, None, 3])}  # the first is no float
+    with open_table(pa.table(columns), ["n"]) as table:
+        assert list(table) == [{"n": "a", "id": 2**53 + 1}, {"n": None, "id": None}, {"n": "c", "id": 3}]
+        assert table.schema().field("id").type == pa.int64()
 
 
 def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path, caplog):
