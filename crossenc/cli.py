@@ -9,9 +9,9 @@ import signal
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from inspect import Parameter, signature
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -65,13 +65,7 @@ def _mine(command: str, args: list[str]) -> None:
 def _rerank(command: str, args: list[str]) -> None:
     from .reranking import rerank
 
-    sources = {
-        "queries": "csv, tsv, jsonl or parquet with a text, and an id (else the row's number, from 0), or - for jsonl.",
-        "corpus": "The same of what is ranked; a title goes before the text.",
-        "candidates": "A TREC run, or a table of query_id, corpus_id and score. Default: all of the corpus.",
-        "qrels": "TREC's qrels or BEIR's tsv, to report MRR@10, nDCG@10 and MAP.",
-    }
-    _call(rerank, command, args, sources, {"output": "-"}, model=_MODEL)
+    _call(rerank, command, args, {"output": "-"}, model=_MODEL)
 
 
 def _evaluate(command: str, args: list[str]) -> None:
@@ -104,27 +98,22 @@ def _call(
     function: Callable[..., Any],
     command: str,
     args: list[str],
-    sources: Mapping[str, str] | None = None,
     defaults: dict[str, Any] | None = None,
     **positional: str,
 ) -> Any:
     """Call a function with what the command line says; its parameters are the options, except the positional ones.
 
-    Options may be written with dashes, and those that are true or false without a value. `sources` are parameters that
-    take more than files from Python, with their help; `defaults` are the command line's own.
+    Options may be written with dashes, and those that are true or false without a value. `defaults` are the command
+    line's own.
     """
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
     for name, text in positional.items():
         parser.add_argument(name, type=str, help=text)
-    sources = sources or {}
-    parser.add_function_arguments(function, skip={*positional, *sources})
-    parameters = signature(function).parameters
-    for name, text in sources.items():
-        parser.add_argument(f"--{name}", type=str, required=parameters[name].default is Parameter.empty, help=text)
+    parser.add_function_arguments(function, skip=set(positional))
     parser.set_defaults(defaults or {})
-    flags = {f"--{name}" for name, about in parameters.items() if about.default is False}
+    flags = {f"--{name}" for name, about in signature(function).parameters.items() if about.default is False}
     return function(**_parse(parser, args, flags))
 
 

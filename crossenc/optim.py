@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .errors import BackboneError, UsageError, one_line
 
@@ -104,16 +104,6 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
     return optimizer
 
 
-# They ask for more than the number of steps: a metric, or rates and lengths of their own.
-_OTHER_SCHEDULES = (
-    "reduce_lr_on_plateau",
-    "greedy",
-    "warmup_stable_decay",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-)
-
-
 def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) -> LRScheduler:
     """A schedule of `transformers.get_scheduler` by its name, such as `linear`, `cosine` or `constant_with_warmup`.
 
@@ -122,18 +112,18 @@ def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) 
         steps: all optimizer steps of the run; infinity if the run has no end.
 
     Raises:
-        UsageError: no such schedule, or a run without end.
+        UsageError: no such schedule, one that needs more than the number of steps, or a run without end.
     """
-    from transformers import SchedulerType, get_scheduler
+    from transformers import get_scheduler
 
-    names = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULES]
-    if name not in names:
-        raise UsageError(f"model.schedule: there is no schedule {name!r}; choose one of {', '.join(names)}")
     if math.isinf(steps):
         raise UsageError("a schedule needs the number of steps; set --trainer.max_epochs or --trainer.max_steps")
     # Rounded up, as the Hugging Face Trainer does.
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
-    scheduler: LRScheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(steps)
-    )
+    try:
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=int(steps))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model.schedule {name}: {one_line(error)}") from error
+    if not isinstance(scheduler, LambdaLR):
+        raise UsageError(f"model.schedule {name} follows a metric, and not the number of steps; choose another")
     return scheduler

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .calibration import sigmoid
-from .errors import DataError, UsageError, require, require_choice
-from .neighbors import BLOCK, Index, embed, make_search
+from .errors import DataError, UsageError, require
+from .neighbors import embed
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
 from .scoring import all_logits, decimals, score_into
@@ -31,16 +31,15 @@ Ranking: TypeAlias = list[list[tuple[int, float]]]
 
 def rerank(
     model: str | Path,
-    queries: Any,
-    corpus: Any,
+    queries: str | Any,
+    corpus: str | Any,
     output: str | None = None,
     *,
-    candidates: Any = None,
+    candidates: str | Any | None = None,
     retriever: str | None = None,
     retrieve_k: int | None = None,
     top_k: int = 10,
-    qrels: Any = None,
-    index: Index | None = None,
+    qrels: str | Any | None = None,
     both_orders: bool = False,
     precision: Precision = "32-true",
     backend: Backend = "torch",
@@ -62,7 +61,6 @@ def rerank(
         top_k: Texts of each query that are written.
         qrels: What is relevant, as TREC qrels or as BEIR's tsv, or such rows in a list. MRR@10, nDCG@10 and MAP of all
             candidates are reported, before and after. Needs the extra `rank`.
-        index: How the retriever's vectors are searched; see `mine`. Null: `auto`.
         both_orders: Score each pair in both orders and take the mean logit, in twice the time.
         precision: See `score`.
         backend: See `score`.
@@ -82,10 +80,9 @@ def rerank(
     scoring = Scoring(model, precision, backend, both_orders, devices)
     if candidates is not None and retriever is not None:
         raise UsageError("give candidates, or a retriever that finds them, and not both")
-    if retriever is None and (retrieve_k is not None or index is not None):
-        raise UsageError("retrieve_k and index are the retriever's; name it with --retriever")
-    retrieve_k, index = 100 if retrieve_k is None else retrieve_k, index or "auto"
-    require_choice("index", index, Index)
+    if retriever is None and retrieve_k is not None:
+        raise UsageError("retrieve_k is the retriever's; name it with --retriever")
+    retrieve_k = 100 if retrieve_k is None else retrieve_k
     if [of for of in (queries, corpus, candidates, qrels) if isinstance(of, str)].count(STANDARD) > 1:
         raise UsageError("only one of queries, corpus, candidates and qrels can be -")
     if top_k < 1 or retrieve_k < 1:
@@ -96,7 +93,7 @@ def rerank(
         claim_output(output, (*RUN_SUFFIXES, ".jsonl"), overwrite)
     scoring.find()  # what is missing is to be known before candidates are searched
     if retriever is not None:
-        require("faiss", "mine")
+        require("sentence_transformers", "mine")
     with open_table(queries, ["text"]) as table:
         query_ids, query_texts, _ = read_texts(table, None)
     with open_table(corpus, ["text"]) as table:
@@ -113,7 +110,7 @@ def rerank(
     if candidates is not None:
         before = _read_candidates(candidates, query_ids, corpus_ids)
     elif retriever is not None:
-        before = retrieve(query_texts, corpus_texts, retriever, retrieve_k, index)
+        before = retrieve(query_texts, corpus_texts, retriever, retrieve_k)
     else:
         before = [[(place, 0.0) for place in range(len(corpus_texts))] for _ in query_texts]
     after = _score(before, query_texts, corpus_texts, scoring)
@@ -132,16 +129,12 @@ def rerank(
     return Path(output)
 
 
-def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int, index: Index = "auto") -> Ranking:
+def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int) -> Ranking:
     """The k texts whose vectors are next to each query's, with the cosine."""
-    search = make_search(embed(corpus, retriever, Parts(None, {}), "embed the corpus", "encode_document"), index)
-    vectors = embed(queries, retriever, Parts(None, {}), "embed the queries", "encode_query")
-    found: Ranking = []
-    for start in range(0, len(vectors), BLOCK):
-        similarities, places = search(vectors[start : start + BLOCK], k)
-        for scores, row in zip(similarities.tolist(), places.tolist(), strict=True):
-            found.append([(place, score) for place, score in zip(row, scores, strict=True) if place >= 0])
-    return found
+    search = require("sentence_transformers.util", "mine").semantic_search
+    texts = embed(corpus, retriever, Parts(None, {}), "embed the corpus", "encode_document")
+    asked = embed(queries, retriever, Parts(None, {}), "embed the queries", "encode_query")
+    return [[(hit["corpus_id"], hit["score"]) for hit in hits] for hits in search(asked, texts, top_k=k)]
 
 
 def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scoring) -> Ranking:

@@ -42,10 +42,14 @@ def test_schedule_rises_and_falls():
     for name, kind in (("Adam W", "torch.optim has no optimizer"), ("Optimizers", "torch.optim has no optimizer")):
         with pytest.raises(UsageError, match=kind):
             make_optimizer(name, [], 1.0)
-    rates_of_their_own = ("warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
-    for name in ("line", "reduce_lr_on_plateau", "greedy", *rates_of_their_own):
-        with pytest.raises(UsageError, match="there is no schedule"):
+    refusals = {"line": "not a valid SchedulerType.*'linear'", "reduce_lr_on_plateau": "a metric", "greedy": "a metric"}
+    refusals |= {"warmup_stable_decay": "num_decay_steps", "cosine_with_min_lr": "min_lr"}
+    for name, said in refusals.items():
+        with pytest.raises(UsageError, match=rf"model\.schedule {name}.*{said}"):
             make_schedule(name, optimizer, 0.1, 10)
+    slow = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0, 1e-8), 1e-8)
+    with pytest.raises(UsageError, match="must be smaller than initial lr"):
+        make_schedule("polynomial", slow, 0.1, 10)
     with pytest.raises(UsageError, match="max_epochs"):
         make_schedule("linear", optimizer, 0.1, float("inf"))
 

@@ -93,13 +93,6 @@ def test_the_retriever_finds_what_its_cosines_say():
         assert [score for _, score in found] == pytest.approx(sorted(similarities[number])[:-6:-1], abs=1e-5)
 
 
-def test_many_queries_are_looked_up_in_blocks(monkeypatch: pytest.MonkeyPatch):
-    expected = retrieve(QUERIES, CORPUS, BACKBONE, 5)
-    monkeypatch.setattr(reranking, "BLOCK", 3)
-    found = retrieve(QUERIES, CORPUS, BACKBONE, 5)
-    assert [[place for place, _ in own] for own in found] == [[place for place, _ in own] for own in expected]
-
-
 def test_the_order_is_that_of_the_logits_where_scores_are_equal(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     def sure(parts, scoring, pairs, total):
         parts[0] = np.array([20, 40, 30], dtype=np.float32)
@@ -160,10 +153,9 @@ def test_what_stood_before_is_the_order_of_the_candidates_scores(tiny: Path, cap
     expected = score(tiny, [("What?", "What is a cat?"), ("What?", "Dogs What is a dog?")], both_orders=True)
     scores = {row["corpus_id"]: row["score"] for row in found[0]}
     assert [scores["x"], scores["y"]] == pytest.approx(expected.tolist(), abs=1e-6)
-    asked = {"retriever": BACKBONE, "retrieve_k": 2, "top_k": 3, "index": "ivf"}
+    asked = {"retriever": BACKBONE, "retrieve_k": 2, "top_k": 3}
     with caplog.at_level(logging.INFO):
         assert len(rerank(tiny, ["What?"], ["a", "b", "c"], **asked)[0]) == 2
-    assert "index: lists of like questions: 1, looked at: 1" in caplog.messages
 
 
 def test_queries_that_nobody_asked_do_not_count(tiny: Path, caplog):
@@ -208,8 +200,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, r"row 1: id is null or no text$", corpus=[{"id": [1], "text": "a"}])
     refused(DataError, r"row 1: text is null or no text$", queries=[{"id": 1, "text": None}])
     refused(DataError, r"row 1: text is not UTF-8", queries=["x\ud800"])
-    refused(UsageError, "index 'fast' is not one of", retriever=BACKBONE, index="fast")
-    refused(UsageError, "are the retriever's", retrieve_k=100)
+    refused(UsageError, "is the retriever's", retrieve_k=100)
     refused(BackboneError, "is a cross-encoder, which makes no vectors", retriever=str(tiny))
     refused(UsageError, "not both", candidates=str(tmp_path / "a.run"), retriever=BACKBONE)
     refused(UsageError, "only one of queries, corpus, .* can be -", queries="-", corpus="-")
