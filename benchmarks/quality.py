@@ -73,6 +73,7 @@ OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}
 
 def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dict[str, float]:
     """Fit and test through the command line, as a user does."""
+    from crossenc.checkpoints import owner
     from crossenc.records import read_scores
 
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,8 @@ def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dic
         command += ["--trainer.accelerator", "cpu", "--trainer.precision", precision, *options]
         subprocess.run(command, check=True)
         figures = json.loads((Path(folder) / "ours" / "metrics.json").read_text())
-        columns = read_scores(Path(folder) / "ours" / "best.ckpt")["val"]
+        run = Path(folder) / "ours"
+        columns = read_scores(run, owner(run / "best.ckpt"))["val"]
     names = {name: f"val/{OURS.get(name, name)}" for name in (*METRICS, *UNTABLED)}
     found = {name: figures[key] for name, key in names.items() if key in figures}
     return found | more_figures(columns, figures["val/accuracy_best_threshold"])

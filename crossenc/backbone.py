@@ -92,6 +92,7 @@ def load_tokenizer(backbone: str, revision: str | None = None) -> PreTrainedToke
         _part_texts(tokenizer)
     if "token_type_ids" in tokenizer.model_input_names and not _has_segments(config):
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # or an export would forget it
     return tokenizer  # type: ignore[return-value]
 
 

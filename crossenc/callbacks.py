@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .checkpoints import gather
@@ -63,6 +63,8 @@ class ValidateAtEnd(Callback):
     To ask for a stop at the step that is the last anyway is Lightning's public way to validate before leaving.
     """
 
+    every: int | None = None  # the Trainer's own, in epochs, while its last one is validated anyway
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # It is in batches, and what has been accumulated of a step is in no checkpoint. An epoch's end ends a step.
         every, accumulated = trainer.val_check_batch, trainer.accumulate_grad_batches
@@ -78,8 +80,14 @@ class ValidateAtEnd(Callback):
         last_epoch = done == trainer.max_epochs or (trainer.should_stop and done >= (trainer.min_epochs or 0))
         if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
+            if trainer.check_val_every_n_epoch:
+                self.every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
             # Which would let the run end without the validation.
             trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every:
+            trainer.check_val_every_n_epoch, self.every = self.every, None
 
 
 class Pictures(Callback):
@@ -153,17 +161,6 @@ class Cost(Callback):
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.seconds, self.energy_kwh = state["seconds"], state["energy_kwh"]
-
-
-class TerminalProgress(RichProgressBar):
-    """Lightning's bar with loss, learning rate and pairs per second; a run's name says more than a version number."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        found = {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
-        if "lr" in found:
-            found["lr"] = f"{found['lr']:.2e}"  # the bar's own three digits would make 0.000 of it
-        return found
 
 
 class PlainProgress(ProgressBar):

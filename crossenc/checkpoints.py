@@ -27,7 +27,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .errors import CheckpointError, StoppedError
-from .parts import replacing
+from .parts import replacing, writing
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +39,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its target and renames it: what stood there stays whole until the new one is."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with replacing(Path(path)) as unfinished:
-            super().save_checkpoint(checkpoint, unfinished, storage_options)
+        path = Path(path)
+        with writing(path), replacing(path) as unfinished:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                try:
+                    torch.save(checkpoint, file)  # Lightning's own way makes a copy in memory, and one in /tmp
+                except RuntimeError as error:  # what torch makes of a full disk
+                    raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, by average precision on the dev pairs after each validation.
 
     Lightning forgets what was best so far when the run's folder was moved; here the paths follow it. A run that goes on
-    from a checkpoint of another chooses its own best. Dev pairs of one label, which have no average precision, choose
-    none.
+    from a checkpoint of another, or with other dev pairs, chooses its own best. Dev pairs of one label, which have no
+    average precision, choose none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,12 +67,24 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
             enable_version_counter=False,
         )
+        self.dev_pairs: str | None = None  # a digest of those that chose it
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        facts = getattr(getattr(trainer, "datamodule", None), "facts", {})
+        self.dev_pairs = facts["plan"]["dev tokens"] if stage == "fit" and facts else None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.callback_metrics.get(str(self.monitor), torch.tensor(0.0)).isnan():
             super().on_validation_end(trainer, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "dev_pairs": self.dev_pairs}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.dev_pairs != state_dict.get("dev_pairs", self.dev_pairs):
+            return
+
         def here(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
 
@@ -210,6 +228,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = gather(trainer, _random_states())
+        checkpoint["whole_step"] = self.stepped  # not in a validation that falls within one
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.random = checkpoint.get("random_states", [])
@@ -257,6 +276,11 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     return loaded
 
 
+def owner(path: Path) -> str:
+    """What a checkpoint's figures and scores are kept under: a run that goes on gives its name to other weights."""
+    return f"{path.name}, step {read_checkpoint(path, mmap=True)['global_step']}"
+
+
 def keep_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
     """Add to a checkpoint what a validation of its weights chose and found after training."""
     loaded = read_checkpoint(path)
@@ -272,6 +296,8 @@ def find_newest(folder: Path) -> Path | None:
             loaded = read_checkpoint(path, mmap=True)
             if "optimizer_states" not in loaded:  # as a ModelCheckpoint can be told to write it
                 raise CheckpointError(f"{path} has weights only")
+            if not loaded.get("whole_step", True):
+                raise CheckpointError(f"{path} was written within a step, and has none of its gradients")
             found.append((loaded["global_step"], path.name == "last.ckpt", path))
         except CheckpointError as error:
             log.warning("passed over: %s", error)

@@ -118,6 +118,8 @@ class PairDataModule(LightningDataModule):
         require_choice("data.split", split, Split)
         require_choice("data.batch_by", batch_by, BatchBy)
         require_choice("data.on_mismatch", on_mismatch, OnMismatch)
+        for name in (source, val_source, test_source):
+            pairs.require_name(name)
         backbone = str(backbone)  # a Path from Python
         counts = {"batch_size": batch_size, "window": window, "eval_tokens": eval_tokens, "num_proc": num_proc}
         counts["limit"] = limit
@@ -130,8 +132,9 @@ class PairDataModule(LightningDataModule):
         self.subset = subset
         self.columns, self.split = columns, split
         self.val_size, self.test_size = val_size, test_size
-        self.batch_size, self.batch_by, self.window = batch_size, batch_by, window
-        self.eval_tokens, self.num_workers, self.num_proc, self.limit = eval_tokens, num_workers, num_proc, limit
+        # From Python they may be numpy's, and in a checkpoint no `weights_only` reads them.
+        self.batch_size, self.window, self.limit = int(batch_size), int(window), None if limit is None else int(limit)
+        self.batch_by, self.eval_tokens, self.num_workers, self.num_proc = batch_by, eval_tokens, num_workers, num_proc
         self.on_mismatch = on_mismatch
         self.trained_limit: int | None = None  # of the run whose checkpoint is evaluated
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
@@ -145,6 +148,8 @@ class PairDataModule(LightningDataModule):
         self.encoded: dict[str, Dataset] = {}
         self.swapped: dict[str, Dataset] = {}  # the same with the texts in the other order, where it is needed
         self.facts: dict[str, Any] = {}
+        self.told: set[str] = set()  # the splits whose cut texts were told of
+        self.validates: int | float | None = None  # what the Trainer was told, while a fit has no dev pairs
 
     def prepare_data(self) -> None:
         """Read, check and encode all that the run needs, into the cache of `datasets`."""
@@ -154,6 +159,7 @@ class PairDataModule(LightningDataModule):
         """Open what `prepare_data` left in the cache, and say what there is."""
         loaded = self._load()
         self.encoded |= loaded
+        self._tell_cut(loaded)
         if stage == "fit":
             self.position = {}  # of an earlier fit; a checkpoint's own comes later
             if "train" not in loaded:
@@ -183,11 +189,26 @@ class PairDataModule(LightningDataModule):
                 },
             }
             self._tell()
-            if self.trainer and "val" not in loaded:
-                self.trainer.limit_val_batches = 0  # a fit without dev pairs goes without validation
+            if self.trainer and "val" not in loaded:  # a fit without dev pairs goes without validation
+                self.validates, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+
+    def teardown(self, stage: str) -> None:
+        if self.trainer and self.validates is not None:
+            self.trainer.limit_val_batches, self.validates = self.validates, None
+
+    @rank_zero_only
+    def _tell_cut(self, loaded: dict[str, Dataset]) -> None:
+        for name in sorted(loaded.keys() - self.told):
+            tell_cut(loaded[name], f"{name} pairs", self.max_length)
+        self.told |= loaded.keys()
 
     @rank_zero_only
     def _tell(self) -> None:
+        if "val" not in self.facts["rows"]:
+            log.info(
+                "there are no dev pairs, which would choose the best checkpoint, a threshold and a calibration; set "
+                "--data.val_source or --data.val_size for some"
+            )
         for name, share in self.facts["duplicates"].items():
             part = self.encoded[name]
             log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(part):,}", 100 * share)
@@ -196,7 +217,6 @@ class PairDataModule(LightningDataModule):
                     "all dev pairs have the same label, and choose no threshold and no checkpoint: the last is taken; "
                     "shuffle a source that is in the order of its labels, or set --data.val_source"
                 )
-            tell_cut(part, f"{name} pairs", self.max_length)
 
     def _load(self) -> dict[str, Dataset]:
         function = self.trainer.state.fn if self.trainer else None
@@ -223,16 +243,6 @@ class PairDataModule(LightningDataModule):
 
     def _subset(self, source: str) -> str | None:
         return QUORA_SUBSET if self.subset is None and source.partition(":")[0] == QUORA else self.subset
-
-    def read_split(self, split: str) -> Dataset:
-        """The pairs of one split as texts, with their labels; raises `DataError` if there are none."""
-        return self._of(split, self._read_splits((split,), self.limit))
-
-    def _of(self, split: str, parts: dict[str, Dataset]) -> Dataset:
-        if split not in parts:
-            where = self.source or "an empty source"
-            raise DataError(f"{where} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
-        return parts[split]
 
     def _sources(self) -> dict[str, str]:
         """Where each split is read; those that are not named are cut off `train`."""
@@ -376,7 +386,10 @@ class PairDataModule(LightningDataModule):
         return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda", training)
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
-        part = self._of(split, self.encoded)
+        if split not in self.encoded:
+            where = self.source or "an empty source"
+            raise DataError(f"{where} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
+        part = self.encoded[split]
         return part.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]
 
     def _loading(self, split: str, mean_pairs: float | None = None) -> dict[str, Any]:

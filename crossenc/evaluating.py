@@ -49,7 +49,8 @@ def evaluate(
         CheckpointError: The checkpoint is missing or was not written by crossenc.
         OutputError: The output holds something else than an earlier evaluation, or cannot be written.
     """
-    if not any(arguments.get(name) for name in ("source", "val_source", "test_source")):
+    sources = [arguments.get(name) for name in ("source", "val_source", "test_source")]
+    if all(source is None or str(source) == "" for source in sources):
         raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
     folder = Path(output)
     if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):
@@ -79,12 +80,14 @@ def evaluate(
     if "test" in splits:
         trainer.test(module, data, verbose=False)
     if trainer.is_global_zero:
-        columns = finish(module, data, folder, None)
-        pictures = draw(columns, module.threshold, folded=False)
-        shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
-        save(pictures, folder / "figures")
-        errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
-        write_report(folder, str(model), module.figures, module.threshold, data.read_from(columns), pictures, errors)
+        with writing(output):
+            columns = finish(module, data, folder, None)
+            pictures = draw(columns, module.threshold, folded=False)
+            shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
+            save(pictures, folder / "figures")
+            errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
+            read_from = data.read_from(columns)
+            write_report(folder, str(model), module.figures, module.threshold, read_from, pictures, errors)
     return module.figures
 
 
@@ -95,6 +98,7 @@ def load_module(model: str | Path) -> CrossEncoderModule:
         module = load_checkpoint(path)[1]
         module.model = plain_model(module)  # its calibration in its weights, as in its export
         module.fitted, module.folds, module.figures = Calibration(), False, {}
+        module.hparams["calibrate"] = True  # to tell what it would bring
         return module
     require_head(str(model), path)
     module = CrossEncoderModule(str(path))
@@ -103,7 +107,7 @@ def load_module(model: str | Path) -> CrossEncoderModule:
 
 
 def finish(
-    module: CrossEncoderModule, data: PairDataModule, folder: Path, checkpoint: str | None
+    module: CrossEncoderModule, data: PairDataModule, folder: Path, owner: str | None
 ) -> dict[str, dict[str, NDArray[Any]]]:
     """Add to the module's figures what is worth the time only once, and write them with every pair's scores.
 
@@ -125,9 +129,9 @@ def finish(
     sources = data.read_from(module.scored)
     # Not those of other splits, which the checkpoint knows too: they may have been evaluated anew on others.
     own = {name: value for name, value in figures.items() if split_of(name) in sources}
-    write_figures(folder, checkpoint, own, sources)
+    write_figures(folder, owner, own, sources)
     evaluated = {split: columns | data.texts(split, columns["row"]) for split, columns in module.scored.items()}
-    write_scores(folder, checkpoint, evaluated)
+    write_scores(folder, owner, evaluated)
     return evaluated
 
 

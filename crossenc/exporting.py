@@ -9,7 +9,7 @@ import json
 import logging
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,11 +25,10 @@ from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint, plain_model
 from .onnx_model import write_onnx
 from .pairs import read
-from .parts import try_writing
+from .parts import try_writing, writing
 from .scorer import Backend, Scoring, score_chunks
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
     from .module import CrossEncoderModule
@@ -82,8 +81,8 @@ def export(
         DataError, HubError: The dev pairs cannot be read.
         ExportError: The folder is there already, or the export does not score as the checkpoint does.
         HubError: The upload was refused; the folder stays.
-        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`, or `dev` without `int8`;
-            `push_to_hub` is no repository's name.
+        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`, or for one that is public;
+            `dev` without `int8`; `push_to_hub` is no repository's name.
     """
     if private and push_to_hub is None:
         raise UsageError("--private is of the upload; give --push_to_hub REPO too")
@@ -100,19 +99,22 @@ def export(
     try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
     pairs = _dev_pairs(Path(checkpoint), dev) if int8 else None
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
         unfinished = Path(space) / "new"
         expected = _module_scores(module, tokenizer, _PROBES)
-        _write(unfinished, module, tokenizer)
+        with writing(target):
+            _write(unfinished, module, tokenizer)
         _compare(f"the export of {checkpoint}", expected, score_pairs(unfinished, _PROBES), TOLERANCE)
         # An export named `model` is a run's own; the run's name tells more.
         name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
         added = _add_onnx(unfinished, expected, pairs) if onnx or int8 else None
-        _write_card(unfinished, name, loaded, Path(checkpoint), module.max_length, added)
-        if target.exists():
-            target.rename(Path(space) / "old")
-        unfinished.rename(target)
+        with writing(target):
+            _write_card(unfinished, name, loaded, Path(checkpoint), module.max_length, added)
+            if target.exists():
+                target.rename(Path(space) / "old")
+            unfinished.rename(target)
     load_tokenizer.cache_clear()  # of the export that was in its place
     if push_to_hub is not None:
         log.info("uploaded: %s", upload(target, push_to_hub, private))
@@ -132,18 +134,29 @@ def _require_repository(name: str) -> None:
 
 
 def upload(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload an export to the Hub; returns the repository's address. Raises `HubError`, which says how to repeat it."""
+    """Upload an export to the Hub; returns the repository's address.
+
+    Raises:
+        HubError: it was refused; the message says how to repeat it.
+        UsageError: it was to be private, and the repository is there already and public.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(address.repo_id).private:
+            raise UsageError(
+                f"{folder} is written and not uploaded: {repository} is there, and public; make it private"
+            )
         api.upload_folder(
             folder_path=folder,
             repo_id=address.repo_id,
             commit_message="Upload by crossenc",
             delete_patterns=["onnx/*", "figures/*"],  # those of an earlier model that this one has not
         )
+    except UsageError:
+        raise
     except Exception as error:  # the HTTP library's own too, which is another from version to version of the client
         command = ["hf", "upload", repository, str(folder), *["--private"] * private]
         raise HubError(
@@ -160,7 +173,7 @@ def _compare(what: str, expected: Sequence[float], found: Sequence[float], toler
         raise ExportError(f"{what} gives scores that differ by {worst:.2g} from the checkpoint's")
 
 
-def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[str, float]:
+def _add_onnx(folder: Path, expected: list[float], dev: Mapping[str, Any] | None) -> dict[str, float]:
     """Write the ONNX files, compare them with the checkpoint, and return what the card tells of them."""
 
     def score(backend: Backend, pairs: Sequence[tuple[str, str]]) -> Any:
@@ -173,7 +186,7 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
     if dev is not None:
         from torchmetrics.functional.classification import binary_average_precision
 
-        pairs, labels = list(zip(dev["text_a"], dev["text_b"], strict=True)), torch.tensor(dev["label"][:]) >= 0.5
+        pairs, labels = list(zip(dev["text_a"], dev["text_b"], strict=True)), torch.tensor(dev["label"]) >= 0.5
         scores = {backend: score(backend, pairs) for backend in ("onnx", "onnx-int8")}
         figures = {
             backend: binary_average_precision(torch.from_numpy(found), labels.long()).item()
@@ -188,23 +201,14 @@ def _add_onnx(folder: Path, expected: list[float], dev: Dataset | None) -> dict[
     return figures
 
 
-def _dev_pairs(checkpoint: Path, dev: str | None) -> Dataset:
-    """Labelled pairs of `dev`, or the dev pairs of the run that a checkpoint lies in, as its config.yaml has them."""
-    if dev is not None:
-        pairs = read(dev)
-    else:
-        import yaml
+def _dev_pairs(checkpoint: Path, dev: str | None) -> Mapping[str, Any]:
+    """The columns of labelled pairs: of `dev`, or of the dev pairs that the checkpoint was evaluated on in its run."""
+    from .checkpoints import owner
+    from .records import read_scores
 
-        from .data import PairDataModule
-
-        config = checkpoint.parent / "config.yaml"
-        if not config.is_file():
-            raise UsageError(
-                f"--int8 is measured on dev pairs, and there is no {config} that tells them; give --dev FILE"
-            )
-        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-        model = {name: settings["model"][name] for name in ("backbone", "max_length", "revision")}
-        pairs = PairDataModule(**settings["data"] | model).read_split("val")
+    pairs = read_scores(checkpoint.parent, owner(checkpoint)).get("val") if dev is None else read(dev)[:]
+    if pairs is None:
+        raise UsageError(f"--int8 is measured on dev pairs, and {checkpoint} was evaluated on none; give --dev FILE")
     if len({label >= 0.5 for label in pairs["label"]}) < 2:
         raise ExportError("what 8 bits cost cannot be measured: all dev labels are the same; give --dev FILE")
     return pairs
@@ -285,16 +289,19 @@ def _write_card(
     folder: Path, name: str, loaded: dict[str, Any], checkpoint: Path, max_length: int, onnx: dict[str, float] | None
 ) -> None:
     from .card import worst_errors, write_card
+    from .checkpoints import owner
     from .figures import draw, draw_learning, save
-    from .records import read_figures, read_scores, read_sources
+    from .records import read_figures, read_scores, read_sources, split_of
 
     figures, threshold = loaded["crossenc"]["figures"], loaded["crossenc"]["threshold"]
-    known, evaluated, sources = read_figures(checkpoint), read_scores(checkpoint), read_sources(checkpoint)
-    at = 0.5 if threshold is None else threshold
-    own = (loaded.get("PairDataModule") or {}).get("sources", {}).get("val")  # an older checkpoint tells of none
-    others = own is not None and Path(sources.get("val", own)) != Path(own)
-    if others or abs(known.get("val/threshold", at) - at) > 1e-4:  # of a `validate` on other dev pairs
-        known, evaluated, sources = {}, {}, {}
+    kept = (checkpoint.parent, owner(checkpoint))
+    known, evaluated, sources = read_figures(*kept), read_scores(*kept), read_sources(*kept)
+    own = loaded.get("PairDataModule") or {}
+    dev, rows = own.get("sources", {}).get("val"), own.get("rows", {}).get("val")
+    if "val" in sources and (Path(sources["val"]) != Path(dev or "") or known["val/rows"] != rows):
+        # A `validate` on other dev pairs than those that chose the threshold.
+        known = {name: value for name, value in known.items() if split_of(name) != "val"}
+        del sources["val"], evaluated["val"]
     figures = figures | known
     pictures = draw(evaluated, threshold)
     if learning := draw_learning(checkpoint.parent):

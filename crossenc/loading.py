@@ -125,13 +125,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, Pre
     """What a checkpoint holds, its module in evaluation mode, and a tokenizer of its own, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or was not written by crossenc.
+        CheckpointError: the file is missing, damaged, or was not written by crossenc; or a subclass of its module
+            computes scores in another way.
     """
     from .checkpoints import read_checkpoint
     from .module import CrossEncoderModule
 
     loaded = read_checkpoint(path)
-    settings = loaded["hyper_parameters"]
+    settings, forward = loaded["hyper_parameters"], loaded["crossenc"].get("forward")
+    if forward:
+        raise CheckpointError(f"{path} scores by the forward of a class of its own, {forward}, which no export has")
     # The digest guards the backbone's own weights; these come from the checkpoint.
     module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)
     tokenizer = load_tokenizer(settings["backbone"], settings["revision"])

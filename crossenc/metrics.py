@@ -111,7 +111,7 @@ def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict
     for name, column in (("", "score_crossed"), ("_raw", "score_raw")):
         figures[f"brier{name}"] = float(((columns[column] - (columns["label"] >= 0.5)) ** 2).mean())
         figures[f"calibration_error{name}"] = calibration_error(torch.from_numpy(columns[column]), labels)
-    figures["calibration_error_chance"] = chance_calibration_error(columns["score_crossed"])
+    figures["calibration_error_chance"] = chance_calibration_error(columns["score"])
     if "score_swapped" in columns:
         gaps, at = np.abs(columns["score"] - columns["score_swapped"]), figures["threshold"]
         figures["swap_gap_mean"] = float(gaps.mean())
@@ -162,7 +162,7 @@ def intervals(columns: Columns, threshold: float) -> dict[str, float]:
     chances = np.full(len(truth), 1 / len(truth))
     draws = (draw.multinomial(len(truth), chances, size=size).astype(np.float64) for _ in range(RESAMPLES // size))
     found = [resampled_figures(columns["score"], truth, threshold, times) for times in draws]
-    ends = np.quantile(np.concatenate(found, axis=1), [0.025, 0.975], axis=1)
+    ends = np.nanquantile(np.concatenate(found, axis=1), [0.025, 0.975], axis=1)
     names = ("average_precision", "f1", "accuracy")
     return {
         f"{name}_{end}": float(value)
@@ -174,7 +174,8 @@ def intervals(columns: Columns, threshold: float) -> dict[str, float]:
 def resampled_figures(
     scores: NDArray[np.float64], truth: NDArray[np.bool_], threshold: float, times: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Average precision, F1 and accuracy, shape (3, resamples), where a pair stands `times` in a resample.
+    """Average precision (NaN without a duplicate), F1 and accuracy, shape (3, resamples), where a pair stands `times`
+    in a resample.
 
     `scores` and `truth` are of shape (pairs,), `times` (resamples, pairs).
     """
@@ -182,8 +183,9 @@ def resampled_figures(
     scores, truth, times = scores[order], truth[order], times[:, order]
     ends = np.flatnonzero(np.diff(scores, append=-np.inf))  # equal scores are one group
     hits, drawn = (np.cumsum(some, axis=1)[:, ends] for some in (times * truth, times))
-    positives = np.maximum(hits[:, -1], 1)
-    average_precision = (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(drawn, 1)).sum(1) / positives
+    positives = hits[:, -1]
+    precisions = (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(drawn, 1)).sum(1)
+    average_precision = np.where(positives > 0, precisions / np.maximum(positives, 1), np.nan)
     called = scores >= threshold
     f1 = 2 * (times @ (called & truth)) / np.maximum(times @ called + positives, 1)
     return np.stack([average_precision, f1, times @ (called == truth) / times.sum(1)])

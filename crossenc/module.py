@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
-from .backbone import DEFAULT_BACKBONE, load_model, resolve_max_length
+from .backbone import DEFAULT_BACKBONE, load_model, load_tokenizer, resolve_max_length
 from .calibration import Calibration, calibrate, last_layer, sigmoid
 from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
@@ -122,6 +122,8 @@ class CrossEncoderModule(LightningModule):
         for name, value in self.hparams.items():
             if isinstance(value, np.generic):  # from Python, and in a checkpoint no `weights_only` reads them
                 self.hparams[name] = value.item()
+            elif isinstance(value, dict):
+                self.hparams[name] = {key: v.item() if isinstance(v, np.generic) else v for key, v in value.items()}
         self.max_length = resolve_max_length(backbone, max_length, revision)
         self.model: Any = load_model(backbone, attn_implementation, revision, backbone_sha256)
         if dropout is not None:
@@ -166,6 +168,10 @@ class CrossEncoderModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":  # what an evaluation found before is of other weights; a checkpoint's own comes later
             self._forget()
+        theirs = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        own = load_tokenizer(self.hparams["backbone"], self.hparams["revision"])
+        if theirs is not None and theirs.get_vocab() != own.get_vocab():
+            raise UsageError(f"the module needs PairDataModule(backbone={self.hparams['backbone']!r}), for its tokens")
 
     def configure_model(self) -> None:
         """Shard the weights where the strategy is made for it; Lightning asks for it once for each stage."""
@@ -324,6 +330,8 @@ class CrossEncoderModule(LightningModule):
         checkpoint["crossenc"] = {
             "version": CHECKPOINT_VERSION,
             **self.evaluation(),
+            "sharded": self.device_mesh is not None,
+            "forward": None if type(self).forward is CrossEncoderModule.forward else type(self).__qualname__,
             "training": {
                 "precision": str(self.trainer.precision),
                 "hardware": _hardware(self.device),
@@ -343,6 +351,9 @@ class CrossEncoderModule(LightningModule):
                 f"the checkpoint has format {kept.get('version')} and this crossenc reads {CHECKPOINT_VERSION}; "
                 "export it with the version that wrote it"
             )
+        if type(self) is CrossEncoderModule:  # what a subclass has besides the model is in no export
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in weights.items() if name.startswith("model.")}
         self.threshold = kept["threshold"]
         self.fitted = Calibration(*kept["calibration"])
         self.figures, self.evaluated_step = dict(kept["figures"]), checkpoint["global_step"]

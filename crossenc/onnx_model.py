@@ -65,7 +65,9 @@ def write_onnx(folder: Path, int8: bool) -> None:
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException) as error:
-        raise ExportError(f"torch cannot export {model.config.model_type} to ONNX: {one_line(error)[:300]}") from error
+        raise ExportError(
+            f"torch cannot export {model.config.model_type} to ONNX: {one_line(error.__cause__ or error)[:300]}"
+        ) from error
     finally:
         notes.setLevel(level)
     if int8:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
-from .errors import DataError, HubError, OutputError, offline_remedy, one_line
+from .errors import DataError, HubError, OutputError, UsageError, offline_remedy, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,6 +72,7 @@ def read(
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
+    require_name(source)
     origin: dict[str, Any]
     if is_local(source):
         path = Path(source)
@@ -103,6 +104,13 @@ def read(
             raise OutputError(f"{datasets.config.HF_DATASETS_CACHE} cannot be written: {error.__cause__}") from error
         raise
     return table
+
+
+def require_name(source: object) -> None:
+    """Raise `UsageError` where labelled pairs are given themselves, as a DataFrame or a list."""
+    if not isinstance(source, str | Path | None):
+        kind = type(source).__name__
+        raise UsageError(f"labelled pairs come from a file or the Hub: write the {kind} to a file, and give its name")
 
 
 def is_local(source: str) -> bool:
@@ -325,7 +333,7 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
     for ours, aliases in ALIASES.items():
         if ours == "label" and not labelled:
             continue
-        wanted = (columns[ours],) if ours in columns else aliases
+        wanted = (str(columns[ours]),) if ours in columns else aliases
         match = next((name for name in wanted if name in found), None)
         if match is None:
             raise DataError(

@@ -139,11 +139,15 @@ def try_writing(path: Path) -> None:
 @contextmanager
 def writing(what: object) -> Iterator[None]:
     """Turn a full disk, a read-only one and the like into one line: what could not be written, and what is kept."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except BrokenPipeError:
         raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "; finished parts are kept: free some space and give the same command again" if full else ""
-        raise OutputError(f"{what} cannot be written: {error.strerror or error}{advice}") from error
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        advice = "; free some space and give the same command again, which goes on with what is kept" if full else ""
+        raise OutputError(
+            f"{what} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}{advice}"
+        ) from error

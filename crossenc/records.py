@@ -1,6 +1,6 @@
 """What an evaluation leaves beside a checkpoint: figures in `metrics.json`, each pair's scores in `scores.parquet`.
 
-Both belong to one checkpoint; what another left is dropped when they are written.
+Both belong to one checkpoint, as `checkpoints.owner` names it; what another left is dropped when they are written.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ FIGURES_FILE = "metrics.json"
 
 
 def write_figures(
-    folder: Path, checkpoint: str | None, figures: dict[str, float], sources: Mapping[str, str] | None = None
+    folder: Path, owner: str | None, figures: dict[str, float], sources: Mapping[str, str] | None = None
 ) -> None:
-    """Write `metrics.json`: flat, `val/f1` and the like, the name of the checkpoint that they belong to, and as
-    `val/source` what the pairs of a split were read from.
+    """Write `metrics.json`: flat, `val/f1` and the like, the checkpoint that they belong to, and as `val/source` what
+    the pairs of a split were read from.
 
     What stands there already of the same checkpoint and of other splits is kept, the rest is dropped; NaN becomes null.
     """
-    known = _read(folder / checkpoint) if checkpoint else {}
+    known = _read(folder, owner) if owner else {}
     known = {name: value for name, value in known.items() if split_of(name) not in (sources or {})}
-    content: dict[str, Any] = {"checkpoint": checkpoint}
+    content: dict[str, Any] = {"checkpoint": owner}
     named = {f"{split}/source": source for split, source in (sources or {}).items()}
     for name, value in sorted((known | figures | named).items()):
         number = isinstance(value, float)
@@ -44,22 +44,22 @@ def split_of(figure: str) -> str:
     return re.split("[_/]", figure)[0]
 
 
-def read_figures(checkpoint: Path) -> dict[str, float]:
-    """The figures in the `metrics.json` beside a checkpoint; none if they belong to another or there is no file."""
-    found = {name: value for name, value in _read(checkpoint).items() if not name.endswith("/source")}
+def read_figures(folder: Path, owner: str) -> dict[str, float]:
+    """The figures in a folder's `metrics.json`; none if they belong to another checkpoint or there is no file."""
+    found = {name: value for name, value in _read(folder, owner).items() if not name.endswith("/source")}
     return {name: math.nan if value is None else float(value) for name, value in found.items()}
 
 
-def read_sources(checkpoint: Path) -> dict[str, str]:
-    """What the pairs of each split in the `metrics.json` beside a checkpoint were read from, where it tells that."""
-    found = _read(checkpoint)
+def read_sources(folder: Path, owner: str) -> dict[str, str]:
+    """What the pairs of each split in that `metrics.json` were read from, where it tells that."""
+    found = _read(folder, owner)
     return {split: found[f"{split}/source"] for split in ("val", "test") if f"{split}/source" in found}
 
 
-def _read(checkpoint: Path) -> dict[str, Any]:
-    file = checkpoint.parent / FIGURES_FILE
+def _read(folder: Path, owner: str) -> dict[str, Any]:
+    file = folder / FIGURES_FILE
     content: dict[str, Any] = read_json(file) if file.is_file() else {}
-    return content if content.pop("checkpoint", None) == checkpoint.name else {}
+    return content if content.pop("checkpoint", None) == owner else {}
 
 
 def is_evaluation(folder: Path) -> bool:
@@ -73,12 +73,12 @@ def is_evaluation(folder: Path) -> bool:
 SCORES_FILE = "scores.parquet"
 
 
-def write_scores(folder: Path, checkpoint: str | None, evaluated: Mapping[str, Mapping[str, Any]]) -> None:
+def write_scores(folder: Path, owner: str | None, evaluated: Mapping[str, Mapping[str, Any]]) -> None:
     """Write `scores.parquet`: the columns of each evaluated split, one row a pair, marked by `split`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    known = read_scores(folder / checkpoint) if checkpoint else {}
+    known = read_scores(folder, owner) if owner else {}
     tables = [
         pa.table({"split": [split] * len(columns["row"]), **columns})
         for split, columns in {**known, **evaluated}.items()
@@ -87,17 +87,17 @@ def write_scores(folder: Path, checkpoint: str | None, evaluated: Mapping[str, M
         return
     table = pa.concat_tables(tables, promote_options="default")
     with replacing(folder / SCORES_FILE) as unfinished:
-        pq.write_table(table.replace_schema_metadata({"checkpoint": checkpoint or ""}), unfinished)
+        pq.write_table(table.replace_schema_metadata({"checkpoint": owner or ""}), unfinished)
 
 
-def read_scores(checkpoint: Path) -> dict[str, dict[str, NDArray[Any]]]:
-    """The columns of each split in the `scores.parquet` beside a checkpoint; none if they belong to another."""
-    file = checkpoint.parent / SCORES_FILE
+def read_scores(folder: Path, owner: str) -> dict[str, dict[str, NDArray[Any]]]:
+    """The columns of each split in a folder's `scores.parquet`; none if they belong to another checkpoint."""
+    file = folder / SCORES_FILE
     if not file.is_file():
         return {}
     with open_parquet(file, str(file)) as content:
         table = content.read()
-    if (table.schema.metadata or {}).get(b"checkpoint") != checkpoint.name.encode():
+    if (table.schema.metadata or {}).get(b"checkpoint") != owner.encode():
         return {}
     columns = {name: table[name].to_numpy() for name in table.column_names}
     found = {}

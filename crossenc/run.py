@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, WeightAveraging
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
@@ -27,7 +28,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from .backbone import has_head
-from .callbacks import Cost, Pictures, PlainProgress, PredictionFile, TerminalProgress, TrainSpeed, ValidateAtEnd
+from .callbacks import Cost, Pictures, PlainProgress, PredictionFile, TrainSpeed, ValidateAtEnd
 from .checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -35,6 +36,7 @@ from .checkpoints import (
     command_to_go_on,
     find_newest,
     keep_evaluation,
+    owner,
     read_checkpoint,
 )
 from .data import PairDataModule
@@ -78,6 +80,7 @@ _UNFIT = {
     "BackboneFinetuning": "--model.freeze_layers",
     # It hands its average over after the last checkpoint, and the best one is what is tested and exported.
     "StochasticWeightAveraging": "--trainer.callbacks+=EMAWeightAveraging",
+    "OnExceptionCheckpoint": "--checkpoint_every_n_minutes",
 }
 
 
@@ -277,7 +280,9 @@ class RunCLI(LightningCLI):
         if given.enable_progress_bar is not False and not any(isinstance(own, ProgressBar) for own in users):
             # Every look at the loss makes a GPU wait.
             refresh = 10 if torch.cuda.is_available() else 1
-            callbacks.append(TerminalProgress(refresh) if sys.stderr.isatty() else PlainProgress())
+            # Lightning's three digits behind the point would make 0.000 of a learning rate.
+            bar = RichProgressBar(refresh, theme=RichProgressBarTheme(metrics_format=".4g"))
+            callbacks.append(bar if sys.stderr.isatty() else PlainProgress())
         # In evaluation too: Lightning asks for the callbacks that a checkpoint was made with.
         callbacks.append(Cost())
         if given.enable_checkpointing is not False and not given.fast_dev_run:
@@ -298,6 +303,12 @@ class RunCLI(LightningCLI):
     def before_fit(self) -> None:
         if self.checkpoint:
             loaded = read_checkpoint(Path(self.checkpoint), mmap=True)
+            sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+            if sharded and not loaded["crossenc"].get("sharded"):
+                raise CheckpointError(
+                    "the run began with whole weights, whose optimizer no sharded run takes over; go on without "
+                    "--trainer.strategy fsdp, or begin a run with its export as --model.backbone"
+                )
             before, now = loaded["hyper_parameters"], self.model.hparams
             changed = [
                 f"model.{name} {before.get(name)} (now {now[name]})"
@@ -379,7 +390,7 @@ class RunCLI(LightningCLI):
     after_test = after_validate
 
     def _finish(self, checkpoint: str | None) -> None:
-        finish(self.model, self.datamodule, self.folder, Path(checkpoint).name if checkpoint else None)
+        finish(self.model, self.datamodule, self.folder, owner(Path(checkpoint)) if checkpoint else None)
 
     def after_predict(self) -> None:
         if not self.config[self.command].trainer.fast_dev_run:
@@ -430,6 +441,10 @@ def _check_trainer(command: str, config: Any) -> None:
             raise UsageError(f"--trainer.limit_{name}_batches 0 leaves nothing to {command}")
         if limit and not (isinstance(limit, float) and limit == 1):  # batches are of like length, the longest first
             raise UsageError(f"--trainer.limit_{name}_batches would take the longest pairs; set --data.limit instead")
+    if (every := trainer.check_val_every_n_epoch) is not None and every < 1:
+        raise UsageError(f"--trainer.check_val_every_n_epoch {every} is not at least 1, nor null")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise UsageError(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} is not at least 0")
     if trainer.accumulate_grad_batches < 1:
         raise UsageError("--trainer.accumulate_grad_batches must be at least 1")
     if trainer.val_check_interval == 0:

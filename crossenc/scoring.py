@@ -13,11 +13,11 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow.parquet
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SIDES = ("text_a", "text_b")
 OnError: TypeAlias = Literal["stop", "skip"]
+_Make: TypeAlias = Callable[[Logits], NDArray[Any]]  # what makes a new column of the logits
 
 
 def score(
@@ -91,13 +92,18 @@ def score(
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
     require_choice("on_error", on_error, OnError)
-    new = _New(column, "logit" if logit else None, decision, None if decision is None else read_threshold(model))
-    if not all(new.names()) or len(set(new.names())) < len(new.names()):
-        raise UsageError(f"the new columns cannot be called {new.names()}; name each otherwise: --column, --decision")
+    named: list[tuple[str, _Make]] = [("logit", np.asarray)] if logit else []
+    named.append((column, sigmoid))
+    if decision is not None:
+        threshold = read_threshold(model)
+        if threshold is None:
+            raise UsageError(f"{model} has stored no threshold, which a decision needs")
+        named.append((decision, lambda logits: reaches(sigmoid(logits), threshold)))
+    new = dict(named)
+    if not all(new) or len(new) < len(named):
+        raise UsageError(f"the new columns cannot be called {list(new)}; name each otherwise: --column, --decision")
     if columns and "label" in columns:
         raise UsageError("columns: no label is read here; name text_a and text_b")
-    if decision is not None and new.threshold is None:
-        raise UsageError(f"{model} has stored no threshold, which a decision needs")
     with ExitStack() as stack:
         table = stack.enter_context(open_table(pairs, SIDES))
         if output is not None:
@@ -105,7 +111,7 @@ def score(
         if (decision is not None or logit) and output is None and isinstance(table.source, Path | list):
             raise UsageError("a decision or a logit stands beside its pair; give a DataFrame, or name an output")
         of_the_model = scoring.facts()  # before the input is read, which may take long: there may be no such model
-        checked = _check(table, columns or {}, new.names(), on_error, str(output).lower().endswith(".parquet"))
+        checked = _check(table, columns or {}, list(new), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
         parts = Parts(folder, facts | of_the_model, overwrite)
@@ -235,50 +241,29 @@ def parts_folder(output: str) -> Path:
     return Path(output).with_name(f".{Path(output).name}.parts")
 
 
-class _New(NamedTuple):
-    """The names of the new columns, None for one that is not asked for, and the threshold of the decision."""
-
-    score: str
-    logit: str | None
-    decision: str | None
-    threshold: float | None
-
-    def names(self) -> list[str]:
-        """In the order of the columns."""
-        return [name for name in (self.logit, self.score, self.decision) if name is not None]
-
-    def values(self, logits: Logits) -> dict[str, Any]:
-        """The new columns of one part by their names."""
-        columns: dict[str, Any] = {} if self.logit is None else {self.logit: logits}
-        columns[self.score] = sigmoid(logits)
-        if self.decision is not None and self.threshold is not None:
-            columns[self.decision] = reaches(columns[self.score], self.threshold)
-        return columns
-
-
-def _in_memory(table: Table, checked: _Checked, parts: Parts, new: _New) -> Any:
+def _in_memory(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make]) -> Any:
     logits = np.full(checked.rows, np.nan, dtype=np.float32)
     places = [number for number, _ in _good_rows(table, checked.names)]
     logits[places] = all_logits(parts, checked.good)
-    values = new.values(logits)
     if isinstance(table.source, Path | list):
-        return values[new.score]
+        return sigmoid(logits)
     frame = table.source.copy()  # type: ignore[union-attr]
-    for name, column in values.items():
-        frame[name] = column
-    if new.decision is not None and np.isnan(logits).any():  # of broken rows there is none
-        frame[new.decision] = frame[new.decision].astype("boolean").mask(np.isnan(logits))
+    for name, make in new.items():
+        frame[name] = make(logits)
+        if frame[name].dtype == bool and np.isnan(logits).any():  # of broken rows there is no decision
+            frame[name] = frame[name].astype("boolean").mask(np.isnan(logits))
     return frame
 
 
-def _join(table: Table, checked: _Checked, parts: Parts, new: _New, output: str) -> None:
+def _join(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make], output: str) -> None:
     schema = checked.schema
     if schema is not None:
-        kinds = {name: pyarrow.bool_() if name == new.decision else pyarrow.float32() for name in new.names()}
+        none = np.empty(0, dtype=np.float32)
+        kinds = {name: pyarrow.from_numpy_dtype(make(none).dtype) for name, make in new.items()}
         schema = pyarrow.schema([*schema, *kinds.items()])
     with ExitStack() as stack:
         stack.enter_context(_for_parquet(table.where))
-        take = stack.enter_context(write_table(output, [*checked.columns, *new.names()], schema))
+        take = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
         skip = None
         if checked.good < checked.rows and output == STANDARD:
             some = "; ".join(f"row {row}: {wrong}" for row, wrong in checked.broken)
@@ -289,8 +274,6 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: _New, output: str)
         elif output != STANDARD:  # an output that was in its place may have had some
             skipped_file(output).unlink(missing_ok=True)
         for number, chunk in enumerate(chunked(_good_rows(table, checked.names, skip))):
-            columns = new.values(parts[number])
-            values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns.values()]
-            take(
-                [{**row, **dict(zip(columns, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)]
-            )
+            columns = [make(parts[number]) for make in new.values()]
+            values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns]
+            take([{**row, **dict(zip(new, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)])

@@ -135,9 +135,18 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(self.body)["paths"] if self.body[:1] == b"{" else parse_qs(self.body.decode())["paths"]
             return self.send_json([entry(folder, folder / path) for path in asked if (folder / path).exists()])
         name = repository.partition("/")[2]
+        private = self.server.visibility.get(name) == "private"
         siblings = [{"rfilename": path.relative_to(folder).as_posix()} for path in files]
         return self.send_json(
-            {"_id": "0", "id": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+            {
+                "_id": "0",
+                "id": name,
+                "sha": COMMIT,
+                "private": private,
+                "tags": [],
+                "siblings": siblings,
+                "downloads": 0,
+            }
         )
 
     def send_file(self, repository: str, rest: list[str]) -> None:

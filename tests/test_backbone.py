@@ -43,12 +43,14 @@ def test_roberta_positions_begin_after_the_padding(tmp_path: Path):
 
 
 def test_segments_are_given_to_those_that_take_them(tmp_path: Path):
-    from transformers import DistilBertConfig, RobertaConfig
+    from transformers import AutoTokenizer, DistilBertConfig, RobertaConfig
 
     for name, config in {"distilbert": DistilBertConfig(), "roberta": RobertaConfig(type_vocab_size=1)}.items():
         load_tokenizer(BACKBONE).save_pretrained(tmp_path / name)  # a BERT's, which knows segments
         config.save_pretrained(tmp_path / name)
         assert "token_type_ids" not in load_tokenizer(str(tmp_path / name)).model_input_names
+        load_tokenizer(str(tmp_path / name)).save_pretrained(tmp_path / "export")
+        assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "export").model_input_names
     assert "token_type_ids" in load_tokenizer(BACKBONE).model_input_names
 
 

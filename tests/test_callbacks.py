@@ -103,7 +103,7 @@ def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(pairs_file: Path, tiny_b
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert process.returncode == 0, text
     assert re.search(r"Epoch 0/0 .*12/12", text)
-    assert re.search(r"loss: +\d\.\d+ +lr: +\d\.\d\de-\d\d +pairs_per_second: +\d+", text)
+    assert re.search(r"train/loss: +\d\.\d+ +train/lr: +\S*[1-9]\S* +train/pairs_per_second: +\d+", text)
     assert "arning" not in text
 
 

@@ -13,6 +13,7 @@ import torch
 
 from crossenc import export
 from crossenc.card import is_hub_id, worst_errors, write_card
+from crossenc.checkpoints import owner
 from crossenc.cli import main
 from crossenc.records import read_scores
 
@@ -42,7 +43,7 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     assert f"torch {torch.__version__}" in card.text
     assert f"Of 6 test pairs, {100 * figures['test/duplicates']:.1f} % of them duplicates" in card.text
     assert str(trained.parent) not in card.text
-    scores = read_scores(trained / "best.ckpt")
+    scores = read_scores(trained, owner(trained / "best.ckpt"))
     dev, test = (worst_errors(scores[split], figures["val/threshold"]) for split in ("val", "test"))
     told = card.text.partition("### Most confident errors on dev pairs")[2]
     assert [" | ".join(row) in told for row in dev + test] == [True] * len(dev) + [False] * len(test)

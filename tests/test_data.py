@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from crossenc import PairDataModule
 from crossenc.errors import CheckpointError, DataError, UsageError
+from crossenc.pairs import read
 
 from .conftest import BACKBONE
 
@@ -62,12 +63,15 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch:
     head = pairs_file.read_text().splitlines(keepends=True)
     (tmp_path / "late.csv").write_text(head[0] + "".join(head[-5:]))
     later = PairDataModule(str(pairs_file), val_source=str(tmp_path / "late.csv"), limit=4, **make)
-    later.tables["val"] = later.read_split("val")
+    later.tables["val"] = read(str(tmp_path / "late.csv")).take(4)
     assert not later.unseen("val", np.arange(4)).any()
     later.load_state_dict({"limit": 10})
     assert later.unseen("val", np.arange(4)).any()
     with pytest.raises(DataError, match="leaves no test pairs"):
         one.test_dataloader()
+    for name in ("source", "val_source", "test_source"):
+        with pytest.raises(UsageError, match="write the list to a file"):
+            PairDataModule(**{name: [("a", "b", 1)]}, **make)
     for name in ("batch_size", "window", "eval_tokens", "num_proc", "limit"):
         with pytest.raises(UsageError, match=rf"data\.{name} 0 is not at least 1"):
             PairDataModule(**{name: 0}, **make)

@@ -52,6 +52,19 @@ def test_a_checkpoint_and_its_export_get_the_same_report(trained: Path, pairs_fi
         assert (tmp_path / "one" / "figures" / f"{name}.png").is_file()
 
 
+def test_a_checkpoint_without_a_calibration_is_told_what_one_would_bring(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys
+):
+    where = ["--data.source", str(pairs_file), "--output", str(tmp_path), "--trainer.accelerator", "cpu"]
+    assert main(["fit", *where, "--model.backbone", str(tiny_backbone), "--model.calibrate", "false"]) == 0
+    run = tmp_path / "run"
+    figures, _ = report(capsys, run / "best.ckpt", pairs_file, tmp_path / "one")
+    others, _ = report(capsys, run / "model", pairs_file, tmp_path / "two")
+    for name in ("calibration_error", "calibration_error_raw", "calibration_error_chance", "brier", "brier_raw"):
+        assert others[f"val/{name}"] == pytest.approx(figures[f"val/{name}"], abs=1e-5)
+    assert figures["val/brier"] != pytest.approx(figures["val/brier_raw"], abs=1e-4)
+
+
 def test_a_model_from_elsewhere_is_reported_as_it_is(
     pairs_file: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):

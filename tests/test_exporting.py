@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from crossenc import export, exporting
 from crossenc.backbone import load_tokenizer
 from crossenc.checkpoints import read_checkpoint
 from crossenc.cli import main
 from crossenc.encode import PairCollator, encode
-from crossenc.errors import CheckpointError, ExportError, UsageError
+from crossenc.errors import CheckpointError, ExportError, OutputError, UsageError
 from crossenc.exporting import score_pairs
 from crossenc.module import CrossEncoderModule
 
@@ -110,6 +111,16 @@ def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Pa
 def test_an_export_that_scores_otherwise_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(exporting, "score_pairs", lambda folder, pairs: [1.0] * len(pairs))
     with pytest.raises(ExportError, match=r"differ by 0\.\d+ from the checkpoint's"):
+        export(str(trained / "last.ckpt"), str(tmp_path / "model"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(OutputError, match=r"model cannot be written: .*No space left on device.*; free some space"):
         export(str(trained / "last.ckpt"), str(tmp_path / "model"))
     assert not list(tmp_path.iterdir())
 

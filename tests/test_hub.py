@@ -14,6 +14,7 @@ import pytest
 
 from crossenc.backbone import locate
 from crossenc.cli import main
+from crossenc.errors import UsageError
 from crossenc.exporting import upload
 from crossenc.pairs import sample_pairs
 
@@ -144,6 +145,13 @@ def test_an_upload_goes_to_what_is_there_too_and_leaves_the_visibility_to_its_ow
         for _ in range(2):
             assert upload(tmp_path / "model", "owner/model") == f"{server.endpoint}/owner/model"
         assert server.visibility == {"owner/model": None}
+        server.visibility["owner/model"] = "public"
+        uploads = len(server.requests)
+        with pytest.raises(UsageError, match="owner/model is there, and public; make it private"):
+            upload(tmp_path / "model", "owner/model", private=True)
+        assert not [line for line in server.requests[uploads:] if "commit" in line]
+        server.visibility["owner/model"] = "private"
+        upload(tmp_path / "model", "owner/model", private=True)
 
 
 def test_a_model_on_the_hub_is_evaluated_and_scores_as_the_folder_does(trained: Path, pairs_file: Path, tmp_path: Path):

@@ -176,7 +176,7 @@ def test_each_figure_is_of_its_own_scores():
         assert figures[f"brier{name}"] == pytest.approx(brier_score_loss(truth, columns[of]))
         expected = calibration_error(torch.from_numpy(columns[of]), torch.from_numpy(truth))
         assert figures[f"calibration_error{name}"] == pytest.approx(expected)
-    assert figures["calibration_error_chance"] == chance_calibration_error(columns["score_crossed"])
+    assert figures["calibration_error_chance"] == chance_calibration_error(columns["score"])
     assert figures["threshold"] == 0.6
     assert figures["duplicates"] == 0.5
     assert figures["f1_best_threshold"] == pytest.approx(0.45)  # between the two scores that it divides
@@ -245,4 +245,11 @@ def test_figures_of_a_resample_are_scikit_learns():
         assert f1 == pytest.approx(f1_score(labels, scores >= at, sample_weight=row))
         assert accuracy == pytest.approx(accuracy_score(labels, scores >= at, sample_weight=row))
     none = resampled_figures(np.array([0.9, 0.1]), np.array([True, False]), 0.5, np.array([[0.0, 2.0]]))
-    assert none[:, 0].tolist() == [0, 0, 1]  # and no NaN, where no duplicate is drawn
+    assert np.isnan(none[0, 0])  # where no duplicate is drawn
+    assert none[1:, 0].tolist() == [0, 1]
+
+
+def test_resamples_without_a_duplicate_count_for_no_average_precision():
+    scores, labels = torch.linspace(1, 0, 20), torch.tensor([1.0] * 3 + [0.0] * 17)
+    found = intervals(columns(scores.double(), labels), 0.5)
+    assert (found["average_precision_low"], found["average_precision_high"]) == (1, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +16,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import T5Config, T5ForSequenceClassification
 
-from crossenc import PairDataModule
+from crossenc import PairDataModule, export, score
 from crossenc.backbone import load_tokenizer
 from crossenc.calibration import Calibration
 from crossenc.checkpoints import read_checkpoint
-from crossenc.errors import BackboneError, UsageError
+from crossenc.errors import BackboneError, CheckpointError, UsageError
 from crossenc.module import CrossEncoderModule, disagreement
 from crossenc.optim import share_segments
 
@@ -137,6 +139,72 @@ def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pai
     assert sorted(rows) == sorted(data.encoded["train"]["row"])  # a whole epoch
     last.save_checkpoint(tmp_path / "last.ckpt")
     assert read_checkpoint(tmp_path / "last.ckpt")["crossenc"]["threshold"] is None
+
+
+def quick_fit(module: CrossEncoderModule, data: PairDataModule, folder: Path) -> Trainer:
+    """A few steps from Python, and `folder/last.ckpt`."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, default_root_dir=folder, **quiet)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return trainer
+
+
+class OwnLoss(CrossEncoderModule):
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.criterion = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0), reduction="none")
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.criterion(logits, labels)
+
+
+class OwnForward(CrossEncoderModule):
+    def forward(self, batch: Any) -> torch.Tensor:
+        return 4 * super().forward(batch)
+
+
+def test_a_subclass_is_exported_unless_it_scores_in_a_way_of_its_own(
+    tiny_backbone: Path, pairs_file: Path, tmp_path: Path
+):
+    data = PairDataModule(str(pairs_file), batch_size=6, backbone=str(tiny_backbone))
+    module = OwnLoss(tiny_backbone)
+    trainer = quick_fit(module, data, tmp_path)
+    found = trainer.predict(module, PairDataModule(str(pairs_file), backbone=str(tiny_backbone)))
+    export(tmp_path / "last.ckpt", tmp_path / "model")
+    expected = torch.cat([part["score"][part["row"].argsort()] for part in found])
+    assert score(tmp_path / "model", pairs_file) == pytest.approx(expected.numpy(), abs=1e-6)
+    quick_fit(OwnForward(tiny_backbone), data, tmp_path)
+    with pytest.raises(CheckpointError, match="the forward of a class of its own, OwnForward, which no export has"):
+        export(tmp_path / "last.ckpt", tmp_path / "other")
+
+
+def test_numbers_from_numpy_are_plain_in_a_checkpoint(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
+    numbers = {"batch_size": np.int64(6), "window": np.int64(1), "limit": np.int64(50)}
+    data = PairDataModule(str(pairs_file), backbone=str(tiny_backbone), **numbers)
+    quick_fit(CrossEncoderModule(tiny_backbone, lora={"r": np.int64(2)}), data, tmp_path)
+    known = read_checkpoint(tmp_path / "last.ckpt")
+    assert known["hyper_parameters"]["lora"] == {"r": 2}
+    assert known["PairDataModule"]["plan"]["batch_size"] == 6
+
+
+def test_a_fit_without_dev_pairs_leaves_the_trainer_as_it_was(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
+    make = {"backbone": str(tiny_backbone), "batch_size": 6}
+    module = CrossEncoderModule(tiny_backbone)
+    trainer = quick_fit(module, PairDataModule(str(pairs_file), val_size=0, test_size=0, **make), tmp_path)
+    (found,) = trainer.validate(module, PairDataModule("", val_source=str(pairs_file), **make), verbose=False)
+    assert found["val/rows"] == 60
+
+
+def test_pairs_are_of_the_modules_tokens(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
+    tokenizer = copy.deepcopy(load_tokenizer(str(tiny_backbone)))
+    tokenizer.add_tokens(["unheardof"])
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(tiny_backbone / "config.json", tmp_path)
+    data = PairDataModule("", val_source=str(pairs_file), backbone=str(tmp_path))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    with pytest.raises(UsageError, match="the module needs PairDataModule"):
+        Trainer(accelerator="cpu", **quiet).validate(CrossEncoderModule(tiny_backbone), data)
 
 
 def test_lora_trains_a_new_head_whatever_it_is_called(tmp_path: Path):

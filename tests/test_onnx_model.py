@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+import yaml
 
-from crossenc import export, score
+from crossenc import PairDataModule, export, score
 from crossenc.cli import main
 from crossenc.errors import BackboneError, ExportError, UsageError
 from crossenc.exporting import score_pairs
 from crossenc.onnx_model import OnnxModel, write_onnx
 from crossenc.pairs import sample_pairs
-from crossenc.records import read_scores
+
+from .conftest import BACKBONE
 
 DEV = sample_pairs()["val"][:80]
 PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:40]] + [("word " * 600, "")]
@@ -124,6 +126,8 @@ def test_dev_pairs_are_those_of_the_run(trained: Path, tmp_path: Path):
     from crossenc.exporting import _dev_pairs
 
     dev = _dev_pairs(trained / "best.ckpt", None)
-    scored = read_scores(trained / "best.ckpt")["val"]
-    assert dev["text_a"][:] == scored["text_a"].tolist()
-    assert len(dev) == json.loads((trained / "metrics.json").read_text())["val/rows"]
+    data = PairDataModule(**yaml.safe_load((trained / "config.yaml").read_text())["data"], backbone=BACKBONE)
+    data.setup("fit")
+    assert dev["text_a"].tolist() == data.tables["val"]["text_a"][:]
+    with pytest.raises(UsageError, match=r"last\.ckpt was evaluated on none; give --dev FILE"):
+        _dev_pairs(trained / "last.ckpt", None)

@@ -17,15 +17,15 @@ def test_metrics_json_keeps_figures_of_its_checkpoint_only(tmp_path: Path):
     write_figures(tmp_path, "best.ckpt", {"val/f1": 0.5, "val/rows": 3.0, "val/roc_auc": math.nan})
     write_figures(tmp_path, "best.ckpt", {"test/f1": 0.5, "test_unseen/f1": 0.1}, {"test": "others.csv"})
     write_figures(tmp_path, "best.ckpt", {"test/f1": 0.25}, {"test": "pairs.csv"})
-    assert read_sources(tmp_path / "best.ckpt") == {"test": "pairs.csv"}
+    assert read_sources(tmp_path, "best.ckpt") == {"test": "pairs.csv"}
     content = json.loads((tmp_path / "metrics.json").read_text())
     expected = {"test/f1": 0.25, "test/source": "pairs.csv", "val/f1": 0.5, "val/roc_auc": None, "val/rows": 3}
     assert content == {"checkpoint": "best.ckpt", **expected}
-    assert math.isnan(read_figures(tmp_path / "best.ckpt")["val/roc_auc"])
+    assert math.isnan(read_figures(tmp_path, "best.ckpt")["val/roc_auc"])
     write_figures(tmp_path, "last.ckpt", {"val/f1": 0.4})
-    assert read_figures(tmp_path / "best.ckpt") == {}
-    assert read_figures(tmp_path / "last.ckpt") == {"val/f1": 0.4}
-    assert read_sources(tmp_path / "last.ckpt") == {}
+    assert read_figures(tmp_path, "best.ckpt") == {}
+    assert read_figures(tmp_path, "last.ckpt") == {"val/f1": 0.4}
+    assert read_sources(tmp_path, "last.ckpt") == {}
 
 
 def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
@@ -33,22 +33,22 @@ def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
     write_scores(tmp_path, "best.ckpt", {"val": val})
     write_scores(tmp_path, "best.ckpt", {"test": test | {"score_swapped": np.zeros(2)}})
     write_scores(tmp_path, "best.ckpt", {"test": test | {"score": np.ones(2), "score_swapped": np.zeros(2)}})
-    found = read_scores(tmp_path / "best.ckpt")
+    found = read_scores(tmp_path, "best.ckpt")
     assert found["test"]["score"].tolist() == [1, 1]
     assert list(found) == ["val", "test"]
     assert found["val"]["score"].tolist() == val["score"].tolist()
     assert found["test"]["text_a"].tolist() == ["a", "a"]
-    assert read_scores(tmp_path / "last.ckpt") == {}
+    assert read_scores(tmp_path, "last.ckpt") == {}
     write_scores(tmp_path, "last.ckpt", {"test": test})
-    assert read_scores(tmp_path / "best.ckpt") == {}
-    assert list(read_scores(tmp_path / "last.ckpt")) == ["test"]
+    assert read_scores(tmp_path, "best.ckpt") == {}
+    assert list(read_scores(tmp_path, "last.ckpt")) == ["test"]
     assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
 
 
 def test_damaged_scores_are_named(tmp_path: Path):
     (tmp_path / "scores.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"scores\.parquet cannot be read as parquet"):
-        read_scores(tmp_path / "best.ckpt")
+        read_scores(tmp_path, "best.ckpt")
 
 
 def test_only_a_report_of_its_own_counts_as_an_evaluation(tmp_path: Path):

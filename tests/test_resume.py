@@ -28,7 +28,7 @@ from lightning.pytorch import Callback
 from crossenc import checkpoints
 from crossenc.checkpoints import AtomicCheckpointIO, find_newest
 from crossenc.cli import main
-from crossenc.errors import CheckpointError
+from crossenc.errors import CheckpointError, OutputError
 
 from .conftest import save_tiny
 
@@ -358,12 +358,27 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "epoch=0.ckpt has weights only" in caplog.text
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1}, file)
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"step": lambda: 2}, file)
     assert torch.load(file, weights_only=True) == {"step": 1}
+
+    def full(*_: object) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 576 vs 534")  # as torch does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+            AtomicCheckpointIO().save_checkpoint({"step": 2}, file)
+    # Beside its target and nowhere else: a folder for temporary files may be small, and nobody cleans it up.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    AtomicCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "deeper" / "last.ckpt")
+    assert torch.load(tmp_path / "deeper" / "last.ckpt", weights_only=True) == {"step": 2}
 
 
 def test_a_run_goes_on_where_its_folder_was_moved_to(whole: Path, options: dict[str, Any], tmp_path: Path):
@@ -482,5 +497,29 @@ def test_other_dev_pairs_change_no_step_of_a_run_that_may_go_on(whole: Path, opt
     folder = copy(whole, tmp_path / "run")
     (folder / "last.ckpt").unlink()
     other = options | changed(options, "dev pairs", tmp_path)
+    step = weights(folder / "best.ckpt")[0]
     assert main(fit(other, tmp_path, ckpt_path="last", on_mismatch="continue")) == 0
     assert same(folder / "last.ckpt", whole / "last.ckpt")
+    assert weights(folder / "best.ckpt")[0] > step  # what the old ones found best counts no more
+
+
+def test_a_checkpoint_within_a_step_is_none_to_go_on_from(options: dict[str, Any], tmp_path: Path, caplog):
+    """Its validation fell among the batches of a step, of whose gradients it has none."""
+    within = {"trainer.limit_train_batches": 5, "trainer.val_check_interval": 4, "trainer.max_epochs": 2}
+    callbacks = [f"--trainer.callbacks{word}" for word in ("+=ModelCheckpoint", ".monitor=val/loss", ".save_top_k=-1")]
+    assert main([*fit(options | within, tmp_path), *callbacks]) == 0
+    files = sorted((tmp_path / "run").rglob("epoch*.ckpt"))
+    whole = [torch.load(file, weights_only=True)["whole_step"] for file in files]
+    assert set(whole) == {True, False}
+    for file, is_whole in zip(files, whole, strict=True):
+        alone = tmp_path / file.stem
+        alone.mkdir()
+        file.rename(alone / "best.ckpt")
+        assert (find_newest(alone) is not None) == is_whole
+    assert "was written within a step" in caplog.text
+
+
+def test_no_sharded_run_goes_on_from_whole_weights(whole: Path, options: dict[str, Any], tmp_path: Path, capsys):
+    copy(whole, tmp_path / "run")
+    assert main(fit(options, tmp_path, ckpt_path="last", trainer__strategy="fsdp")) == 2
+    assert "go on without --trainer.strategy fsdp" in capsys.readouterr().err.splitlines()[-1]

@@ -46,7 +46,7 @@ def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not [name for name in names if name.startswith(".")]
     figures = json.loads((trained / "metrics.json").read_text())
-    assert figures["checkpoint"] == "best.ckpt"
+    assert figures["checkpoint"] == "best.ckpt, step 6"
     assert (figures["val/rows"], figures["test/rows"]) == (6, 6)
     assert {"val/average_precision", "test/f1", "test/f1_best", "test/threshold", "test/loss"} <= set(figures)
     swapped = ("swap_gap_mean", "swap_gap_p99", "swap_flips")
@@ -149,15 +149,24 @@ def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, small: P
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fit_without_dev_pairs_keeps_its_last_weights(small: Path, pairs_file: Path, tmp_path: Path):
+def test_a_fit_without_dev_pairs_keeps_its_last_weights(small: Path, pairs_file: Path, tmp_path: Path, caplog):
     where = ["--output", str(tmp_path), "--run", "blind", "--data.test_source", str(pairs_file)]
-    assert main(["fit", "--config", str(small / "config.yaml"), *where]) == 0
+    with caplog.at_level("INFO", logger="crossenc"):
+        assert main(["fit", "--config", str(small / "config.yaml"), *where]) == 0
     figures = json.loads((tmp_path / "blind" / "metrics.json").read_text())
-    assert (figures["checkpoint"], figures["test/threshold"], figures["test/rows"]) == ("last.ckpt", 0.5, 60)
+    assert (figures["checkpoint"], figures["test/threshold"], figures["test/rows"]) == ("last.ckpt, step 8", 0.5, 60)
     assert "val/rows" not in figures
+    assert "there are no dev pairs, which would choose" in caplog.text
     card = (tmp_path / "blind" / "model" / "README.md").read_text()
     assert "| steps | 8 |\n| epochs | 1 |" in card
     assert "split by" not in card
+    # What goes on has other weights under the same name, and no test pairs: it has no figures.
+    more = ["--ckpt_path", "last", "--trainer.max_epochs", "2", "--data.val_size", "0", "--data.test_size", "0"]
+    assert main(["fit", "--config", str(small / "config.yaml"), *where[:4], *more]) == 0
+    assert json.loads((tmp_path / "blind" / "metrics.json").read_text()) == {"checkpoint": "last.ckpt, step 16"}
+    card = (tmp_path / "blind" / "model" / "README.md").read_text()
+    assert "| steps | 16 |" in card
+    assert "None were measured." in card
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -224,7 +233,7 @@ def test_the_models_options_reach_the_data(pairs_file: Path, tiny_backbone: Path
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *options, "--data.val_size=0", "--data.test_size=0")) == 0
     plan = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["PairDataModule"]["plan"]
     assert (plan["symmetric"], plan["twice"]) == (True, True)
-    assert seen == [(str(tiny_backbone), False, "some")]
+    assert seen == [(str(tiny_backbone), "some")]
 
 
 def test_a_logger_of_the_users_stands_beside_and_examples_are_scored(
@@ -257,7 +266,8 @@ def test_evaluations_may_be_short_rare_and_timed(
     assert 1 <= figures["val/rows"] <= 6
     assert 1 <= figures["test/rows"] <= 6
     assert (figures["test/rows"] < 6) == ("size" in limits[0])
-    assert figures["checkpoint"] == ("last.ckpt" if "size" in limits[0] else "best.ckpt")  # one pair has one label
+    kept = figures["checkpoint"].partition(",")[0]
+    assert kept == ("last.ckpt" if "size" in limits[0] else "best.ckpt")  # one pair has one label
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
 
 
@@ -268,6 +278,27 @@ def test_an_epoch_that_ends_within_a_step_is_validated(pairs_file: Path, tiny_ba
     with (tmp_path / "run" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/f1"]]
     assert len(steps) == 3
+
+
+def test_the_last_epoch_is_validated_wherever_it_falls(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    options = ["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0", "--trainer.max_epochs=3"]
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert len(steps) == 2
+    assert 2 * (steps[1] + 1) == 3 * (steps[0] + 1)
+
+
+def test_texts_that_are_cut_are_told_of_in_evaluation_too(small: Path, write, tmp_path: Path, caplog):
+    path = write("long.csv", f"question1,question2,label\n{'one ' * 600},b,1\nc,d,0\n")
+    for command in ("test", "predict"):
+        source = ["--data.test_source" if command == "test" else "--data.source", str(path)]
+        where = ["--output", str(tmp_path), "--run", command, "--ckpt_path", str(small / "best.ckpt")]
+        caplog.clear()
+        with caplog.at_level("INFO", logger="crossenc"):
+            assert main([command, "--config", str(small / "config.yaml"), *where, *source]) == 0
+        assert caplog.text.count("1 of 2") == 1
+        assert "pairs are longer than 512 tokens and are cut: rows 1" in caplog.text
 
 
 def test_an_output_that_leads_nowhere_is_one_line(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys):
@@ -338,6 +369,8 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1"),
         (["--trainer.val_check_interval=0"], "val_check_interval must be above 0"),
         (["--trainer.check_val_every_n_epoch=1"], "; 1.0 is the end of an epoch"),
+        (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch 0 is not at least 1, nor null"),
+        (["--trainer.gradient_clip_val=-0.5"], "gradient_clip_val -0.5 is not at least 0"),
         (["--seed_everything=-1"], "--seed_everything -1 is not from 0 to 4294967295"),
         (["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:01:00"], "cannot be written"),
         (
@@ -345,6 +378,10 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
             "LearningRateFinder does not go with crossenc; set --model.learn",
         ),
         (["--trainer.callbacks+=BackboneFinetuning"], "set --model.freeze_layers"),
+        (
+            ["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=x"],
+            "set --checkpoint_every_n_minutes",
+        ),
         (
             [f"--trainer.callbacks{word}" for word in ("+=StochasticWeightAveraging", ".swa_lrs=1", ".device=null")],
             "set --trainer.callbacks+=EMAWeightAveraging",
@@ -356,7 +393,7 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.callbacks+=EMAWeightAveraging", "--trainer.strategy=fsdp"], "whose weights are shared; use ddp"),
         (["--trainer.val_check_interval=2.5"], "val_check_interval"),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
-        (["--model.schedule=cosine_with_min_lr"], "there is no schedule 'cosine_with_min_lr'"),
+        (["--model.schedule=cosine_with_min_lr"], "model.schedule cosine_with_min_lr: "),
         (["--model.weight_decay=-1"], "model.warmup and weight_decay must be"),
         (["--data.val_size=-0.5"], "must be finite and at least 0"),
         (["--data.val_size=.inf"], "--data.val_size inf and --data.test_size None must be finite and"),
@@ -425,7 +462,7 @@ class AsksForAStop(Callback):
         (["--trainer.max_epochs=2", "--trainer.min_epochs=2"], [23]),
         (["--trainer.max_epochs=4", "--trainer.min_epochs=2", f"--trainer.callbacks={__name__}.AsksForAStop"], [23]),
         (["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=6"], [1, 2]),  # not within a step
-        (["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0"], []),
+        (["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0"], [11]),  # 1 epoch
     ],
 )
 def test_the_threshold_is_that_of_the_last_weights(

@@ -492,6 +492,8 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
         score(str(tiny), path, columns={"label": "question1"})
     with pytest.raises(DataError, match=r"columns: .'texta'. is not one of"):
         score(str(tiny), path, columns={"texta": "question1"})
+    by_number = pd.DataFrame([["a", "b"]])
+    assert len(score(tiny, by_number, columns={"text_a": 0, "text_b": 1})) == 1
     with pytest.raises(DataError, match="text_a and text_b are both the column 'question1'; name two"):
         score(str(tiny), path, columns={"text_b": "question1"})
     for column in ("logit", ""):
