@@ -132,6 +132,13 @@ class CrossEncoderModule(LightningModule):
                 raise UsageError(f"model.dropout: {self.model.config.model_type} has no dropout to replace")
             for layer in layers:
                 layer.p = dropout
+        drops = any(part.p for part in self.model.modules() if isinstance(part, nn.Dropout))
+        drops |= bool(getattr(self.model.config, "attention_dropout", 0))  # which is no layer in some
+        if consistency and not symmetric and not drops:
+            raise UsageError(
+                "model.consistency compares two passes of a pair, which are the same in one order and without dropout; "
+                "set --model.symmetric true, or --model.dropout above 0"
+            )
         if shared_segments:
             share_segments(self.model)
         if lora is not None:

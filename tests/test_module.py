@@ -276,7 +276,10 @@ def test_dev_pairs_choose_calibration_and_threshold(tiny_backbone: Path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"pos_weight": 0}, {"layer_decay": 0}, {"layer_decay": 1.1}, {"consistency": -1}, {"dropout": 1}, {"warmup": -1}],
+    [
+        *({"pos_weight": 0}, {"layer_decay": 0}, {"layer_decay": 1.1}, {"dropout": 1}, {"warmup": -1}),
+        *({"consistency": -1}, {"consistency": 1, "dropout": 0.0}),  # of the latter the term is nothing
+    ],
 )
 def test_a_number_out_of_its_range_is_named(tiny_backbone: Path, wrong: dict[str, float]):
     with pytest.raises(UsageError, match=f"model.{next(iter(wrong))}"):
