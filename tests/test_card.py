@@ -108,6 +108,10 @@ def test_figures_of_other_test_pairs_are_not_told_of_the_runs(pairs_file: Path, 
     assert main(["validate", *where[:4], "--data.val_source", str(one)]) == 0
     card = ModelCard.load(export(str(best), str(tmp_path / "third")) / "README.md")
     assert "6 pairs for dev (33.3 % duplicates)" in card.text
+    assert {"val", "test"} <= {result.dataset_split for result in card.data.eval_results}  # the latter its own still
+    assert main(["validate", *where[:4], "--data.limit", "4"]) == 0  # of the same source, and not all
+    card = ModelCard.load(export(str(best), str(tmp_path / "fourth")) / "README.md")
+    assert "| pairs | 6 | 6 |" in card.text
     card = ModelCard.load(tmp_path / "again" / "README.md")
     assert re.search(r"6 pairs for dev \(33\.3 % duplicates\); 50 pairs for test .* from `other\.csv`\.", card.text)
 

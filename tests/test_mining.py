@@ -309,6 +309,8 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     )
     assert read(found.pairs) == []
     assert json.loads((tmp_path / "out.csv.skipped.jsonl").read_text())["row"] == 2
+    mine(str(tiny), ["a", "b"], str(tmp_path / "out.csv"), retriever=BACKBONE, overwrite=True)
+    assert not (tmp_path / "out.csv.skipped.jsonl").exists()
 
 
 def test_rows_that_lack_what_the_others_have(tiny: Path, write, tmp_path: Path):
