@@ -89,23 +89,29 @@ def load_tokenizer(backbone: str, revision: str | None = None) -> PreTrainedToke
         tokenizer.pad_token = tokenizer.eos_token
     config = load_config(backbone, revision)
     if not has_head(config.architectures) and tokenizer.num_special_tokens_to_add(pair=True) == 0:
-        _part_texts(tokenizer)
+        tokenizer = _part_texts(tokenizer)
     if "token_type_ids" in tokenizer.model_input_names and not _has_segments(config):
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # or an export would forget it
     return tokenizer  # type: ignore[return-value]
 
 
-def _part_texts(tokenizer: Any) -> None:
-    """Put the token of an end between the texts of a pair. GPT-2 and Qwen put none, and read "a b" and "c" as they read
-    "a" and "b c". The export's tokenizer keeps it, for every reader.
+def _part_texts(tokenizer: Any) -> Any:
+    """The tokenizer with the token of an end between the texts of a pair. GPT-2 and Qwen put none, and read "a b" and
+    "c" as they read "a" and "b c". The export's tokenizer keeps it, for every reader.
     """
     from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
 
     end, rules = tokenizer.eos_token, tokenizer.backend_tokenizer
-    if end is not None:
-        ends = [(end, tokenizer.eos_token_id)]
-        rules.post_processor = TemplateProcessing(single="$A", pair=f"$A {end} $B", special_tokens=ends)
+    if end is None:
+        return tokenizer
+    ends = [(end, tokenizer.eos_token_id)]
+    rules.post_processor = TemplateProcessing(single="$A", pair=f"$A {end} $B", special_tokens=ends)
+    names = ("model_max_length", "model_input_names", "padding_side")
+    kept = {name: getattr(tokenizer, name) for name in names} | tokenizer.special_tokens_map
+    # Of no class of its own: GPT-NeoX's makes its rules anew whenever it is read.
+    return PreTrainedTokenizerFast(tokenizer_object=rules, **kept)  # type: ignore[no-untyped-call]
 
 
 def _has_segments(config: PreTrainedConfig) -> bool:

@@ -160,10 +160,13 @@ class LastCheckpoint(Checkpoint):
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Known before the batch's end, where other callbacks write checkpoints first.
+        self.stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if not self.stepped or self._validation_follows(trainer, batch_idx):
             return
         late, number = self._ask_all_ranks(time.monotonic() - self.saved_at >= 60 * self.every_n_minutes)

@@ -196,6 +196,9 @@ class PairDataModule(LightningDataModule):
         if self.trainer and self.validates is not None:
             self.trainer.limit_val_batches, self.validates = self.validates, None
 
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("fit")
+
     @rank_zero_only
     def _tell_cut(self, loaded: dict[str, Dataset]) -> None:
         for name in sorted(loaded.keys() - self.told):

@@ -14,7 +14,7 @@ from .card import metric_table, worst_errors, write_report
 from .data import PairDataModule
 from .errors import DataError, OutputError, UsageError, one_line
 from .figures import draw, save
-from .loading import find, load_checkpoint, plain_model, read_threshold, require_head
+from .loading import find, load_checkpoint, longest_pair, plain_model, read_threshold, require_head
 from .metrics import evaluation_figures, intervals
 from .module import CrossEncoderModule
 from .parts import writing
@@ -101,7 +101,7 @@ def load_module(model: str | Path) -> CrossEncoderModule:
         module.hparams["calibrate"] = True  # to tell what it would bring
         return module
     require_head(str(model), path)
-    module = CrossEncoderModule(str(path))
+    module = CrossEncoderModule(str(path), longest_pair(path))
     module.threshold, module.folds = read_threshold(model), False
     return module
 

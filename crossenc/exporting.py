@@ -67,8 +67,8 @@ def export(
         overwrite: Replace an export that is there already.
         onnx: Add `onnx/model.onnx`, of any batch and length, in fp32. Needs the extra `onnx`.
         int8: Add `onnx/model_qint8.onnx` too, with 8-bit weights; what it loses on the dev pairs is told in the card.
-        dev: The labelled pairs for that: a file, or a name like those of fit; by default the dev pairs of the run that
-            the checkpoint lies in.
+        dev: The labelled pairs for that: a file, or a name like those of fit; by default the run's own dev pairs,
+            where the checkpoint was evaluated on them.
         push_to_hub: Upload the export to this repository of the Hub, which is made if need be. The token is that of
             `hf auth login` or HF_TOKEN.
         private: Make the repository a private one.
@@ -98,7 +98,7 @@ def export(
             raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
     try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
-    pairs = _dev_pairs(Path(checkpoint), dev) if int8 else None
+    pairs = _dev_pairs(loaded, Path(checkpoint), dev) if int8 else None
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
@@ -201,14 +201,30 @@ def _add_onnx(folder: Path, expected: list[float], dev: Mapping[str, Any] | None
     return figures
 
 
-def _dev_pairs(checkpoint: Path, dev: str | None) -> Mapping[str, Any]:
-    """The columns of labelled pairs: of `dev`, or of the dev pairs that the checkpoint was evaluated on in its run."""
+def _evaluated(loaded: dict[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Figures, scores and sources beside a checkpoint, but for those of a `validate` on other dev pairs than its."""
     from .checkpoints import owner
-    from .records import read_scores
+    from .records import read_figures, read_scores, read_sources, split_of
 
-    pairs = read_scores(checkpoint.parent, owner(checkpoint)).get("val") if dev is None else read(dev)[:]
+    kept = (checkpoint.parent, owner(checkpoint))
+    known, evaluated, sources = read_figures(*kept), read_scores(*kept), read_sources(*kept)
+    own = loaded.get("PairDataModule") or {}
+    dev, rows = own.get("sources", {}).get("val"), own.get("rows", {}).get("val")
+    if "val" in sources and (Path(sources["val"]) != Path(dev or "") or known.get("val/rows") != rows):
+        known = {name: value for name, value in known.items() if split_of(name) != "val"}
+        del sources["val"]
+        evaluated.pop("val", None)
+    return known, evaluated, sources
+
+
+def _dev_pairs(loaded: dict[str, Any], checkpoint: Path, dev: str | None) -> Mapping[str, Any]:
+    """The columns of labelled pairs: of `dev`, or of the run's own dev pairs."""
+    pairs: Mapping[str, Any] | None = read(dev)[:] if dev is not None else _evaluated(loaded, checkpoint)[1].get("val")
     if pairs is None:
-        raise UsageError(f"--int8 is measured on dev pairs, and {checkpoint} was evaluated on none; give --dev FILE")
+        raise UsageError(
+            f"--int8 is measured on dev pairs, and {checkpoint} was evaluated on none of its own; give --dev FILE, or "
+            f"evaluate it with: crossenc validate --config {checkpoint.parent / 'config.yaml'} --ckpt_path {checkpoint}"
+        )
     if len({label >= 0.5 for label in pairs["label"]}) < 2:
         raise ExportError("what 8 bits cost cannot be measured: all dev labels are the same; give --dev FILE")
     return pairs
@@ -289,19 +305,10 @@ def _write_card(
     folder: Path, name: str, loaded: dict[str, Any], checkpoint: Path, max_length: int, onnx: dict[str, float] | None
 ) -> None:
     from .card import worst_errors, write_card
-    from .checkpoints import owner
     from .figures import draw, draw_learning, save
-    from .records import read_figures, read_scores, read_sources, split_of
 
     figures, threshold = loaded["crossenc"]["figures"], loaded["crossenc"]["threshold"]
-    kept = (checkpoint.parent, owner(checkpoint))
-    known, evaluated, sources = read_figures(*kept), read_scores(*kept), read_sources(*kept)
-    own = loaded.get("PairDataModule") or {}
-    dev, rows = own.get("sources", {}).get("val"), own.get("rows", {}).get("val")
-    if "val" in sources and (Path(sources["val"]) != Path(dev or "") or known["val/rows"] != rows):
-        # A `validate` on other dev pairs than those that chose the threshold.
-        known = {name: value for name, value in known.items() if split_of(name) != "val"}
-        del sources["val"], evaluated["val"]
+    known, evaluated, sources = _evaluated(loaded, checkpoint)
     figures = figures | known
     pictures = draw(evaluated, threshold)
     if learning := draw_learning(checkpoint.parent):

@@ -177,7 +177,7 @@ class CrossEncoderModule(LightningModule):
             self._forget()
         theirs = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         own = load_tokenizer(self.hparams["backbone"], self.hparams["revision"])
-        if theirs is not None and theirs.get_vocab() != own.get_vocab():
+        if theirs not in (None, own) and theirs.get_vocab() != own.get_vocab():
             raise UsageError(f"the module needs PairDataModule(backbone={self.hparams['backbone']!r}), for its tokens")
 
     def configure_model(self) -> None:

@@ -134,7 +134,7 @@ def make_search(vectors: Vectors, index: Index) -> Search:
 
 
 CANDIDATE = np.dtype([("a", np.int64), ("b", np.int64), ("similarity", np.float32)])
-# What `find_candidates` holds of a pair at its fullest: twice the pair, and four numbers to sort it by.
+# What `find_candidates` holds of a pair at its fullest, beside its parts: it twice, and four numbers to sort it by.
 PAIR_BYTES = 2 * CANDIDATE.itemsize + 4 * 8
 
 

@@ -147,7 +147,7 @@ def writing(what: object) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        advice = "; free some space and give the same command again, which goes on with what is kept" if full else ""
+        again = "; what is whole is kept: free some space and give the same command again (fit: with --ckpt_path last)"
         raise OutputError(
-            f"{what} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}{advice}"
+            f"{what} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}{again * full}"
         ) from error

@@ -281,7 +281,7 @@ class RunCLI(LightningCLI):
             # Every look at the loss makes a GPU wait.
             refresh = 10 if torch.cuda.is_available() else 1
             # Lightning's three digits behind the point would make 0.000 of a learning rate.
-            bar = RichProgressBar(refresh, theme=RichProgressBarTheme(metrics_format=".4g"))
+            bar = RichProgressBar(refresh, theme=RichProgressBarTheme(metrics_format=".5g"))
             callbacks.append(bar if sys.stderr.isatty() else PlainProgress())
         # In evaluation too: Lightning asks for the callbacks that a checkpoint was made with.
         callbacks.append(Cost())
@@ -419,6 +419,8 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
     loaded = read_checkpoint(path, mmap=True)
     if command == "fit" and "optimizer_states" not in loaded:
         raise CheckpointError(f"{path} has weights only, from which no run can go on; give its last.ckpt")
+    if command == "fit" and not loaded.get("whole_step", True):
+        raise CheckpointError(f"{path} was written within a step, and has none of its gradients; give last.ckpt")
     return str(path)
 
 

@@ -271,9 +271,9 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make
         elif checked.good < checked.rows:
             skip = stack.enter_context(write_table(str(skipped_file(output)), ["row", "error"]))
             log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", skipped_file(output))
-        elif output != STANDARD:  # an output that was in its place may have had some
-            skipped_file(output).unlink(missing_ok=True)
         for number, chunk in enumerate(chunked(_good_rows(table, checked.names, skip))):
             columns = [make(parts[number]) for make in new.values()]
             values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns]
             take([{**row, **dict(zip(new, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)])
+    if not skip and output != STANDARD:  # an output that was in its place may have had some
+        skipped_file(output).unlink(missing_ok=True)

@@ -108,6 +108,8 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
         source = source.to_arrow() if hasattr(source, "to_arrow") else source  # of polars
         if isinstance(source, pyarrow.Table | pyarrow.RecordBatch):
             source = source.to_pandas(integer_object_nulls=True)  # a float would not hold every id
+        elif hasattr(source, "to_pandas"):
+            source = source.to_pandas()
         refuse_twice(list(map(str, source.columns)), "the DataFrame")
         yield Table(source, "the DataFrame")
     elif not isinstance(source, Iterable):

@@ -75,26 +75,28 @@ def test_a_decoder_reads_past_the_padding_that_it_gets(tmp_path: Path):
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_a_decoder_that_marks_no_end_gets_one_between_the_texts(tmp_path: Path):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+@pytest.mark.parametrize("kind", ["GPT2", "Qwen2", "GPTNeoX"])
+def test_a_decoder_that_marks_no_end_gets_one_between_the_texts(kind: str, tmp_path: Path):
+    """GPT-NeoX's tokenizer makes its rules anew when it is read."""
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    rules = Tokenizer(WordLevel({"<end>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<end>"))
-    rules.pre_tokenizer = Whitespace()
-    plain = PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<end>", model_max_length=32)
-    assert plain("a b", "c").input_ids == plain("a", "b c").input_ids
-    for name, architecture in {"new": "GPT2LMHeadModel", "trained": "GPT2ForSequenceClassification"}.items():
+    vocabulary = {token: number for number, token in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    make, config = getattr(transformers, f"{kind}Tokenizer"), getattr(transformers, f"{kind}Config")
+    plain = make(vocab=vocabulary, merges=[], eos_token="<|endoftext|>", pad_token=None, model_max_length=32)
+    end, (a, space, b), (c,) = 0, plain("a b").input_ids, plain("c").input_ids
+    assert plain("a b", " c").input_ids == plain("a", " b c").input_ids
+    for name, architecture in {"new": f"{kind}Model", "trained": f"{kind}ForSequenceClassification"}.items():
         plain.save_pretrained(tmp_path / name)
-        GPT2Config(architectures=[architecture], num_labels=1).save_pretrained(tmp_path / name)
+        config(architectures=[architecture], num_labels=1).save_pretrained(tmp_path / name)
     tokenizer = load_tokenizer(str(tmp_path / "new"))
-    assert tokenizer("a b", "c").input_ids == [1, 2, 0, 3]
+    assert tokenizer("a b", "c").input_ids == [a, space, b, end, c]
+    assert (tokenizer.model_max_length, tokenizer.pad_token) == (32, "<|endoftext|>")
     tokenizer.save_pretrained(tmp_path / "export")
-    GPT2Config().save_pretrained(tmp_path / "export")
-    assert AutoTokenizer.from_pretrained(tmp_path / "export")("a", "b c").input_ids == [1, 0, 2, 3]
+    config().save_pretrained(tmp_path / "export")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export")("a", "c").input_ids == [a, end, c]
     trained = load_tokenizer(str(tmp_path / "trained"))  # without: as it learnt
-    assert trained("a b", "c").input_ids == [1, 2, 3]
+    assert trained("a b", "c").input_ids == [a, space, b, c]
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path):

@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_nothing(trained: Path, tmp_path: Path, monkeypatch: 
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    with pytest.raises(OutputError, match=r"model cannot be written: .*No space left on device.*; free some space"):
+    with pytest.raises(OutputError, match=r"model cannot be written: .*No space left on device.*: free some space"):
         export(str(trained / "last.ckpt"), str(tmp_path / "model"))
     assert not list(tmp_path.iterdir())
 

@@ -194,6 +194,13 @@ def test_a_fit_without_dev_pairs_leaves_the_trainer_as_it_was(tiny_backbone: Pat
     trainer = quick_fit(module, PairDataModule(str(pairs_file), val_size=0, test_size=0, **make), tmp_path)
     (found,) = trainer.validate(module, PairDataModule("", val_source=str(pairs_file), **make), verbose=False)
     assert found["val/rows"] == 60
+    module.training_step = lambda *_: 1 / 0
+    data = PairDataModule(str(pairs_file), val_size=0, test_size=0, **make)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, **quiet)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(module, data)
+    assert trainer.limit_val_batches == 1
 
 
 def test_pairs_are_of_the_modules_tokens(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 import yaml
 
 from crossenc import PairDataModule, export, score
@@ -125,9 +126,19 @@ def test_each_process_has_a_gpu_of_its_own(exported: Path, monkeypatch: pytest.M
 def test_dev_pairs_are_those_of_the_run(trained: Path, tmp_path: Path):
     from crossenc.exporting import _dev_pairs
 
-    dev = _dev_pairs(trained / "best.ckpt", None)
+    run = shutil.copytree(trained, tmp_path / "run")
+    best = torch.load(run / "best.ckpt", weights_only=True)
+    dev = _dev_pairs(best, run / "best.ckpt", None)
     data = PairDataModule(**yaml.safe_load((trained / "config.yaml").read_text())["data"], backbone=BACKBONE)
     data.setup("fit")
     assert dev["text_a"].tolist() == data.tables["val"]["text_a"][:]
-    with pytest.raises(UsageError, match=r"last\.ckpt was evaluated on none; give --dev FILE"):
-        _dev_pairs(trained / "last.ckpt", None)
+    with pytest.raises(UsageError, match=r"last\.ckpt was evaluated on none of its own; give --dev FILE, or"):
+        _dev_pairs(torch.load(run / "last.ckpt", weights_only=True), run / "last.ckpt", None)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in DEV))
+    where = ["--config", str(run / "config.yaml"), "--output", str(tmp_path), "--run", "run", "--ckpt_path", "best"]
+    assert main(["validate", *where, "--data.val_source", str(other)]) == 0
+    with pytest.raises(UsageError, match=r"best\.ckpt was evaluated on none of its own"):
+        _dev_pairs(best, run / "best.ckpt", None)
+    (run / "scores.parquet").unlink()
+    export(run / "best.ckpt", tmp_path / "again")

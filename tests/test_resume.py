@@ -373,7 +373,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        with pytest.raises(OutputError, match=r"No space left on device; .* \(fit: with --ckpt_path last\)"):
             AtomicCheckpointIO().save_checkpoint({"step": 2}, file)
     # Beside its target and nowhere else: a folder for temporary files may be small, and nobody cleans it up.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
@@ -511,8 +511,11 @@ def test_other_dev_pairs_change_no_step_of_a_run_that_may_go_on(whole: Path, opt
 def test_a_checkpoint_within_a_step_is_none_to_go_on_from(options: dict[str, Any], tmp_path: Path, caplog):
     """Its validation fell among the batches of a step, of whose gradients it has none."""
     within = {"trainer.limit_train_batches": 5, "trainer.val_check_interval": 4, "trainer.max_epochs": 2}
-    callbacks = [f"--trainer.callbacks{word}" for word in ("+=ModelCheckpoint", ".monitor=val/loss", ".save_top_k=-1")]
-    assert main([*fit(options | within, tmp_path), *callbacks]) == 0
+    callbacks = ["+=ModelCheckpoint", ".monitor=val/loss", ".save_top_k=-1"]
+    callbacks += ["+=ModelCheckpoint", ".every_n_train_steps=1", ".save_top_k=-1", f".dirpath={tmp_path / 'each'}"]
+    assert main([*fit(options | within, tmp_path), *(f"--trainer.callbacks{word}" for word in callbacks)]) == 0
+    # At each step's end, where that of the batch before must not be asked.
+    assert {torch.load(file, weights_only=True)["whole_step"] for file in (tmp_path / "each").iterdir()} == {True}
     files = sorted((tmp_path / "run").rglob("epoch*.ckpt"))
     whole = [torch.load(file, weights_only=True)["whole_step"] for file in files]
     assert set(whole) == {True, False}
@@ -521,6 +524,8 @@ def test_a_checkpoint_within_a_step_is_none_to_go_on_from(options: dict[str, Any
         alone.mkdir()
         file.rename(alone / "best.ckpt")
         assert (find_newest(alone) is not None) == is_whole
+        if not is_whole:
+            assert main(fit(options | within, tmp_path, ckpt_path=alone / "best.ckpt")) == 2
     assert "was written within a step" in caplog.text
 
 

@@ -22,6 +22,7 @@ import pytest
 from crossenc import score
 from crossenc.cli import main
 from crossenc.errors import BackboneError, CheckpointError, DataError, OutputError, UsageError
+from crossenc.evaluating import load_module
 from crossenc.exporting import score_pairs
 from crossenc.pairs import sample_pairs
 from crossenc.scorer import Scoring, score_chunks
@@ -548,6 +549,7 @@ def test_pairs_are_cut_as_sentence_transformers_cuts_them(tiny: Path, tmp_path: 
     peers = CrossEncoder(str(folder)).predict(pairs)
     assert score(folder, pairs) == pytest.approx(peers, abs=1e-6)
     assert abs(score(tiny, pairs) - peers).item() > 1e-3
+    assert load_module(folder).max_length == 16  # in `evaluate` too
 
 
 def test_an_error_in_a_scoring_process_ends_all_and_leaves_nothing(trained, tmp_path):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,12 @@ def test_a_table_of_arrow_is_a_frame():
     with open_table(pa.table(columns), ["n"]) as table:
         assert list(table) == [{"n": "a", "id": 2**53 + 1}, {"n": None, "id": None}, {"n": "c", "id": 3}]
         assert table.schema().field("id").type == pa.int64()
+
+
+def test_frames_of_other_libraries_are_those_of_pandas():
+    frame = SimpleNamespace(columns=["n"], to_pandas=lambda: pd.DataFrame({"n": ["a"]}))  # such as Ibis
+    with open_table(frame, ["n"]) as table:
+        assert list(table) == [{"n": "a"}]
 
 
 def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path, caplog):
