@@ -202,7 +202,7 @@ def _add_onnx(folder: Path, expected: list[float], dev: Mapping[str, Any] | None
 
 
 def _evaluated(loaded: dict[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """Figures, scores and sources beside a checkpoint, but for those of a `validate` on other dev pairs than its."""
+    """Figures, scores and sources of a checkpoint, but for those of a `validate` on dev pairs that are not its own."""
     from .checkpoints import owner
     from .records import read_figures, read_scores, read_sources, split_of
 
