@@ -196,8 +196,10 @@ def load_model(
     known = getattr(config, "vocab_size", None)
     if known is not None and len(tokenizer) > known:
         raise BackboneError(f"{backbone}: its tokenizer has {len(tokenizer):,} tokens, and its model knows {known:,}")
-    new = set() if has_head(config.architectures) else {key for key in loaded["missing_keys"] if _of_head(key, prefix)}
-    if lost := loaded["missing_keys"] - new:
+    # A pooler belongs to the head here: a language model comes without both.
+    headed = has_head(config.architectures)
+    lost = [key for key in loaded["missing_keys"] if headed or (key.startswith(prefix) and ".pooler." not in key)]
+    if lost:
         raise BackboneError(
             f"{backbone} holds no weights for {len(lost)} layers of its own config, such as {min(lost)}"
         )
@@ -207,11 +209,6 @@ def load_model(
     use_cheap_dropout(model)
     use_attention(model)
     return model  # type: ignore[no-any-return]
-
-
-def _of_head(key: str, prefix: str) -> bool:
-    """Whether weights are the head's, or a pooler's, which belongs to it: a language model comes without both."""
-    return not key.startswith(prefix) or ".pooler." in key
 
 
 def _check_digest(backbone: str, sha256: str) -> None:

@@ -63,8 +63,6 @@ class ValidateAtEnd(Callback):
     To ask for a stop at the step that is the last anyway is Lightning's public way to validate before leaving.
     """
 
-    every: int | None = None  # the Trainer's own, in epochs, while its last one is validated anyway
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # It is in batches, and what has been accumulated of a step is in no checkpoint. An epoch's end ends a step.
         every, accumulated = trainer.val_check_batch, trainer.accumulate_grad_batches
@@ -81,13 +79,9 @@ class ValidateAtEnd(Callback):
         if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
             if trainer.check_val_every_n_epoch:
-                self.every, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+                trainer.check_val_every_n_epoch = 1
             # Which would let the run end without the validation.
             trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.every:
-            trainer.check_val_every_n_epoch, self.every = self.every, None
 
 
 class Pictures(Callback):

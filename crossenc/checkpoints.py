@@ -291,16 +291,23 @@ def keep_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
     AtomicCheckpointIO().save_checkpoint(loaded, path)
 
 
+def what_lacks(loaded: dict[str, Any]) -> str | None:
+    """Why no run can go on exactly from what a checkpoint holds, or None."""
+    if "optimizer_states" not in loaded:  # as a ModelCheckpoint can be told to write it
+        return "has weights only, from which no run can go on"
+    if not loaded.get("whole_step", True):
+        return "was written within a step, and has none of its gradients"
+    return None
+
+
 def find_newest(folder: Path) -> Path | None:
     """The checkpoint of most steps in a run's folder; a damaged one is passed over, and a line says so."""
     found = []
     for path in folder.glob("*.ckpt"):
         try:
             loaded = read_checkpoint(path, mmap=True)
-            if "optimizer_states" not in loaded:  # as a ModelCheckpoint can be told to write it
-                raise CheckpointError(f"{path} has weights only")
-            if not loaded.get("whole_step", True):
-                raise CheckpointError(f"{path} was written within a step, and has none of its gradients")
+            if lack := what_lacks(loaded):
+                raise CheckpointError(f"{path} {lack}")
             found.append((loaded["global_step"], path.name == "last.ckpt", path))
         except CheckpointError as error:
             log.warning("passed over: %s", error)

@@ -148,7 +148,6 @@ class PairDataModule(LightningDataModule):
         self.encoded: dict[str, Dataset] = {}
         self.swapped: dict[str, Dataset] = {}  # the same with the texts in the other order, where it is needed
         self.facts: dict[str, Any] = {}
-        self.told: set[str] = set()  # the splits whose cut texts were told of
         self.validates: int | float | None = None  # what the Trainer was told, while a fit has no dev pairs
 
     def prepare_data(self) -> None:
@@ -158,8 +157,8 @@ class PairDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open what `prepare_data` left in the cache, and say what there is."""
         loaded = self._load()
-        self.encoded |= loaded
         self._tell_cut(loaded)
+        self.encoded |= loaded
         if stage == "fit":
             self.position = {}  # of an earlier fit; a checkpoint's own comes later
             if "train" not in loaded:
@@ -201,9 +200,8 @@ class PairDataModule(LightningDataModule):
 
     @rank_zero_only
     def _tell_cut(self, loaded: dict[str, Dataset]) -> None:
-        for name in sorted(loaded.keys() - self.told):
+        for name in sorted(loaded.keys() - self.encoded):  # of those that were loaded before it is told already
             tell_cut(loaded[name], f"{name} pairs", self.max_length)
-        self.told |= loaded.keys()
 
     @rank_zero_only
     def _tell(self) -> None:

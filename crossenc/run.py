@@ -38,6 +38,7 @@ from .checkpoints import (
     keep_evaluation,
     owner,
     read_checkpoint,
+    what_lacks,
 )
 from .data import PairDataModule
 from .errors import CheckpointError, HubError, LostProcessError, UsageError, one_line
@@ -417,10 +418,8 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
     if not path.exists():
         raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
     loaded = read_checkpoint(path, mmap=True)
-    if command == "fit" and "optimizer_states" not in loaded:
-        raise CheckpointError(f"{path} has weights only, from which no run can go on; give its last.ckpt")
-    if command == "fit" and not loaded.get("whole_step", True):
-        raise CheckpointError(f"{path} was written within a step, and has none of its gradients; give last.ckpt")
+    if command == "fit" and (lack := what_lacks(loaded)):
+        raise CheckpointError(f"{path} {lack}; give its last.ckpt")
     return str(path)
 
 

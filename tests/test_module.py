@@ -26,6 +26,9 @@ from crossenc.optim import share_segments
 
 from .conftest import BACKBONE, collate
 
+# Of a Trainer whose run leaves nothing but what the test asks for.
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
 
 def test_loss_is_bce_with_weight_and_smoothing():
     module = CrossEncoderModule(BACKBONE, pos_weight=3.0, label_smoothing=0.2)
@@ -143,8 +146,7 @@ def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pai
 
 def quick_fit(module: CrossEncoderModule, data: PairDataModule, folder: Path) -> Trainer:
     """A few steps from Python, and `folder/last.ckpt`."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, default_root_dir=folder, **quiet)
+    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, default_root_dir=folder, **QUIET)
     trainer.fit(module, data)
     trainer.save_checkpoint(folder / "last.ckpt")
     return trainer
@@ -196,8 +198,7 @@ def test_a_fit_without_dev_pairs_leaves_the_trainer_as_it_was(tiny_backbone: Pat
     assert found["val/rows"] == 60
     module.training_step = lambda *_: 1 / 0
     data = PairDataModule(str(pairs_file), val_size=0, test_size=0, **make)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, **quiet)
+    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, **QUIET)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(module, data)
     assert trainer.limit_val_batches == 1
@@ -209,9 +210,8 @@ def test_pairs_are_of_the_modules_tokens(tiny_backbone: Path, pairs_file: Path, 
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(tiny_backbone / "config.json", tmp_path)
     data = PairDataModule("", val_source=str(pairs_file), backbone=str(tmp_path))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     with pytest.raises(UsageError, match="the module needs PairDataModule"):
-        Trainer(accelerator="cpu", **quiet).validate(CrossEncoderModule(tiny_backbone), data)
+        Trainer(accelerator="cpu", **QUIET).validate(CrossEncoderModule(tiny_backbone), data)
 
 
 def test_lora_trains_a_new_head_whatever_it_is_called(tmp_path: Path):
@@ -227,8 +227,7 @@ def test_lora_trains_a_new_head_whatever_it_is_called(tmp_path: Path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_gradients_are_clipped_by_value_and_by_norm(tiny_backbone: Path, precision: str):
     module = CrossEncoderModule(str(tiny_backbone))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    module.trainer = Trainer(accelerator="cpu", precision=precision, **quiet)
+    module.trainer = Trainer(accelerator="cpu", precision=precision, **QUIET)
     weights = list(module.parameters())
     for algorithm, norm in (("norm", 0.5), ("value", 0.5 * sum(part.numel() for part in weights) ** 0.5)):
         for part in weights:
@@ -306,8 +305,7 @@ def test_a_number_out_of_its_range_is_named(tiny_backbone: Path, wrong: dict[str
 def test_from_python_the_data_must_have_the_modules_options(
     tiny_backbone: Path, pairs_file: Path, module: dict[str, Any], data: dict[str, Any], said: str
 ):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **quiet)
+    trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **QUIET)
     pairs = PairDataModule(str(pairs_file), **{"backbone": str(tiny_backbone), **data})
     with pytest.raises(UsageError, match=f"need PairDataModule.{said}"):
         trainer.fit(CrossEncoderModule(str(tiny_backbone), **module), pairs)
