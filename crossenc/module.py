@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter
 from .sharding import shard
 
 CHECKPOINT_VERSION = 1
+_RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "in [0, 1)": (lambda value: 0 <= value < 1, ("label_smoothing", "dropout")),
+    "in (0, 1]": (lambda value: 0 < value <= 1, ("layer_decay",)),
+    "at least 0 and finite": (lambda value: 0 <= value < math.inf, ("warmup", "weight_decay", "consistency")),
+    "above 0 and finite": (lambda value: 0 < value < math.inf, ("learning_rate", "head_rate", "pos_weight")),
+}
 
 
 class CrossEncoderModule(LightningModule):
@@ -103,20 +110,6 @@ class CrossEncoderModule(LightningModule):
         backbone_sha256: str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise UsageError(f"model.label_smoothing {label_smoothing} is not in [0, 1)")
-        if not 0 < layer_decay <= 1 or not 0 <= consistency < math.inf:
-            raise UsageError("model.layer_decay must be in (0, 1] and model.consistency finite and at least 0")
-        if pos_weight is not None and not 0 < pos_weight < math.inf:
-            raise UsageError(f"model.pos_weight {pos_weight} is not above 0 and finite")
-        if dropout is not None and not 0 <= dropout < 1:
-            raise UsageError(f"model.dropout {dropout} is not in [0, 1)")
-        at_least, above = (warmup, weight_decay), (learning_rate, head_rate)
-        if not all(0 <= value < math.inf for value in at_least) or not all(0 < value < math.inf for value in above):
-            raise UsageError(
-                "model.warmup and weight_decay must be at least 0, model.learning_rate and model.head_rate above 0; "
-                "all of them are finite"
-            )
         backbone = str(backbone)  # a Path from Python
         self.save_hyperparameters()
         for name, value in self.hparams.items():
@@ -124,16 +117,20 @@ class CrossEncoderModule(LightningModule):
                 self.hparams[name] = value.item()
             elif isinstance(value, dict):
                 self.hparams[name] = {key: v.item() if isinstance(v, np.generic) else v for key, v in value.items()}
+        for what, (fits, names) in _RANGES.items():
+            for name in names:
+                if (value := self.hparams[name]) is not None and not fits(value):
+                    raise UsageError(f"model.{name} {value} is not {what}")
         self.max_length = resolve_max_length(backbone, max_length, revision)
         self.model: Any = load_model(backbone, attn_implementation, revision, backbone_sha256)
+        layers = [part for part in self.model.modules() if isinstance(part, nn.Dropout)]
         if dropout is not None:
-            layers = [part for part in self.model.modules() if isinstance(part, nn.Dropout)]
             if not layers:
                 raise UsageError(f"model.dropout: {self.model.config.model_type} has no dropout to replace")
             for layer in layers:
                 layer.p = dropout
-        drops = any(part.p for part in self.model.modules() if isinstance(part, nn.Dropout))
-        drops |= bool(getattr(self.model.config, "attention_dropout", 0))  # which is no layer in some
+        # That of the attention is no layer in some.
+        drops = any(layer.p for layer in layers) or getattr(self.model.config, "attention_dropout", False)
         if consistency and not symmetric and not drops:
             raise UsageError(
                 "model.consistency compares two passes of a pair, which are the same in one order and without dropout; "
@@ -173,12 +170,19 @@ class CrossEncoderModule(LightningModule):
         return self.fitted if self.folds else Calibration()
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":  # what an evaluation found before is of other weights; a checkpoint's own comes later
-            self._forget()
-        theirs = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        """Compare the data's options with the module's own; the command line gives both the same."""
+        data = getattr(self.trainer, "datamodule", None)
         own = load_tokenizer(self.hparams["backbone"], self.hparams["revision"])
-        if theirs not in (None, own) and theirs.get_vocab() != own.get_vocab():
+        theirs = getattr(data, "tokenizer", None) or own
+        if theirs is not own and theirs.get_vocab() != own.get_vocab():
             raise UsageError(f"the module needs PairDataModule(backbone={self.hparams['backbone']!r}), for its tokens")
+        if stage == "fit":
+            ours = {name: self.hparams[name] for name in ("backbone", "symmetric")}
+            ours |= {"max_length": self.max_length, "twice": bool(self.hparams["consistency"])}
+            for name, value in ours.items():
+                if getattr(data, name, value) != value:
+                    raise UsageError(f"the module's own options need PairDataModule({name}={value!r})")
+            self._forget()  # what an evaluation found before is of other weights; a checkpoint's own comes later
 
     def configure_model(self) -> None:
         """Shard the weights where the strategy is made for it; Lightning asks for it once for each stage."""
@@ -186,13 +190,6 @@ class CrossEncoderModule(LightningModule):
             shard(self, self.device.type, self.trainer.world_size)
 
     def on_fit_start(self) -> None:
-        # The command line gives both the same.
-        given = getattr(self.trainer, "datamodule", None)
-        ours = {name: self.hparams[name] for name in ("backbone", "symmetric")}
-        ours |= {"max_length": self.max_length, "twice": bool(self.hparams["consistency"])}
-        for name, value in ours.items():
-            if getattr(given, name, value) != value:
-                raise UsageError(f"the module's own options need PairDataModule({name}={value!r})")
         wanted = self.hparams["cuda_graphs"]
         possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
         if wanted and not possible:

@@ -394,7 +394,7 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.val_check_interval=2.5"], "val_check_interval"),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "model.schedule cosine_with_min_lr: "),
-        (["--model.weight_decay=-1"], "model.warmup and weight_decay must be"),
+        (["--model.weight_decay=-1"], "model.weight_decay -1.0 is not at least 0 and finite"),
         (["--data.val_size=-0.5"], "must be finite and at least 0"),
         (["--data.val_size=.inf"], "--data.val_size inf and --data.test_size None must be finite and"),
     ],
