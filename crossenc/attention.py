@@ -114,16 +114,12 @@ def _attend_ragged(
 ) -> Tensor:
     """All pairs at once: torch takes jagged tensors to the kernels for sequences of any length (flash attention's in
     16 bits), which nothing has to be copied for."""
-    longest = max(longest for _, longest in packing.pieces)
-    ends = (torch.arange(len(query) + 1, device=query.device), 1) if firsts else (packing.bounds, longest)
+    pairs = (packing.bounds, max(longest for _, longest in packing.pieces))
+    of_queries = (torch.arange(len(query) + 1, device=query.device), 1) if firsts else pairs
     q, k, v = (
         # With its shortest and longest pair given, nobody waits for the GPU to tell them.
-        _jagged()(part, bounds, min_seqlen=1, max_seqlen=most).transpose(1, 2)
-        for part, (bounds, most) in (
-            (query, ends),
-            (key, (packing.bounds, longest)),
-            (value, (packing.bounds, longest)),
-        )
+        _jagged()(part, bounds, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        for part, (bounds, longest) in zip((query, key, value), (of_queries, pairs, pairs), strict=True)
     )
     context: Tensor = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling).transpose(1, 2).values()
     return context
