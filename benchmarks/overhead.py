@@ -14,14 +14,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.profilers import SimpleProfiler
-from machine import begin, make_parser, write_record
-from train import make_backbone, take_rows
+from machine import begin, environment, fit_command, make_parser, take_rows, write_record
+from train import make_backbone
 
 WARM_UP = 3
 
@@ -75,9 +74,7 @@ def measure(file: Path, folder: Path, backbone: str, devices: int, arguments: An
         "trainer.profiler.file": folder / "durations.json",
         "output": folder,
     }
-    words = [sys.executable, "-m", "crossenc", "fit", *(f"--{name}={value}" for name, value in options.items())]
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    subprocess.run(fit_command(options), check=True, capture_output=True, env=environment())
     return shares(json.loads((folder / "durations.json").read_text()), arguments.steps)
 
 

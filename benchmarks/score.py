@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import begin, best_matrix_product, make_parser, quiet, write_record
-from train import count, make_backbone, take_rows
+from machine import begin, best_matrix_product, make_export, make_parser, quiet, spread, take_rows, write_record
+from train import count, make_backbone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,15 +64,12 @@ def main() -> None:
     contenders = list(dict.fromkeys(contenders))
     import datasets
 
-    from crossenc.backbone import load_model, load_tokenizer
     from crossenc.pairs import read
 
     quiet()
     with tempfile.TemporaryDirectory() as space:
         backbone, folder = make_backbone(arguments.shape, Path(space) / "backbone"), str(Path(space) / "model")
-        torch.manual_seed(1)
-        load_model(backbone).save_pretrained(folder)
-        load_tokenizer(backbone).save_pretrained(folder)
+        make_export(backbone, Path(folder))
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         found: dict[str, torch.Tensor] = {}
         for number in range(arguments.rounds + 1):
@@ -109,12 +106,9 @@ def main() -> None:
     print("| | pairs/s (range) | x peer fp32 | MFU | largest logit difference |\n|---|---|---|---|---|")
     theirs = statistics.median(seconds["peer, fp32"])
     for name, taken in seconds.items():
-        low, middle, high = (arguments.pairs / f(taken) for f in (max, statistics.median, min))
-        ratio = theirs / statistics.median(taken)
+        speeds, ratio = [arguments.pairs / one for one in taken], theirs / statistics.median(taken)
         mfu = 100 * 2 * weights * tokens / statistics.median(taken) / limits[name.split(", ")[1]]
-        print(
-            f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} | {mfu:.0f} % | {differences[name]:.1g} |"
-        )
+        print(f"| {name} | {spread(speeds, '.0f')} | {ratio:.2f} | {mfu:.0f} % | {differences[name]:.1g} |")
 
 
 if __name__ == "__main__":

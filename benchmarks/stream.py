@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import begin, make_parser, peak_memory, read_record, write_record
-from mining import make_questions, make_tiny
+from machine import begin, make_parser, make_tiny, peak_memory, read_record, write_record
+from mining import make_questions
 
 CHUNK = 10_000
 

