@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -69,6 +68,12 @@ def run_on(devices: int, words: list[str], log: Path) -> None:
     assert "warning" not in log.read_text().lower()
 
 
+def logged(run: Path, name: str) -> dict[int, float]:
+    """A figure of a run's `metrics.csv`, by its step."""
+    with (run / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files whose tests start processes come first: at the end none of them keeps one worker busy alone."""
     slow = ["resume", "run", "machines", "package", "ddp", "hub", "exporting", "onnx_model", "mining", "sharding"]
@@ -119,25 +124,12 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def save_tiny(folder: Path, layers: int, width: int, **settings: Any) -> Path:
-    """A BERT with random weights, and the offline backbone's tokenizer."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
-    from crossenc.backbone import load_tokenizer, quiet_transformers
-
-    torch.manual_seed(0)
-    config = BertConfig(num_labels=1, num_hidden_layers=layers, hidden_size=width, num_attention_heads=2, **settings)
-    with quiet_transformers():
-        BertForSequenceClassification(config).save_pretrained(folder)
-        load_tokenizer(BACKBONE).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small layers with random weights, for tests that need many steps and no quality."""
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "backbone", 2, 32, intermediate_size=64)
+    from machine import make_bert
+
+    return make_bert(tmp_path_factory.mktemp("tiny") / "backbone", 2, 32, intermediate_size=64)
 
 
 @pytest.fixture(scope="session")
@@ -153,5 +145,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export-like folder of a very small model with random weights, for what scores do not matter to."""
-    settings: dict[str, Any] = {"intermediate_size": 16, "initializer_range": 0.3, "crossenc": {"threshold": 0.5}}
-    return save_tiny(tmp_path_factory.mktemp("tiny"), 1, 16, **settings)
+    from machine import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import run_on
+from .conftest import logged, run_on
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,8 @@ def test_any_number_of_processes_makes_the_same_updates(
             "run": number,
         }
         run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())], tmp_path / "log")
-        with (tmp_path / str(number) / "metrics.csv").open() as file:
-            losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
         if accumulated == 1:  # else it is the last batch's and not the step's
-            steps.append(losses)
+            steps.append(list(logged(tmp_path / str(number), "train/loss").values()))
         dev.append(json.loads((tmp_path / str(number) / "metrics.json").read_text())["val/loss"])
         shutil.rmtree(tmp_path / str(number))  # checkpoints are large
     assert [len(losses) for losses in steps] == [30] * len(steps)

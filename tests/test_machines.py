@@ -19,6 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text().splitlines()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 NAMES, ADDRESSES = (f"cx-{os.getpid()}-a", f"cx-{os.getpid()}-b"), ("10.213.7.1", "10.213.7.2")
 
@@ -51,15 +52,13 @@ def machines() -> Iterator[list[list[str]]]:
 
 def readme(first: str) -> list[str]:
     """The words of the README's command for many devices that begins so."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(first) and "configs/ddp.yaml" in line)
+    (line,) = (line for line in README if line.startswith(first) and "configs/ddp.yaml" in line)
     return shlex.split(line)
 
 
 def exported() -> dict[str, str]:
     """What the README sets for torchrun."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    return dict(line.removeprefix("export ").split("=") for line in lines if line.startswith("export TORCH"))
+    return dict(line.removeprefix("export ").split("=") for line in README if line.startswith("export TORCH"))
 
 
 def options(pairs_file: Path, backbone: Path, output: Path) -> list[str]:

@@ -227,13 +227,6 @@ def test_intervals_repeat_and_hold_the_figures_themselves():
     assert intervals(columns(scores, torch.ones_like(labels)), 0.4) == {}
 
 
-def test_a_resample_with_each_pair_once_has_the_figures_of_all():
-    scores, labels = world(300, 5)
-    found = resampled_figures(scores.numpy(), labels.numpy() >= 0.5, 0.4, np.ones((1, 300)))[:, 0]
-    figures = pair_figures(scores, labels, 0.4)
-    assert found == pytest.approx([figures[name] for name in ("average_precision", "f1", "accuracy")], abs=1e-6)
-
-
 def test_figures_of_a_resample_are_scikit_learns():
     """And its F1 and accuracy, with ties among the scores and pairs that are drawn several times or not at all."""
     scores, labels = world(60, 3)

@@ -27,7 +27,8 @@ from crossenc.optim import share_segments
 from .conftest import BACKBONE, collate
 
 # Of a Trainer whose run leaves nothing but what the test asks for.
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+QUIET |= {"enable_progress_bar": False, "enable_model_summary": False}
 
 
 def test_loss_is_bce_with_weight_and_smoothing():
@@ -106,15 +107,14 @@ def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
             steps.extend([self.trainer.global_step] * (name == "train/loss"))
             super().log(name, *values, **options)
 
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     data = PairDataModule(str(pairs_file), batch_size=6, backbone=str(tiny_backbone))
-    first = Trainer(accelerator="cpu", max_steps=8, log_every_n_steps=3, default_root_dir=tmp_path, **quiet)
+    first = Trainer(max_steps=8, log_every_n_steps=3, **QUIET)
     first.fit(Telling(str(tiny_backbone)), data)
     assert steps == [0, 2, 5, 7]
     first.save_checkpoint(tmp_path / "first.ckpt")
     steps.clear()
     module = Telling(str(tiny_backbone))
-    second = Trainer(accelerator="cpu", max_epochs=2, log_every_n_steps=5, default_root_dir=tmp_path, **quiet)
+    second = Trainer(max_epochs=2, log_every_n_steps=5, **QUIET)
     second.fit(module, data, ckpt_path=tmp_path / "first.ckpt")
     assert steps == [8, 9, 14, 15]
     assert {"val/loss", "val/average_precision"} <= set(second.validate(module, data, verbose=False)[0])
@@ -122,8 +122,7 @@ def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
 
 def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
     """From Python, with one module and one data module: a test and a fit before, the fit from a checkpoint."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    quiet |= {"default_root_dir": tmp_path, "max_steps": 4, "val_check_interval": 2}
+    quiet = {**QUIET, "max_steps": 4, "val_check_interval": 2}
     data = PairDataModule(str(pairs_file), batch_size=6, backbone=str(tiny_backbone))
     module = CrossEncoderModule(tiny_backbone, learning_rate=np.float64(1e-3))
     Trainer(**quiet).predict(module, data)
@@ -146,7 +145,7 @@ def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pai
 
 def quick_fit(module: CrossEncoderModule, data: PairDataModule, folder: Path) -> Trainer:
     """A few steps from Python, and `folder/last.ckpt`."""
-    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, default_root_dir=folder, **QUIET)
+    trainer = Trainer(max_steps=2, **QUIET)
     trainer.fit(module, data)
     trainer.save_checkpoint(folder / "last.ckpt")
     return trainer
@@ -198,7 +197,7 @@ def test_a_fit_without_dev_pairs_leaves_the_trainer_as_it_was(tiny_backbone: Pat
     assert found["val/rows"] == 60
     module.training_step = lambda *_: 1 / 0
     data = PairDataModule(str(pairs_file), val_size=0, test_size=0, **make)
-    trainer = Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, **QUIET)
+    trainer = Trainer(max_steps=2, **QUIET)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(module, data)
     assert trainer.limit_val_batches == 1
@@ -211,7 +210,7 @@ def test_pairs_are_of_the_modules_tokens(tiny_backbone: Path, pairs_file: Path, 
     shutil.copy(tiny_backbone / "config.json", tmp_path)
     data = PairDataModule("", val_source=str(pairs_file), backbone=str(tmp_path))
     with pytest.raises(UsageError, match="the module needs PairDataModule"):
-        Trainer(accelerator="cpu", **QUIET).validate(CrossEncoderModule(tiny_backbone), data)
+        Trainer(**QUIET).validate(CrossEncoderModule(tiny_backbone), data)
 
 
 def test_lora_trains_a_new_head_whatever_it_is_called(tmp_path: Path):
@@ -227,7 +226,7 @@ def test_lora_trains_a_new_head_whatever_it_is_called(tmp_path: Path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 def test_gradients_are_clipped_by_value_and_by_norm(tiny_backbone: Path, precision: str):
     module = CrossEncoderModule(str(tiny_backbone))
-    module.trainer = Trainer(accelerator="cpu", precision=precision, **QUIET)
+    module.trainer = Trainer(precision=precision, **QUIET)
     weights = list(module.parameters())
     for algorithm, norm in (("norm", 0.5), ("value", 0.5 * sum(part.numel() for part in weights) ** 0.5)):
         for part in weights:
@@ -305,10 +304,9 @@ def test_a_number_out_of_its_range_is_named(tiny_backbone: Path, wrong: dict[str
 def test_from_python_the_data_must_have_the_modules_options(
     tiny_backbone: Path, pairs_file: Path, module: dict[str, Any], data: dict[str, Any], said: str
 ):
-    trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **QUIET)
     pairs = PairDataModule(str(pairs_file), **{"backbone": str(tiny_backbone), **data})
     with pytest.raises(UsageError, match=f"need PairDataModule.{said}"):
-        trainer.fit(CrossEncoderModule(str(tiny_backbone), **module), pairs)
+        Trainer(max_steps=1, **QUIET).fit(CrossEncoderModule(str(tiny_backbone), **module), pairs)
 
 
 def test_bf16_ends_before_the_loss():

@@ -104,23 +104,6 @@ def test_layers_that_cannot_be_told_apart_have_no_rates_of_their_own():
         parameter_groups(model, 0.1, 1, head_rate=30)
 
 
-def test_the_head_may_learn_at_a_rate_of_its_own():
-    module = CrossEncoderModule(BACKBONE)
-    groups = parameter_groups(module.model, 0.1, 1e-3, head_rate=3)
-    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
-    found = {name: rates[p] for name, p in module.model.named_parameters() if p.requires_grad}
-    head = {name for name, rate in found.items() if rate == pytest.approx(3e-3)}
-    assert {name for name in found if ".encoder." not in name and ".embeddings." not in name} == head
-    assert {rate for name, rate in found.items() if name not in head} == {1e-3}
-
-
-def test_all_layers_may_be_frozen():
-    module = CrossEncoderModule(BACKBONE, freeze_layers=6)
-    trained = [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]
-    assert not [name for name in trained if ".layer." in name or ".embeddings." in name]
-    assert "classifier.weight" in trained
-
-
 def test_adapters_of_frozen_layers_are_frozen_too():
     module = CrossEncoderModule(BACKBONE, lora={"r": 2, "target_modules": ["query"]}, freeze_layers=2)
     trained = [name for name, parameter in module.model.named_parameters() if parameter.requires_grad]

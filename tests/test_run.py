@@ -28,15 +28,20 @@ from crossenc.cli import main
 from crossenc.exporting import score_pairs
 from crossenc.run import native_precision
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, logged
+
+
+def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]:
+    named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": backbone, "output": output}
+    named |= {"trainer.precision": "32-true", "trainer.accelerator": "cpu"}
+    return ["fit", *(f"--{name}={value}" for name, value in named.items()), *more]
 
 
 @pytest.fixture(scope="module")
 def small(pairs_file: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`trained` with a small model, for what goes on with a run or repeats it."""
     output = tmp_path_factory.mktemp("runs")
-    where = ["--output", str(output), "--run", "short", "--trainer.accelerator", "cpu", "--data.batch_size", "8"]
-    assert main(["fit", "--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), *where]) == 0
+    assert main(fit(pairs_file, tiny_backbone, output, "--run=short", "--data.batch_size=8")) == 0
     return output / "short"
 
 
@@ -53,11 +58,8 @@ def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     new = ("calibration_error", "calibration_error_raw", "calibration_error_chance", "brier", *swapped)
     assert {f"{split}/{name}" for split in ("val", "test") for name in (*new, "f1_low", "f1_high")} <= set(figures)
     assert figures["test/threshold"] == figures["val/threshold"]
-    with (trained / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {"train/loss", "val/average_precision", "test/f1"} <= set(rows[0])
-    steps = {name: [int(row["step"]) for row in rows if row[name]] for name in ("train/loss", "val/f1", "test/f1")}
-    assert max(steps["train/loss"]) == max(steps["val/f1"]) < min(steps["test/f1"])  # the last look is no point
+    training, dev, test = (logged(trained, name) for name in ("train/loss", "val/average_precision", "test/f1"))
+    assert max(training) == max(dev) < min(test)  # the last look is no point
 
 
 def test_a_second_run_of_a_name_gets_a_folder_of_its_own(small: Path):
@@ -213,17 +215,11 @@ def test_precision_is_what_the_hardware_does(pairs_file: Path, tiny_backbone: Pa
     native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     assert native_precision("cpu") == ("bf16-mixed" if native else "32-true")
     assert native_precision("mps") == "32-true"
-    where = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--output", str(tmp_path)]
+    options = ["--trainer.precision=null", "--trainer.fast_dev_run=true"]
     with caplog.at_level("INFO", logger="crossenc"):
-        assert main(["fit", *where, "--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"]) == 0
+        assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
     does = "multiplies" if native else "does not multiply"
     assert f"precision {native_precision('cpu')}: this hardware {does} bf16 itself" in caplog.messages
-
-
-def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]:
-    named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": backbone, "output": output}
-    named |= {"trainer.precision": "32-true", "trainer.accelerator": "cpu"}
-    return ["fit", *(f"--{name}={value}" for name, value in named.items()), *more]
 
 
 def test_the_models_options_reach_the_data(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch):
@@ -251,16 +247,13 @@ def test_a_logger_of_the_users_stands_beside_and_examples_are_scored(
     "limits",
     [
         ["--trainer.val_check_interval=00:00:00:01"],
-        ["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0", "--trainer.max_epochs=3"],
         ["--trainer.val_check_interval=0.5"],
         ["--data.val_size=1", "--data.test_size=1"],
         ["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_algorithm=value"],
         ["--trainer.callbacks+=ModelCheckpoint"],
     ],
 )
-def test_evaluations_may_be_short_rare_and_timed(
-    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, limits: list[str]
-):
+def test_evaluations_may_be_short_and_timed(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, limits: list[str]):
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *limits)) == 0
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 1 <= figures["val/rows"] <= 6
@@ -269,24 +262,6 @@ def test_evaluations_may_be_short_rare_and_timed(
     kept = figures["checkpoint"].partition(",")[0]
     assert kept == ("last.ckpt" if "size" in limits[0] else "best.ckpt")  # one pair has one label
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
-
-
-def test_an_epoch_that_ends_within_a_step_is_validated(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
-    options = ["--trainer.limit_train_batches=4", "--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=3"]
-    options += ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0"]
-    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/f1"]]
-    assert len(steps) == 3
-
-
-def test_the_last_epoch_is_validated_wherever_it_falls(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
-    options = ["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0", "--trainer.max_epochs=3"]
-    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
-    assert len(steps) == 2
-    assert 2 * (steps[1] + 1) == 3 * (steps[0] + 1)
 
 
 def test_texts_that_are_cut_are_told_of_in_evaluation_too(small: Path, write, tmp_path: Path, caplog):
@@ -444,11 +419,6 @@ def test_scores_of_a_new_head_are_told(pairs_file: Path, tmp_path: Path, caplog)
     assert "the head is new" in caplog.text
 
 
-def validated(folder: Path) -> list[int]:
-    with (folder / "metrics.csv").open() as file:
-        return [int(row["step"]) for row in csv.DictReader(file) if row.get("val/f1")]
-
-
 class AsksForAStop(Callback):
     """At the first batch, as one that stops early may."""
 
@@ -457,21 +427,28 @@ class AsksForAStop(Callback):
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"),
+    ("trainer", "steps"),
     [
-        (["--trainer.max_epochs=2", "--trainer.min_epochs=2"], [23]),
-        (["--trainer.max_epochs=4", "--trainer.min_epochs=2", f"--trainer.callbacks={__name__}.AsksForAStop"], [23]),
-        (["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=6"], [1, 2]),  # not within a step
-        (["--trainer.check_val_every_n_epoch=2", "--trainer.val_check_interval=1.0"], [11]),  # 1 epoch
+        ({"max_epochs": 2, "min_epochs": 2}, [23]),
+        ({"max_epochs": 4, "min_epochs": 2, "callbacks": f"{__name__}.AsksForAStop"}, [23]),
+        ({"accumulate_grad_batches": 4, "val_check_interval": 6}, [1, 2]),  # not within a step
+        ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0}, [11]),  # 1 epoch
+        ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "max_epochs": 3}, [23, 35]),
+        # Epochs that end within a step.
+        (
+            {"limit_train_batches": 4, "accumulate_grad_batches": 3, "val_check_interval": 1.0, "max_epochs": 3},
+            [1, 3, 5],
+        ),
     ],
 )
 def test_the_threshold_is_that_of_the_last_weights(
-    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, options: list[str], steps: list[int]
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, trainer: dict[str, Any], steps: list[int]
 ):
     """Whether training validated or not: the report, the test figures and the export have the same one."""
+    options = [f"--trainer.{name}={value}" for name, value in trainer.items()]
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
     folder = tmp_path / "run"
-    assert validated(folder) == steps
+    assert list(logged(folder, "val/f1")) == steps
     figures = json.loads((folder / "metrics.json").read_text())
     exported = json.loads((folder / "model" / "config.json").read_text())["crossenc"]["threshold"]
     assert figures["val/threshold"] == figures["test/threshold"] == exported
