@@ -56,8 +56,8 @@ def embed(
                 parts[number] = np.ascontiguousarray(found, dtype=np.float32)
                 advance(len(block))
     vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
-    for start, part in zip(starts, parts.all(len(starts)), strict=True):
-        vectors[start : start + BLOCK] = part
+    for number, start in enumerate(starts):
+        vectors[start : start + BLOCK] = parts[number]
     return vectors
 
 
@@ -166,7 +166,7 @@ def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: 
                 pairs["similarity"] = similarities[kept]
                 parts[number] = pairs
                 advance(len(block))
-    pairs = np.concatenate(list(parts.all(len(starts))))
+    pairs = np.concatenate([parts[number] for number in range(len(starts))])
     # A pair stands there twice where each is next to the other.
     _, first = np.unique(pairs["a"] * len(vectors) + pairs["b"], return_index=True)
     return pairs[first]

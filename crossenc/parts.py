@@ -82,10 +82,6 @@ class Parts:
                 self.begun = True
             _write(self._file(number), content.getbuffer())
 
-    def all(self, count: int) -> Iterator[NDArray[Any]]:
-        """The first `count` parts, in order."""
-        return (self[number] for number in range(count))
-
     def _file(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{number:08d}-{self.mark}.npy"

@@ -144,7 +144,8 @@ def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]],
 
 def all_logits(parts: Parts, total: int) -> Logits:
     """The logits of `total` pairs that `score_into` has left in `parts`, shape (total,)."""
-    return np.concatenate([*parts.all(-(-total // CHUNK)), np.empty(0, dtype=np.float32)])
+    chunks = -(-total // CHUNK)
+    return np.concatenate([np.empty(0, dtype=np.float32), *(parts[number] for number in range(chunks))])
 
 
 def reaches(scores: Logits, threshold: float) -> NDArray[np.bool_]:

@@ -24,7 +24,7 @@ def test_parts_are_for_the_same_work_only(tmp_path: Path):
     with pytest.raises(OutputError, match="kept work with other model"):
         Parts(folder, {"model": "b"})
     again = Parts(folder, {"model": "a"})
-    assert [part.tolist() for part in again.all(2)] == [[0, 1, 2], [0, 1, 2, 3]]
+    assert [again[number].tolist() for number in (0, 1)] == [[0, 1, 2], [0, 1, 2, 3]]
     assert 2 not in again
     dropped = Parts(folder, {"model": "b"}, overwrite=True)
     assert 0 not in dropped
