@@ -29,7 +29,7 @@ from .neighbors import DEFAULT_RETRIEVER, PAIR_BYTES, Index, embed, find_candida
 from .pairs import SUFFIXES, normalized, read
 from .parts import Parts, try_writing
 from .scorer import Backend, Precision, Scoring, score_chunks
-from .scoring import OnError, all_logits, decimals, parts_folder, reaches, score_into
+from .scoring import OnError, decimals, parts_folder, reaches, score_all
 from .tables import STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
 
 if TYPE_CHECKING:
@@ -48,15 +48,15 @@ Linkage: TypeAlias = Literal["components", "complete"]
 
 
 class Mined(NamedTuple):
-    """The duplicates of a set of questions, in the order of their rows.
+    """The duplicates of a set of questions, in the order of their rows; or the two files that hold them.
 
     `pairs`: `a`, `b` (ids, or row numbers from 0), `text_a`, `text_b`, `score`, `similarity` (of the vectors), and
     `found_by`: `copy` or `model`. A copy is paired with the first question that it is a copy of.
     `groups`: a row for each question that has a duplicate: `group`, `id`, `text`, `representative`.
     """
 
-    pairs: list[Row]
-    groups: list[Row]
+    pairs: list[Row] | Path
+    groups: list[Row] | Path
 
 
 class Judgement(NamedTuple):
@@ -69,13 +69,6 @@ class Judgement(NamedTuple):
     def __call__(self, logits: NDArray[np.float32], similarities: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores of pairs, shape (pairs,): sigmoid(logit weight x logit + similarity weight x cosine + shift)."""
         return sigmoid((self.logit * logits + self.similarity * similarities + self.shift).astype(np.float32))
-
-
-class MinedFiles(NamedTuple):
-    """The files with what `Mined` has."""
-
-    pairs: Path
-    groups: Path
 
 
 def mine(
@@ -98,7 +91,7 @@ def mine(
     on_error: OnError = "stop",
     work: str | None = None,
     overwrite: bool = False,
-) -> Mined | MinedFiles:
+) -> Mined:
     """Find the pairs of questions that ask the same, and the groups that they make.
 
     A run that was broken goes on where it was when it is called again with the same arguments.
@@ -184,7 +177,8 @@ def mine(
     candidates["a"], candidates["b"] = distinct[candidates["a"]], distinct[candidates["b"]]
     log.info("%s pairs to score", f"{len(candidates):,}")
     facts |= scoring.facts()
-    logits = _score(candidates, texts, scoring, parts("scores"))
+    texts_of = ((texts[a], texts[b]) for a, b in zip(candidates["a"], candidates["b"], strict=True))
+    logits = score_all(parts("scores"), scoring, texts_of, len(candidates))
     pairs = _duplicates(candidates, judge(logits, candidates["similarity"]), first, threshold)
     groups, representatives = group(pairs, len(texts), linkage, threshold)
     log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
@@ -206,7 +200,7 @@ def mine(
     tell_skipped(skipped, output)
     if home and not work:
         shutil.rmtree(home)
-    return MinedFiles(Path(output), Path(_groups_file(output)))
+    return Mined(Path(output), Path(_groups_file(output)))
 
 
 def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judgement, float]:
@@ -243,12 +237,6 @@ def first_copies(texts: list[str]) -> NDArray[np.int64]:
     """For each text the first that is the same except for case and white space, shape (texts,)."""
     seen: dict[str, int] = {}
     return np.array([seen.setdefault(normalized(text), row) for row, text in enumerate(texts)])
-
-
-def _score(candidates: NDArray[Any], texts: list[str], scoring: Scoring, parts: Parts) -> NDArray[np.float32]:
-    pairs = ((texts[a], texts[b]) for a, b in zip(candidates["a"], candidates["b"], strict=True))
-    score_into(parts, scoring, pairs, len(candidates))
-    return all_logits(parts, len(candidates))
 
 
 DUPLICATE = np.dtype(

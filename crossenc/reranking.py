@@ -19,7 +19,7 @@ from .errors import DataError, UsageError, require
 from .neighbors import embed
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
-from .scoring import all_logits, decimals, score_into
+from .scoring import decimals, score_all
 from .tables import STANDARD, Row, Table, claim_output, open_table, read_texts, write_table
 
 log = logging.getLogger(__name__)
@@ -139,9 +139,7 @@ def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int) -> R
 
 def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scoring) -> Ranking:
     pairs = ((query, corpus[place]) for query, found in zip(queries, before, strict=True) for place, _ in found)
-    parts, total = Parts(None, {}), sum(map(len, before))
-    score_into(parts, scoring, pairs, total)
-    logits = all_logits(parts, total)
+    logits = score_all(Parts(None, {}), scoring, pairs, sum(map(len, before)))
     after, start = [], 0
     for found in before:
         own = logits[start : start + len(found)]

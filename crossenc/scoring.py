@@ -116,9 +116,10 @@ def score(
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
         parts = Parts(folder, facts | of_the_model, overwrite)
         a, b = checked.names["text_a"], checked.names["text_b"]
-        score_into(parts, scoring, ((row[a], row[b]) for _, row in _good_rows(table, checked.names)), checked.good)
+        texts = ((row[a], row[b]) for _, row in _good_rows(table, checked.names))
         if output is None:
-            return _in_memory(table, checked, parts, new)
+            return _in_memory(table, checked, score_all(parts, scoring, texts, checked.good), new)
+        score_into(parts, scoring, texts, checked.good)
         _join(table, checked, parts, new, output)
         if folder:
             shutil.rmtree(folder)
@@ -142,8 +143,9 @@ def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]],
     log.info("%s pairs scored, %.0f a second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
 
 
-def all_logits(parts: Parts, total: int) -> Logits:
-    """The logits of `total` pairs that `score_into` has left in `parts`, shape (total,)."""
+def score_all(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> Logits:
+    """The logits of `total` pairs of texts, by `score_into`, shape (total,)."""
+    score_into(parts, scoring, pairs, total)
     chunks = -(-total // CHUNK)
     return np.concatenate([np.empty(0, dtype=np.float32), *(parts[number] for number in range(chunks))])
 
@@ -242,10 +244,9 @@ def parts_folder(output: str) -> Path:
     return Path(output).with_name(f".{Path(output).name}.parts")
 
 
-def _in_memory(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make]) -> Any:
+def _in_memory(table: Table, checked: _Checked, found: Logits, new: Mapping[str, _Make]) -> Any:
     logits = np.full(checked.rows, np.nan, dtype=np.float32)
-    places = [number for number, _ in _good_rows(table, checked.names)]
-    logits[places] = all_logits(parts, checked.good)
+    logits[[number for number, _ in _good_rows(table, checked.names)]] = found
     if isinstance(table.source, Path | list):
         return sigmoid(logits)
     frame = table.source.copy()  # type: ignore[union-attr]
