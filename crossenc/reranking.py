@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ import numpy as np
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require
 from .neighbors import embed
+from .pairs import NOT_UTF8, SURROGATE
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
 from .scoring import decimals, score_all
@@ -155,7 +156,7 @@ def _read_candidates(candidates: Any, query_ids: list[Any], corpus_ids: list[Any
     places = {str(item): place for place, item in enumerate(corpus_ids)}
     numbers = {str(item): number for number, item in enumerate(query_ids)}
     found: list[dict[int, float]] = [{} for _ in query_ids]
-    for where, query, item, score in _triples(candidates, 6, (0, 2, 4)):
+    for where, query, item, score in _triples(candidates, _RUN_FIELDS):
         if query not in numbers:
             raise DataError(f"{where}: there is no query {query!r}")
         if item not in places:
@@ -169,7 +170,7 @@ def _read_candidates(candidates: Any, query_ids: list[Any], corpus_ids: list[Any
 def read_qrels(qrels: Any) -> dict[str, dict[str, int]]:
     """For each query what is how relevant, from TREC qrels, a table with such columns, or rows."""
     relevant: dict[str, dict[str, int]] = {}
-    for where, query, item, grade in _triples(qrels, 4, (0, 2, 3)):
+    for where, query, item, grade in _triples(qrels, _QRELS_FIELDS):
         if grade != int(grade):
             raise DataError(f"{where}: the grade {grade} is no whole number")
         relevant.setdefault(query, {})[item] = int(grade)
@@ -178,50 +179,50 @@ def read_qrels(qrels: Any) -> dict[str, dict[str, int]]:
 
 _QUERY, _ITEM = ("query_id", "query-id", "qid"), ("corpus_id", "corpus-id", "doc_id", "docid", "pid")
 _NUMBER = ("score", "relevance", "rel", "label")
+# Of TREC's files, which name none.
+_RUN_FIELDS = ("query_id", "Q0", "corpus_id", "rank", "score", "tag")
+_QRELS_FIELDS = ("query_id", "iteration", "corpus_id", "relevance")
 
 
-def _triples(source: Any, fields: int, places: tuple[int, int, int]) -> Iterator[tuple[str, str, str, float]]:
-    """Query, text and number of each row, and what to call the row: of a TREC file with so many fields, or a table."""
+def _triples(source: Any, fields: Sequence[str]) -> Iterator[tuple[str, str, str, float]]:
+    """What to call each row, its query, text and number: of a TREC file with these fields, or a table."""
     trec = isinstance(source, str | Path) and Path(source).suffix.lower() in (*RUN_SUFFIXES, ".qrels")
     if trec and not Path(source).is_file():
         raise DataError(f"{source}: no such file")
     with ExitStack() as stack:
         if trec:
-            lines = stack.enter_context(Path(source).open(encoding="utf-8-sig"))
-            rows: Any = (line.split() for line in lines)
-            where = source
+            rows, where = _trec_rows(Path(source), fields), source
         else:
             table: Table = stack.enter_context(open_table(source, ["query_id", "corpus_id", "score"]))
             rows, where = iter(table), table.where
-        for number, row in enumerate(_utf8(rows, where), start=1):
+        for number, row in enumerate(rows, start=1):
             place = f"{where}, row {number}"
-            if row == []:  # a blank line
-                continue
             if isinstance(row, str):
                 raise DataError(f"{place}: {row}")
-            if isinstance(row, Mapping):
-                names = [next((name for name in of if name in row), None) for of in (_QUERY, _ITEM, _NUMBER)]
-                if None in names:
-                    raise DataError(f"{where} needs the columns query_id, corpus_id and score; it has {list(row)}")
-                values = [row[name] for name in names if name]
-            elif len(row) != fields:
-                raise DataError(f"{place}: {len(row)} fields where a TREC file has {fields}")
-            else:
-                values = [row[i] for i in places]
+            names = [next((name for name in of if name in row), "") for of in (_QUERY, _ITEM, _NUMBER)]
+            if not all(names):
+                raise DataError(f"{where} needs the columns query_id, corpus_id and score; it has {list(row)}")
+            query, item, given = (row[name] for name in names)
             try:
-                value = float(values[2])
+                value = float(given)
             except (TypeError, ValueError):
                 value = math.nan
             if not math.isfinite(value):
-                raise DataError(f"{place}: {values[2]!r} is no number")
-            yield place, str(values[0]), str(values[1]), value
+                raise DataError(f"{place}: {given!r} is no number")
+            yield place, str(query), str(item), value
 
 
-def _utf8(rows: Iterator[Any], where: str) -> Iterator[Any]:
-    try:
-        yield from rows
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8") from error
+def _trec_rows(file: Path, fields: Sequence[str]) -> Iterator[Row | str]:
+    """The rows of a TREC file; a string in place of a row says what is wrong with it."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for line in lines:
+            values = line.split()
+            if SURROGATE.search(line):
+                yield NOT_UTF8
+            elif len(values) == len(fields):
+                yield dict(zip(fields, values, strict=True))
+            elif values:
+                yield f"{len(values)} fields where a TREC file has {len(fields)}"
 
 
 def evaluate(

@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "no such file", candidates="gone.run")
     refused(DataError, "'nan' is no number", candidates=str(write("f.run", "q0 Q0 d0 1 nan x\n")))
     (tmp_path / "g.run").write_bytes(b"q0 Q0 d\xe9 1 1 x\n")
-    refused(DataError, "is not UTF-8", candidates=tmp_path / "g.run")
+    refused(DataError, "row 1: not UTF-8", candidates=tmp_path / "g.run")
     refused(DataError, "tell of nothing relevant to any", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
     refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
     refused(DataError, r"row 1: id is null or no text$", corpus=[{"id": [1], "text": "a"}])
