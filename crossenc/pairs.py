@@ -302,7 +302,7 @@ def canonical(
         if isinstance(values, str):
             raise DataError(f"{place}: {values}")
         names = names or match_columns(list(values), where, columns, labelled)
-        if wrong := what_is_wrong(values, names):
+        if wrong := what_is_wrong(values, [names["text_a"], names["text_b"]]):
             raise DataError(f"{place}: {wrong}")
         pair: dict[str, Any] = {"row": row, **{side: values[names[side]] for side in ("text_a", "text_b")}}
         if labelled:
@@ -312,16 +312,16 @@ def canonical(
         raise DataError(f"{where} has no rows")
 
 
-def what_is_wrong(values: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
-    """Why a row's texts cannot be scored, or None; `names` are the columns of `text_a` and `text_b`."""
-    for side in ("text_a", "text_b"):
-        text = values.get(names[side])
+def what_is_wrong(values: Mapping[str, Any], columns: Iterable[str]) -> str | None:
+    """Why the texts of a row, which stand in these columns, cannot be read; or None."""
+    for name in columns:
+        text = values.get(name)
         if text is None:
-            return f"{names[side]} is null; remove the row or fill in the question"
+            return f"{name} is null; remove the row or fill it in"
         if not isinstance(text, str):
-            return f"{names[side]} is not text but {type(text).__name__} ({one_line(text)[:60]})"
+            return f"{name} is not text but {type(text).__name__} ({one_line(text)[:60]})"
         if SURROGATE.search(text):
-            return f"{names[side]} is {NOT_UTF8}"
+            return f"{name} is {NOT_UTF8}"
     return None
 
 

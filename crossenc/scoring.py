@@ -188,7 +188,7 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
             found.names = match_columns(list(given), table.where, columns, labelled=False)
         for row in chunk:
             found.rows += 1
-            wrong = row if isinstance(row, str) else what_is_wrong(row, found.names)
+            wrong = row if isinstance(row, str) else what_is_wrong(row, found.names.values())
             if wrong is None:
                 found.good += 1
                 found.columns.update(dict.fromkeys(row))
@@ -232,7 +232,7 @@ def _for_parquet(where: str) -> Iterator[None]:
 def _good_rows(table: Table, names: dict[str, str], skip: Any = None) -> Iterator[tuple[int, Row]]:
     """The rows that can be scored, with their number from 0; `skip` takes a row for each of the others."""
     for number, row in enumerate(table):
-        wrong = row if isinstance(row, str) else what_is_wrong(row, names)
+        wrong = row if isinstance(row, str) else what_is_wrong(row, names.values())
         if wrong is None:
             yield number, row  # type: ignore[misc]
         elif skip:

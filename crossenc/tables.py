@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet
 
 from .errors import DataError, OutputError, UsageError, one_line
-from .pairs import NOT_UTF8, SUFFIXES, SURROGATE, is_local, open_parquet, refuse_twice, rows_of_file, separator_hint
+from .pairs import SUFFIXES, is_local, open_parquet, refuse_twice, rows_of_file, separator_hint, what_is_wrong
 from .parts import file_digest, replacing, try_writing, writing
 
 if TYPE_CHECKING:
@@ -244,18 +244,16 @@ def read_texts(
                     asked = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
                     remedy = separator_hint(list(row)) + advice[0]
                     raise DataError(f"{table.where} has no column {asked}; it has {list(row)}{remedy}")
-            text, known = row.get(name or ""), row.get(key) if key else number
+            known = row.get(key) if key else number
             if name is None:
                 wrong = f"no text; it has {list(row)}"
             elif found and not key:
                 wrong = f"an id, {found!r}, where the first row has none"
-            elif isinstance(text, str) and SURROGATE.search(text):
-                wrong = f"{name} is {NOT_UTF8}"
-            elif not isinstance(text, str) or known is None or isinstance(known, dict | list):
-                wrong = f"{name if not isinstance(text, str) else key} is null or no text"
-            else:
+            elif known is None or isinstance(known, dict | list):
+                wrong = f"{key} is null or no text"
+            elif not (wrong := what_is_wrong(row, [name])):
                 ids.append(known)
-                texts.append(f"{row['title']} {text}" if titled and row.get("title") else text)
+                texts.append(f"{row['title']} {row[name]}" if titled and row.get("title") else row[name])
         if wrong:
             if on_error != "skip":
                 raise DataError(f"{table.where}, row {number + 1}: {wrong}{advice[1]}")

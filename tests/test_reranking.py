@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "tell of nothing relevant to any", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
     refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
     refused(DataError, r"row 1: id is null or no text$", corpus=[{"id": [1], "text": "a"}])
-    refused(DataError, r"row 1: text is null or no text$", queries=[{"id": 1, "text": None}])
+    refused(DataError, r"row 1: text is null; remove the row or fill it in$", queries=[{"id": 1, "text": None}])
     refused(DataError, r"row 1: text is not UTF-8", queries=["x\ud800"])
     refused(UsageError, "is the retriever's", retrieve_k=100)
     refused(BackboneError, "is a cross-encoder, which makes no vectors", retriever=str(tiny))
