@@ -254,7 +254,7 @@ def _csv_error(error: csv.Error) -> str:
     return next((ours for theirs, ours in _CSV_ERRORS.items() if theirs in str(error)), str(error))
 
 
-class _Lines:
+class _Lines(Iterator[str]):
     """Lines of a csv, of which all but the first of the row at hand can be read once more.
 
     A quote that is never closed takes the lines after it along, but spoils its own only.
@@ -263,9 +263,6 @@ class _Lines:
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines, self.waiting = iter(lines), deque[str]()
         self.row: list[str] = []
-
-    def __iter__(self) -> _Lines:
-        return self
 
     def __next__(self) -> str:
         self.row.append(self.waiting.popleft() if self.waiting else next(self.lines))
