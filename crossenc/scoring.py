@@ -104,14 +104,14 @@ def score(
         raise UsageError(f"the new columns cannot be called {list(new)}; name each otherwise: --column, --decision")
     if columns and "label" in columns:
         raise UsageError("columns: no label is read here; name text_a and text_b")
-    with ExitStack() as stack:
-        table = stack.enter_context(open_table(pairs, SIDES))
+    with open_table(pairs, SIDES) as table:
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
         if (decision is not None or logit) and output is None and isinstance(table.source, Path | list):
             raise UsageError("a decision or a logit stands beside its pair; give a DataFrame, or name an output")
         of_the_model = scoring.facts()  # before the input is read, which may take long: there may be no such model
-        checked = _check(table, columns or {}, list(new), on_error, str(output).lower().endswith(".parquet"))
+        with _for_parquet(table.where):
+            checked = _check(table, columns or {}, list(new), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
         parts = Parts(folder, facts | of_the_model, overwrite)
@@ -176,10 +176,7 @@ class _Checked:
 
 def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str, infer: bool) -> _Checked:
     """Read every row once; raises `DataError` if one is broken and `on_error` is `stop`, or if there is none."""
-    found = _Checked()
-    if infer:
-        with _for_parquet(table.where):
-            found.schema = table.schema()
+    found = _Checked(schema=table.schema() if infer else None)
     infer = infer and found.schema is None
     for chunk in chunked(table):
         whole = [row for row in chunk if not isinstance(row, str)]
@@ -195,11 +192,10 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
             elif len(found.broken) < 10:
                 found.broken.append((found.rows, wrong))
         if infer:
-            found.schema = _widen(found.schema, whole, table.where)
+            found.schema = _widen(found.schema, whole)
     if found.schema is not None:
-        with _for_parquet(table.where):
-            # Without rows: what parquet cannot hold shows before the work, and not after it.
-            pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
+        # Without rows: what parquet cannot hold shows before the work, and not after it.
+        pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
     if found.broken and on_error == "stop":
         row, wrong = found.broken[0]
         others = f" (and {found.rows - found.good - 1:,} more)" if found.rows - found.good > 1 else ""
@@ -214,11 +210,10 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
     return found
 
 
-def _widen(schema: pyarrow.Schema | None, rows: list[Row], where: str) -> pyarrow.Schema:
-    with _for_parquet(where):
-        names = dict.fromkeys(name for row in rows for name in row)
-        more = pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
-        return more if schema is None else pyarrow.unify_schemas([schema, more], promote_options="permissive")
+def _widen(schema: pyarrow.Schema | None, rows: list[Row]) -> pyarrow.Schema:
+    names = dict.fromkeys(name for row in rows for name in row)
+    more = pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
+    return more if schema is None else pyarrow.unify_schemas([schema, more], promote_options="permissive")
 
 
 @contextmanager
@@ -263,8 +258,7 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make
         none = np.empty(0, dtype=np.float32)
         kinds = {name: pyarrow.from_numpy_dtype(make(none).dtype) for name, make in new.items()}
         schema = pyarrow.schema([*schema, *kinds.items()])
-    with ExitStack() as stack:
-        stack.enter_context(_for_parquet(table.where))
+    with _for_parquet(table.where), ExitStack() as stack:
         take = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
         skip = None
         if checked.good < checked.rows and output == STANDARD:
