@@ -26,10 +26,7 @@ _ONNX_FILES = ("onnx/*",)
 
 def load(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, int]:
     """A model that gives one logit to a pair, in fp32 and evaluation mode, on the CPU; its tokenizer, and the longest
-    pair in tokens.
-
-    Args:
-        model: the folder of an export (or of any single-label sequence classifier), a Hub id, or a `.ckpt` file.
+    pair in tokens. Of an export's folder (or any single-label sequence classifier's), a Hub id, or a `.ckpt` file.
 
     Raises:
         BackboneError: the folder holds no such model.

@@ -205,13 +205,8 @@ def mine(
 
 def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judgement, float]:
     """Weigh the cross-encoder's logit and the bi-encoder's cosine by logistic regression (stacked generalisation,
-    Wolpert 1992): trained on different pairs, they err on different ones.
-
-    Returns:
-        The judgement, and the threshold of its scores that has the best F1 on these pairs.
-
-    Raises:
-        DataError: all labels are the same.
+    Wolpert 1992): trained on different pairs, they err on different ones. With the threshold of its scores that has the
+    best F1 on these pairs. Raises `DataError` where all labels are the same.
     """
     from .metrics import best_f1_and_threshold
 
@@ -261,19 +256,11 @@ def _duplicates(
 def group(
     pairs: NDArray[Any], count: int, linkage: Linkage, threshold: float
 ) -> tuple[NDArray[np.int64], dict[int, int]]:
-    """Groups of rows that are duplicates, and of each the row that stands for it.
+    """The group of each of `count` rows, shape (rows,), -1 for a row without duplicates; groups are numbered by their
+    first row. And the row that stands for each group: the one with the highest sum of scores with others of the group;
+    of several, the first.
 
-    That is the one with the highest sum of scores with others of the group; of several, the first.
-
-    Args:
-        pairs: an array of `DUPLICATE`.
-        count: rows in all.
-        linkage: see `mine`; pairs that were not scored are no duplicates.
-        threshold: the pairs' least score.
-
-    Returns:
-        The group of each row, shape (rows,), -1 for a row without duplicates; groups are numbered by their first row.
-        And the representative of each group.
+    `pairs` is an array of `DUPLICATE`, with scores from `threshold` on. Pairs that were not scored are no duplicates.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

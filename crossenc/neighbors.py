@@ -34,12 +34,8 @@ def embed(
 ) -> Vectors:
     """Vectors of length one, shape (texts, dimensions); those that `parts` has are not computed again.
 
-    Args:
-        texts: what to embed.
-        retriever: a bi-encoder: a Hub id, a folder, or `package:NAME/PATH`.
-        parts: gets the vectors, `BLOCK` texts each.
-        what: what the progress is called.
-        encode: the bi-encoder's own method: `encode_query` or `encode_document` where it treats the two unlike.
+    `what` is what the progress is called, and `encode` the bi-encoder's own method: `encode_query` or `encode_document`
+    where it treats the two unlike.
 
     Raises:
         BackboneError, HubError: it cannot be loaded.
@@ -103,12 +99,9 @@ def kind_of_index(count: int, index: Index) -> Index:
 def make_search(vectors: Vectors, index: Index) -> Search:
     """A function that gives the similarities (cosines) and the row numbers of the k vectors next to each query.
 
-    Both are of shape (queries, k), from the nearest on; -1 stands where fewer were found.
-
-    Args:
-        vectors: shape (rows, dimensions), of length one.
-        index: `exact` looks at every row; `ivf` at those lists of like vectors that are nearest to the query, 1 in 32
-            and at least 16; `hnsw` goes along a graph of neighbours, fast and in more memory.
+    Both are of shape (queries, k), from the nearest on; -1 stands where fewer were found. `vectors` are of shape
+    (rows, dimensions) and of length one. `exact` looks at every row; `ivf` at those lists of like vectors that are
+    nearest to the query, 1 in 32 and at least 16; `hnsw` goes along a graph of neighbours, fast and in more memory.
     """
     faiss = require("faiss", "mine")
     count, dimensions = vectors.shape
@@ -141,15 +134,8 @@ PAIR_BYTES = 2 * CANDIDATE.itemsize + 4 * 8
 def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: Index, parts: Parts) -> NDArray[Any]:
     """Pairs of rows of which one is among the `top_k` next to the other: a before b, each once, in order.
 
-    Args:
-        vectors: shape (rows, dimensions), of length one.
-        top_k: neighbours of each row.
-        min_similarity: pairs with a lower cosine are left out.
-        index: see `make_search`.
-        parts: gets the pairs, the neighbours of `BLOCK` rows each.
-
-    Returns:
-        An array of `CANDIDATE`, shape (pairs,).
+    An array of `CANDIDATE`, shape (pairs,), without those of a cosine below `min_similarity`; `parts` gets the
+    neighbours of `BLOCK` rows each. For `vectors` and `index` see `make_search`.
     """
     starts = range(0, len(vectors), BLOCK)
     missing = [number for number in range(len(starts)) if number not in parts]

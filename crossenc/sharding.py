@@ -11,13 +11,9 @@ if TYPE_CHECKING:
 def shard(module: nn.Module, device: str, devices: int) -> None:
     """Shard the weights, gradients and optimizer states of a module with a transformer in it, by `fully_shard`.
 
-    Each layer is a unit, gathered while it computes; all that is left is another, gathered while `module` does. Names
-    and shapes stay what they were. All devices must compute as many batches; a second call changes nothing.
-
-    Args:
-        module: its `__call__` must be what computes.
-        device: `cpu` or `cuda`.
-        devices: how many share the weights, over all machines.
+    Each layer is a unit, gathered while it computes; all that is left is another, gathered while `module` does, whose
+    `__call__` must be what computes. Names and shapes stay what they were. All devices, counted over all machines, must
+    compute as many batches; a second call changes nothing.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard

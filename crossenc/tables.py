@@ -37,12 +37,7 @@ CHUNK = 10_000
 
 
 class Table:
-    """Rows that can be read again and again: of a file, a list or a DataFrame.
-
-    Args:
-        source: the file, or the rows themselves.
-        where: what messages call it.
-    """
+    """Rows that can be read again and again: of a file, a list or a DataFrame. `where` is what messages call it."""
 
     def __init__(self, source: Path | Sequence[Row | str] | pandas.DataFrame, where: str) -> None:
         self.source, self.where = source, where
@@ -85,9 +80,8 @@ class Table:
 def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
     """The table behind a file's name, `-`, a DataFrame, or a list: of rows, or of tuples or single values.
 
-    Args:
-        source: what it is. Standard input is copied to a temporary file, since rows are read more than once.
-        names: the columns of a list's tuples.
+    `names` are the columns of a list's tuples. Standard input is copied to a temporary file, since rows are read more
+    than once.
 
     Raises:
         DataError: there is no such file, or its format cannot be told from its name.
@@ -158,12 +152,8 @@ def write_table(
     output: str, columns: Sequence[str], schema: pyarrow.Schema | None = None
 ) -> Iterator[Callable[[list[Row]], None]]:
     """Write rows to csv, tsv, jsonl or parquet by the name's suffix, or jsonl to standard output; gives the function
-    that takes them. The file gets its name at the end only.
-
-    Args:
-        output: the file, or `-`.
-        columns: their names; a row's other columns are left out in csv and tsv.
-        schema: types of the columns, which parquet needs.
+    that takes them. The file gets its name at the end only. In csv and tsv a row's columns beside `columns` are left
+    out; parquet needs a `schema`.
     """
     if output == STANDARD:
         yield lambda rows: sys.stdout.writelines(_json_lines(rows))
@@ -218,7 +208,6 @@ def read_texts(
     """Ids (or row numbers from 0), texts, and the broken rows that were skipped.
 
     Args:
-        table: what to read.
         column: the column of the texts; None takes one of the usual names.
         on_error: `stop` or `skip`; None stops, and its messages name no options, which the caller doesn't have.
         titled: put a `title`, where a row has one, before its text.
