@@ -28,11 +28,8 @@ def rows_of(data: PairDataModule) -> dict[str, int]:
 def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make = {"backbone": BACKBONE}
     assert rows_of(PairDataModule(str(pairs_file), **make)) == {"train": 48, "val": 6, "test": 6}
-    assert rows_of(PairDataModule(str(pairs_file), val_size=0.5, test_size=10, **make)) == {
-        "train": 20,
-        "val": 30,
-        "test": 10,
-    }
+    cut = PairDataModule(str(pairs_file), val_size=0.5, test_size=10, **make)
+    assert rows_of(cut) == {"train": 20, "val": 30, "test": 10}
     one = PairDataModule(str(pairs_file), val_source=str(pairs_file), limit=50, **make)
     assert rows_of(one) == {"train": 50, "val": 50}
     by_question = PairDataModule(str(pairs_file), split="question", val_size=0.1, test_size=0.1, **make)
@@ -146,8 +143,8 @@ def test_pairs_that_follow_from_others_are_added_where_it_is_asked_for(write):
 
 
 def test_predict_needs_no_labels_and_takes_named_columns(write):
-    data = PairDataModule(str(write("pairs.csv", "left,right\na,b\n")), columns={"text_a": "left", "text_b": "right"},
-                          backbone=BACKBONE)  # fmt: skip
+    source, columns = write("pairs.csv", "left,right\na,b\n"), {"text_a": "left", "text_b": "right"}
+    data = PairDataModule(str(source), columns=columns, backbone=BACKBONE)
     data.trainer = trainer(TrainerFn.PREDICTING)
     data.setup("predict")
     assert len(data.encoded["predict"]) == 1

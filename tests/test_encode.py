@@ -31,10 +31,8 @@ def test_token_ids_are_the_tokenizers_own(pairs_file: Path):
 
 def test_swapped_pairs_are_those_of_the_texts_in_the_other_order(write):
     header = "question1,question2,label\n"
-    table, other = (
-        read(str(write("p.csv", header + "a b,c,1\nd,e,0\n"))),
-        read(str(write("q.csv", header + "c,a b,1\ne,d,0\n"))),
-    )
+    table = read(str(write("p.csv", header + "a b,c,1\nd,e,0\n")))
+    other = read(str(write("q.csv", header + "c,a b,1\ne,d,0\n")))
     tokenizer = load_tokenizer(BACKBONE)
     swapped, expected = encode(table, tokenizer, 32, swap=True), encode(other, tokenizer, 32)
     assert swapped["row"][:] == [~0, ~1]

@@ -85,12 +85,10 @@ def test_groups_are_the_components_of_the_pairs(mined: tuple[Path, Path]):
 def test_lists_and_frames_take_the_same_path(tiny: Path, mined: tuple[Path, Path]):
     options = {"retriever": BACKBONE, "top_k": 5, "min_similarity": 0.5}
     pairs, groups = mine(str(tiny), QUESTIONS, **options)
-    assert [(f"q{pair['a']}", f"q{pair['b']}", str(pair["score"])) for pair in pairs] == [
-        (row["a"], row["b"], row["score"]) for row in read(mined[0])
-    ]
-    assert [(str(row["group"]), row["text"]) for row in groups] == [
-        (row["group"], row["text"]) for row in read(mined[1])
-    ]
+    rows = [(row["a"], row["b"], row["score"]) for row in read(mined[0])]
+    assert [(f"q{pair['a']}", f"q{pair['b']}", str(pair["score"])) for pair in pairs] == rows
+    members = [(row["group"], row["text"]) for row in read(mined[1])]
+    assert [(str(row["group"]), row["text"]) for row in groups] == members
     assert mine(str(tiny), pd.DataFrame({"text": QUESTIONS}), **options) == (pairs, groups)
 
 
@@ -299,14 +297,8 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(UsageError, "linkage 'best' is not one of", linkage="best")
     with pytest.raises(UsageError, match="name the one"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)
-    found = mine(
-        str(tiny),
-        str(tmp_path / "q.csv"),
-        str(tmp_path / "out.csv"),
-        retriever=BACKBONE,
-        on_error="skip",
-        threshold=0.9,
-    )
+    options = {"retriever": BACKBONE, "on_error": "skip", "threshold": 0.9}
+    found = mine(str(tiny), str(tmp_path / "q.csv"), str(tmp_path / "out.csv"), **options)
     assert read(found.pairs) == []
     assert json.loads((tmp_path / "out.csv.skipped.jsonl").read_text())["row"] == 2
     mine(str(tiny), ["a", "b"], str(tmp_path / "out.csv"), retriever=BACKBONE, overwrite=True)

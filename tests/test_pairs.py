@@ -157,11 +157,8 @@ def test_a_missing_file_and_an_unknown_column_key_are_named(write):
 def test_labels_are_optional_for_prediction_and_may_be_similarities(write):
     path = write("p.csv", "sentence1,sentence2,score\na,b,0.25\na,b,True\na,b, FALSE \n")
     assert pairs.read(str(path))["label"][:] == [0.25, 1.0, 0.0]
-    assert pairs.read(str(write("q.csv", "sentence1,sentence2\na,b\n")), labelled=False).column_names == [
-        "row",
-        "text_a",
-        "text_b",
-    ]
+    bare = pairs.read(str(write("q.csv", "sentence1,sentence2\na,b\n")), labelled=False)
+    assert bare.column_names == ["row", "text_a", "text_b"]
 
 
 def test_positions_are_the_peers_and_sizes_fit():

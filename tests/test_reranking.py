@@ -34,9 +34,8 @@ def test_order_and_scores_are_sentence_transformers(trained: Path):
         assert [row["query_id"] for row in found[number]] == [number] * len(CORPUS)
         assert [row["score"] for row in found[number]] == pytest.approx([row["score"] for row in expected], abs=1e-5)
         # Where scores are nearly equal, either order is right.
-        assert [scores[row["corpus_id"]] for row in found[number]] == pytest.approx(
-            [row["score"] for row in expected], abs=1e-5
-        )
+        ordered = [scores[row["corpus_id"]] for row in found[number]]
+        assert ordered == pytest.approx([row["score"] for row in expected], abs=1e-5)
 
 
 @pytest.fixture
@@ -52,10 +51,9 @@ def files(tmp_path: Path) -> dict[str, str]:
     ]
     (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t1\n" for q, d in rows))
     (tmp_path / "some.qrels").write_text("".join(f"{q} 0 {d} 1\n" for q, d in rows))
-    return {name: str(tmp_path / file) for name, file in (
-        ("queries", "queries.tsv"), ("corpus", "corpus.jsonl"), ("qrels", "qrels.tsv"), ("trec", "some.qrels"),
-        ("run", "out.run"), ("again", "again.jsonl"),
-    )}  # fmt: skip
+    names = {"queries": "queries.tsv", "corpus": "corpus.jsonl", "qrels": "qrels.tsv", "trec": "some.qrels"}
+    names |= {"run": "out.run", "again": "again.jsonl"}
+    return {name: str(tmp_path / file) for name, file in names.items()}
 
 
 def test_the_command_retrieves_reranks_and_reports(trained: Path, files: dict[str, str], caplog, capsys):
@@ -106,15 +104,8 @@ def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
     (tmp_path / "x.qrels").write_text("\ufeff1 0 1 1\n")  # as some editors begin a file
     assert read_qrels(tmp_path / "x.qrels") == {"1": {"1": 1}}
     with caplog.at_level(logging.INFO):
-        rerank(
-            tiny,
-            ["a", "b"],
-            ["c", "d"],
-            tmp_path / "out.run",
-            candidates=[(1, 0, 0.5), (1, "1", 0.9)],
-            qrels=[(1, 1, 1)],
-            overwrite=True,
-        )
+        given = {"candidates": [(1, 0, 0.5), (1, "1", 0.9)], "qrels": [(1, 1, 1)]}
+        rerank(tiny, ["a", "b"], ["c", "d"], tmp_path / "out.run", overwrite=True, **given)
     assert "before 1.0000" in caplog.text
     lines = [line.split()[:3] for line in (tmp_path / "out.run").read_text().splitlines()]
     assert sorted(lines) == [["1", "Q0", "0"], ["1", "Q0", "1"]]
