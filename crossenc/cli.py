@@ -14,7 +14,8 @@ from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+import crossenc
+
 from .errors import CrossencError, LostProcessError, StoppedError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -27,45 +28,6 @@ def _run(command: str, args: list[str]) -> None:
     from .run import RunCLI
 
     RunCLI(command, _underscored(args))
-
-
-def _export(command: str, args: list[str]) -> None:
-    from .exporting import export
-
-    print(_call(export, command, args, checkpoint="A .ckpt file that fit wrote.", output="The folder to write."))
-
-
-def _score(command: str, args: list[str]) -> None:
-    from .scoring import score
-
-    _call(
-        score,
-        command,
-        args,
-        model=_MODEL,
-        pairs="A csv, tsv, jsonl or parquet file, or - for jsonl on stdin.",
-        output="The file to write, or - for jsonl on stdout.",
-    )
-
-
-def _mine(command: str, args: list[str]) -> None:
-    from .mining import mine
-
-    found = _call(
-        mine,
-        command,
-        args,
-        model=_MODEL,
-        questions="A csv, tsv, jsonl or parquet file of questions.",
-        output="The file of pairs to write; the groups go beside it.",
-    )
-    print(found.pairs, found.groups, sep="\n")
-
-
-def _rerank(command: str, args: list[str]) -> None:
-    from .reranking import rerank
-
-    _call(rerank, command, args, {"output": "-"}, model=_MODEL)
 
 
 def _evaluate(command: str, args: list[str]) -> None:
@@ -92,29 +54,43 @@ def _evaluate(command: str, args: list[str]) -> None:
 _OF_THE_MODEL = {"backbone", "max_length", "revision"}
 _OF_TRAINING = {"symmetric", "twice", "transitive", "batch_size", "batch_by", "window", "on_mismatch"}
 _MODEL = "An export's folder, a Hub id, or a .ckpt file."
+# What is given by its place, of the commands that are functions; their other parameters are options.
+_POSITIONAL = {
+    "export": {"checkpoint": "A .ckpt file that fit wrote.", "output": "The folder to write."},
+    "score": {
+        "model": _MODEL,
+        "pairs": "A csv, tsv, jsonl or parquet file, or - for jsonl on stdin.",
+        "output": "The file to write, or - for jsonl on stdout.",
+    },
+    "rerank": {"model": _MODEL},
+    "mine": {
+        "model": _MODEL,
+        "questions": "A csv, tsv, jsonl or parquet file of questions.",
+        "output": "The file of pairs to write; the groups go beside it.",
+    },
+}
 
 
-def _call(
-    function: Callable[..., Any],
-    command: str,
-    args: list[str],
-    defaults: dict[str, Any] | None = None,
-    **positional: str,
-) -> Any:
-    """Call a function with what the command line says; its parameters are the options, except the positional ones.
+def _call(command: str, args: list[str]) -> None:
+    """Call the package's function of the command's name with what the command line says.
 
-    Options may be written with dashes, and those that are true or false without a value. `defaults` are the command
-    line's own.
+    Options may be written with dashes, and those that are true or false without a value.
     """
     from jsonargparse import ArgumentParser
 
+    function, positional = getattr(crossenc, command), _POSITIONAL[command]
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
     for name, text in positional.items():
         parser.add_argument(name, type=str, help=text)
     parser.add_function_arguments(function, skip=set(positional))
-    parser.set_defaults(defaults or {})
+    if command == "rerank":
+        parser.set_defaults({"output": "-"})
     flags = {f"--{name}" for name, about in signature(function).parameters.items() if about.default is False}
-    return function(**_parse(parser, args, flags))
+    found = function(**_parse(parser, args, flags))
+    if command == "export":
+        print(found)
+    elif command == "mine":
+        print(found.pairs, found.groups, sep="\n")
 
 
 def _underscored(args: list[str]) -> list[str]:
@@ -145,10 +121,10 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "test": ("evaluate a checkpoint on the test pairs at its stored threshold", _run),
     "predict": ("score every pair of a source into predictions.csv", _run),
     "evaluate": ("report on any model: evaluate MODEL --data.val_source DEV --data.test_source TEST", _evaluate),
-    "score": ("add a score to every pair of a file of any size: score MODEL INPUT OUTPUT", _score),
-    "rerank": ("order the candidates of each query: rerank MODEL --queries Q --corpus C", _rerank),
-    "mine": ("find the duplicates in a large set of questions: mine MODEL QUESTIONS OUTPUT", _mine),
-    "export": ("write the export of a checkpoint: export CKPT OUT", _export),
+    "score": ("add a score to every pair of a file of any size: score MODEL INPUT OUTPUT", _call),
+    "rerank": ("order the candidates of each query: rerank MODEL --queries Q --corpus C", _call),
+    "mine": ("find the duplicates in a large set of questions: mine MODEL QUESTIONS OUTPUT", _call),
+    "export": ("write the export of a checkpoint: export CKPT OUT", _call),
 }
 
 
@@ -172,20 +148,21 @@ def main(args: list[str] | None = None) -> int:
         print(command_table())
         return 0
     if args[0] == "--version":
-        print(__version__)
+        print(crossenc.__version__)
         return 0
     name, rest = args[0], args[1:]
     debug = "--debug" in rest or os.environ.get("CROSSENC_DEBUG", "") not in ("", "0")
     try:
         if name not in COMMANDS:
             raise UsageError(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}")
+        run = COMMANDS[name][1]
         if not {"-h", "--help"} & set(rest):
             _set_up_terminal(name)
-            if COMMANDS[name][1] in (_run, _export, _evaluate):
+            if run in (_run, _evaluate) or name == "export":
                 _quiet_lightning()
-        # In the others it is Lightning's to end in order.
-        with nullcontext() if COMMANDS[name][1] in (_run, _evaluate) else _exit_at_sigterm():
-            COMMANDS[name][1](name, rest)
+        # With a Trainer it is Lightning's to end in order.
+        with nullcontext() if run in (_run, _evaluate) else _exit_at_sigterm():
+            run(name, rest)
     except BrokenPipeError:  # who reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or python complains at its end
         return 1
