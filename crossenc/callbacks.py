@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .checkpoints import gather
 from .figures import draw
 from .parts import replacing
+from .progress import SECONDS_BETWEEN_LINES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -157,26 +157,17 @@ class Cost(Callback):
         self.seconds, self.energy_kwh = state["seconds"], state["energy_kwh"]
 
 
-class PlainProgress(ProgressBar):
+class PlainProgress(Callback):
     """A line every ten seconds and one at each validation, for logs that nobody watches live."""
 
-    seconds_between_lines = 10.0
-
     def __init__(self) -> None:
-        super().__init__()
-        self.enabled, self.written = True, float("-inf")
-
-    def disable(self) -> None:
-        self.enabled = False
-
-    def enable(self) -> None:
-        self.enabled = True
+        self.written = float("-inf")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
-        if not self.enabled or now - self.written < self.seconds_between_lines:
+        if not trainer.is_global_zero or now - self.written < SECONDS_BETWEEN_LINES:
             return
         figures = trainer.progress_bar_metrics  # asked for only now, since a GPU has to wait for it
         if "train/lr" in figures:
@@ -191,7 +182,7 @@ class PlainProgress(ProgressBar):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.enabled and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             figures = trainer.callback_metrics
             log.info(
                 "step %d  val/loss %.4f  val/average_precision %.4f  val/f1 %.4f",

@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import DistError
 
 from .backbone import has_head
 from .callbacks import Cost, Pictures, PlainProgress, PredictionFile, TrainSpeed, ValidateAtEnd
@@ -133,7 +134,8 @@ class RunCLI(LightningCLI):
                 raise HubError(f"{error}: {local}") from error
             if isinstance(error, ValueError) and "val_check_interval" in str(error):  # known when the pairs are read
                 raise UsageError(f"{one_line(error)}; 1.0 is the end of an epoch") from error
-            if isinstance(error, RuntimeError) and _is_lost_connection(error):
+            # torch's own class, or gloo's plain RuntimeError.
+            if isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo" in str(error)):
                 raise LostProcessError(
                     f"another process of the run ended, and this one with it ({one_line(error)[:200]}); what that one "
                     "said is why; go on with: --ckpt_path last"
@@ -255,6 +257,8 @@ class RunCLI(LightningCLI):
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
         _check_callbacks(callbacks, given.strategy)
         kwargs["callbacks"] = [*callbacks, *self._callbacks(given, callbacks)]
+        if not any(isinstance(callback, ProgressBar) for callback in kwargs["callbacks"]):
+            kwargs["enable_progress_bar"] = False  # or Lightning adds its own beside `PlainProgress`
         if given.profiler in ("simple", "advanced"):  # whose report Lightning would log, to where nobody reads it
             kind = SimpleProfiler if given.profiler == "simple" else AdvancedProfiler
             kwargs["profiler"] = kind(filename="profile")  # in the run's folder
@@ -277,20 +281,17 @@ class RunCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, given: Any, users: list[Any]) -> list[Any]:
-        callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd(), Pictures()] if self.command == "fit" else []
+        callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd(), Pictures(), Cost()] if self.command == "fit" else []
         if given.enable_progress_bar is not False and not any(isinstance(own, ProgressBar) for own in users):
             # Every look at the loss makes a GPU wait.
             refresh = 10 if torch.cuda.is_available() else 1
             # Lightning's three digits behind the point would make 0.000 of a learning rate.
             bar = RichProgressBar(refresh, theme=RichProgressBarTheme(metrics_format=".5g"))
             callbacks.append(bar if sys.stderr.isatty() else PlainProgress())
-        # In evaluation too: Lightning asks for the callbacks that a checkpoint was made with.
-        callbacks.append(Cost())
-        if given.enable_checkpointing is not False and not given.fast_dev_run:
+        if self.command == "fit" and given.enable_checkpointing is not False and not given.fast_dev_run:
+            config = self.config["fit"]
             callbacks.append(BestCheckpoint(self.folder))
-            if self.command == "fit":
-                config = self.config[self.command]
-                callbacks.append(LastCheckpoint(config.checkpoint_every_n_steps, config.checkpoint_every_n_minutes))
+            callbacks.append(LastCheckpoint(config.checkpoint_every_n_steps, config.checkpoint_every_n_minutes))
         if self.command == "predict" and not given.fast_dev_run:
             callbacks.append(PredictionFile(self.folder / "predictions.csv"))
         return callbacks
@@ -340,7 +341,7 @@ class RunCLI(LightningCLI):
 
     def _test_and_export(self) -> None:
         """Test the best checkpoint, export it, and print what there is to know."""
-        if self.trainer.interrupted or self.config[self.command].trainer.fast_dev_run:
+        if self.trainer.interrupted or self.config["fit"].trainer.fast_dev_run:
             return
         done, planned = self.trainer.global_step, self.trainer.estimated_stepping_batches
         if 0 < done < planned:
@@ -380,7 +381,10 @@ class RunCLI(LightningCLI):
             folder = export(best, str(Path(best).parent / "model"), overwrite=True)
             print_figures(self.model.figures)
             print(f"\nexport: {folder}")
-            _print_examples(folder, self.config[self.command].examples)
+            if examples := self.config["fit"].examples:
+                print("scores that it gives:")
+                for (a, b), score in zip(examples, score_pairs(folder, examples), strict=True):
+                    print(f"  {score:.3f}  {a} | {b}")
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero and not self.config[self.command].trainer.fast_dev_run:
@@ -507,18 +511,6 @@ def _set_aside(file: Path) -> Path:
     if file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
         file.rename(aside)
     return aside
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed as another process is gone: torch's own class, or gloo's plain RuntimeError."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-def _print_examples(folder: Path, examples: list[tuple[str, str]]) -> None:
-    if examples:
-        print("scores that it gives:")
-        for (a, b), score in zip(examples, score_pairs(folder, examples), strict=True):
-            print(f"  {score:.3f}  {a} | {b}")
 
 
 @rank_zero_only

@@ -34,7 +34,7 @@ def test_the_plain_log_tells_step_loss_rate_and_speed(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(callbacks.PlainProgress, "seconds_between_lines", 0.0)
+    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO, logger="crossenc"):
         assert main([*arguments(pairs_file, tiny_backbone, tmp_path), "--model.head_rate=20"]) == 0
     said = "\n".join(caplog.messages)
@@ -118,7 +118,7 @@ def test_the_plain_log_has_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPa
     clock(monkeypatch)
     figures = {"train/loss": 0.5, "train/lr": 1e-5, "train/pairs_per_second": 9.0}
     trainer: Any = SimpleNamespace(progress_bar_metrics=figures, global_step=1, estimated_stepping_batches=12)
-    module: Any = None
+    trainer.is_global_zero, module = True, None
     progress = callbacks.PlainProgress()
     with caplog.at_level(logging.INFO, logger="crossenc"):
         for batch in range(7):  # 24 seconds
