@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,10 @@ def write_card(
     figures: dict[str, float],
     max_length: int,
     sources: Mapping[str, str],
-    pictures: Collection[str] = (),
     errors: Sequence[Sequence[str]] = (),
     onnx: dict[str, float] | None = None,
 ) -> None:
-    """Write `README.md` into an export.
+    """Write `README.md` into an export, with the pictures that are in its `figures/`.
 
     Args:
         folder: the export.
@@ -81,7 +80,6 @@ def write_card(
         figures: metrics such as `val/f1` and `test/f1_best`, of that very checkpoint.
         max_length: in tokens.
         sources: of a split whose figures may be of other pairs than the run's, what these were read from.
-        pictures: names of those in `figures/`.
         errors: as `worst_errors` gives them.
         onnx: None without ONNX files, and empty without 8-bit weights; else the dev pairs' `rows`, the average
             precision of `onnx` and `onnx-int8` on them, and the largest `difference` of scores.
@@ -114,7 +112,7 @@ def write_card(
         settings=_settings(settings, data, checkpoint),
         onnx=onnx,
         threshold=checkpoint["crossenc"]["threshold"],
-        report=_report(figures, checkpoint["crossenc"]["threshold"], pictures, errors),
+        report=_report(folder, figures, checkpoint["crossenc"]["threshold"], errors),
     )
     card.save(folder / "README.md")
 
@@ -125,20 +123,19 @@ def write_report(
     figures: dict[str, float],
     threshold: float | None,
     sources: Mapping[str, str],
-    pictures: Collection[str],
     errors: Sequence[Sequence[str]],
 ) -> None:
     """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
-    text = _report(figures, threshold, pictures, errors, folded=False)
+    text = _report(folder, figures, threshold, errors, folded=False)
     told = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())
     parts = [f"# Evaluation of {_shown_path(name)}", f"By crossenc {__version__}; {told}.", _summary(figures), text]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _report(
+    folder: Path,
     figures: dict[str, float],
     threshold: float | None,
-    pictures: Collection[str],
     errors: Sequence[Sequence[str]],
     folded: bool = True,
 ) -> str:
@@ -146,7 +143,7 @@ def _report(
     from jinja2 import Template
 
     splits, rows = metric_table(figures, folded)
-    shown = [(picture, text) for picture, text in _PICTURES.items() if picture in pictures]
+    shown = [(name, text) for name, text in _PICTURES.items() if (folder / "figures" / f"{name}.png").is_file()]
     template = Template((_TEMPLATES / "report.md").read_text(encoding="utf-8"))
     told = template.render(splits=splits, metric_rows=rows, threshold=threshold, pictures=shown, errors=errors)
     return str(told).strip()

@@ -49,8 +49,7 @@ def evaluate(
         CheckpointError: The checkpoint is missing or was not written by crossenc.
         OutputError: The output holds something else than an earlier evaluation, or cannot be written.
     """
-    sources = [arguments.get(name) for name in ("source", "val_source", "test_source")]
-    if all(source is None or str(source) == "" for source in sources):
+    if not any(arguments.get(name) for name in ("source", "val_source", "test_source")):
         raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
     folder = Path(output)
     if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):
@@ -82,12 +81,11 @@ def evaluate(
     if trainer.is_global_zero:
         with writing(output):
             columns = finish(module, data, folder, None)
-            pictures = draw(columns, module.threshold, folded=False)
             shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
-            save(pictures, folder / "figures")
+            save(draw(columns, module.threshold), folder / "figures")
             errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
             read_from = data.read_from(columns)
-            write_report(folder, str(model), module.figures, module.threshold, read_from, pictures, errors)
+            write_report(folder, str(model), module.figures, module.threshold, read_from, errors)
     return module.figures
 
 

@@ -20,12 +20,15 @@ import torch
 
 from .backbone import load_tokenizer, quiet_transformers
 from .calibration import sigmoid
+from .card import worst_errors, write_card
+from .checkpoints import owner
 from .encode import PairCollator, encode_texts
 from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint, plain_model
 from .onnx_model import write_onnx
 from .pairs import read
 from .parts import try_writing, writing
+from .records import read_figures, read_scores, split_of
 from .scorer import Backend, Scoring, score_chunks
 
 if TYPE_CHECKING:
@@ -98,6 +101,7 @@ def export(
             raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
     try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
+    figures, evaluated, sources = _evaluated(loaded, Path(checkpoint))
     pairs = _dev_pairs(loaded, Path(checkpoint), dev) if int8 else None
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +115,8 @@ def export(
         name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
         added = _add_onnx(unfinished, expected, pairs) if onnx or int8 else None
         with writing(target):
-            _write_card(unfinished, name, loaded, Path(checkpoint), module.max_length, added)
+            errors = _draw(unfinished / "figures", Path(checkpoint).parent, evaluated, module.threshold)
+            write_card(unfinished, name, loaded, figures, module.max_length, sources, errors, added)
             if target.exists():
                 target.rename(Path(space) / "old")
             unfinished.rename(target)
@@ -145,24 +150,22 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private or None, exist_ok=True)
-        if private and not api.repo_info(address.repo_id).private:
-            raise UsageError(
-                f"{folder} is written and not uploaded: {repository} is there, and public; make it private"
+        exposed = private and not api.repo_info(address.repo_id).private
+        if not exposed:
+            api.upload_folder(
+                folder_path=folder,
+                repo_id=address.repo_id,
+                commit_message="Upload by crossenc",
+                delete_patterns=["onnx/*", "figures/*"],  # those of an earlier model that this one has not
             )
-        api.upload_folder(
-            folder_path=folder,
-            repo_id=address.repo_id,
-            commit_message="Upload by crossenc",
-            delete_patterns=["onnx/*", "figures/*"],  # those of an earlier model that this one has not
-        )
-    except UsageError:
-        raise
     except Exception as error:  # the HTTP library's own too, which is another from version to version of the client
         command = ["hf", "upload", repository, str(folder), *["--private"] * private]
         raise HubError(
             f"{folder} is written, but its upload to {repository} was refused ({one_line(error)}); log in with "
             f"`hf auth login` or set HF_TOKEN, and repeat it with: {shlex.join(command)}"
         ) from error
+    if exposed:
+        raise UsageError(f"{folder} is written and not uploaded: {repository} is there, and public; make it private")
     return str(address)
 
 
@@ -203,18 +206,15 @@ def _add_onnx(folder: Path, expected: list[float], dev: Mapping[str, Any] | None
 
 def _evaluated(loaded: dict[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Figures, scores and sources of a checkpoint, but for those of a `validate` on dev pairs that are not its own."""
-    from .checkpoints import owner
-    from .records import read_figures, read_scores, read_sources, split_of
-
     kept = (checkpoint.parent, owner(checkpoint))
-    known, evaluated, sources = read_figures(*kept), read_scores(*kept), read_sources(*kept)
+    (known, sources), evaluated = read_figures(*kept), read_scores(*kept)
     own = loaded.get("PairDataModule") or {}
     dev, rows = own.get("sources", {}).get("val"), own.get("rows", {}).get("val")
     if "val" in sources and (Path(sources["val"]) != Path(dev or "") or known.get("val/rows") != rows):
         known = {name: value for name, value in known.items() if split_of(name) != "val"}
         del sources["val"]
         evaluated.pop("val", None)
-    return known, evaluated, sources
+    return loaded["crossenc"]["figures"] | known, evaluated, sources
 
 
 def _dev_pairs(loaded: dict[str, Any], checkpoint: Path, dev: str | None) -> Mapping[str, Any]:
@@ -301,18 +301,12 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_card(
-    folder: Path, name: str, loaded: dict[str, Any], checkpoint: Path, max_length: int, onnx: dict[str, float] | None
-) -> None:
-    from .card import worst_errors, write_card
+def _draw(folder: Path, run: Path, evaluated: dict[str, Any], threshold: float | None) -> list[list[str]]:
+    """Write the pictures for the card, and return the errors that stand in it."""
     from .figures import draw, draw_learning, save
 
-    figures, threshold = loaded["crossenc"]["figures"], loaded["crossenc"]["threshold"]
-    known, evaluated, sources = _evaluated(loaded, checkpoint)
-    figures = figures | known
     pictures = draw(evaluated, threshold)
-    if learning := draw_learning(checkpoint.parent):
+    if learning := draw_learning(run):
         pictures["learning"] = learning
-    save(pictures, folder / "figures")
-    errors = worst_errors(evaluated["val"], threshold) if "val" in evaluated and threshold is not None else []
-    write_card(folder, name, loaded, figures, max_length, sources, pictures, errors, onnx)
+    save(pictures, folder)
+    return worst_errors(evaluated["val"], threshold) if "val" in evaluated and threshold is not None else []

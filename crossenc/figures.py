@@ -21,14 +21,13 @@ _NAMES = {"val": "dev", "test": "test"}
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1690e", "#666666"
 
 
-def draw(evaluated: Mapping[str, Columns], threshold: float | None, folded: bool = True) -> dict[str, Figure]:
+def draw(evaluated: Mapping[str, Columns], threshold: float | None) -> dict[str, Figure]:
     """The pictures of an evaluation by name; empty where every pair has the same label.
 
     Args:
-        evaluated: for `val` or `test` or both the columns `label`, `score` (calibrated), `score_raw` (before) and
-            `score_crossed` (calibrated by what other pairs gave), each of shape (pairs,).
+        evaluated: for `val` or `test` or both the columns `label`, `score` (calibrated, if the model is), `score_raw`
+            (before) and `score_crossed` (calibrated by what other pairs gave), each of shape (pairs,).
         threshold: from which score on a pair is called a duplicate.
-        folded: whether the model has the calibration in its weights.
     """
     evaluated = {split: columns for split, columns in evaluated.items() if len(set(columns["label"] >= 0.5)) == 2}
     if not evaluated:
@@ -36,7 +35,7 @@ def draw(evaluated: Mapping[str, Columns], threshold: float | None, folded: bool
     last = list(evaluated)[-1]  # the test pairs, where there are any
     return {
         "precision_recall": _precision_recall(evaluated, threshold),
-        "reliability": _reliability(evaluated[last], _NAMES[last], folded),
+        "reliability": _reliability(evaluated[last], _NAMES[last]),
         "scores": _scores(evaluated[last], _NAMES[last], threshold),
     }
 
@@ -58,14 +57,15 @@ def _precision_recall(evaluated: Mapping[str, Columns], threshold: float | None)
     return figure
 
 
-def _reliability(columns: Columns, name: str, folded: bool) -> Figure:
+def _reliability(columns: Columns, name: str) -> Figure:
     figure, (axes,) = _figure(1)
     axes.plot([0, 1], [0, 1], "--", color=_GREY, label="true probabilities")
     series = [("score_crossed", "scores", _BLUE, "o-")]
     if not np.array_equal(columns["score_raw"], columns["score_crossed"]):
+        as_it_is = np.array_equal(columns["score"], columns["score_raw"])
         series = [
-            ("score_raw", "before calibration" if folded else "scores", _ORANGE, "s-"),
-            ("score_crossed", "calibrated" if folded else "if calibrated on the dev pairs", _BLUE, "o-"),
+            ("score_raw", "scores" if as_it_is else "before calibration", _ORANGE, "s-"),
+            ("score_crossed", "if calibrated on the dev pairs" if as_it_is else "calibrated", _BLUE, "o-"),
         ]
     for column, label, colour, style in series:
         bins = bin_numbers(columns[column])

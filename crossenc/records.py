@@ -20,18 +20,16 @@ from .parts import read_json, replacing
 FIGURES_FILE = "metrics.json"
 
 
-def write_figures(
-    folder: Path, owner: str | None, figures: dict[str, float], sources: Mapping[str, str] | None = None
-) -> None:
+def write_figures(folder: Path, owner: str | None, figures: dict[str, float], sources: Mapping[str, str]) -> None:
     """Write `metrics.json`: flat, `val/f1` and the like, the checkpoint that they belong to, and as `val/source` what
     the pairs of a split were read from.
 
     What stands there already of the same checkpoint and of other splits is kept, the rest is dropped; NaN becomes null.
     """
     known = _read(folder, owner) if owner else {}
-    known = {name: value for name, value in known.items() if split_of(name) not in (sources or {})}
+    known = {name: value for name, value in known.items() if split_of(name) not in sources}
     content: dict[str, Any] = {"checkpoint": owner}
-    named = {f"{split}/source": source for split, source in (sources or {}).items()}
+    named = {f"{split}/source": source for split, source in sources.items()}
     for name, value in sorted((known | figures | named).items()):
         number = isinstance(value, float)
         content[name] = None if number and math.isnan(value) else int(value) if name.endswith("/rows") else value
@@ -44,16 +42,12 @@ def split_of(figure: str) -> str:
     return re.split("[_/]", figure)[0]
 
 
-def read_figures(folder: Path, owner: str) -> dict[str, float]:
-    """The figures in a folder's `metrics.json`; none if they belong to another checkpoint or there is no file."""
-    found = {name: value for name, value in _read(folder, owner).items() if not name.endswith("/source")}
-    return {name: math.nan if value is None else float(value) for name, value in found.items()}
-
-
-def read_sources(folder: Path, owner: str) -> dict[str, str]:
-    """What the pairs of each split in that `metrics.json` were read from, where it tells that."""
+def read_figures(folder: Path, owner: str) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures in a folder's `metrics.json`, and what the pairs of each split were read from; both are empty if they
+    belong to another checkpoint or there is no file."""
     found = _read(folder, owner)
-    return {split: found[f"{split}/source"] for split in ("val", "test") if f"{split}/source" in found}
+    sources = {split: found.pop(f"{split}/source") for split in ("val", "test") if f"{split}/source" in found}
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}, sources
 
 
 def _read(folder: Path, owner: str) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def test_pictures_show_threshold_both_calibrations_and_both_labels(tmp_path: Pat
     assert told == ["dev, 800 pairs", "test, 500 pairs", "at threshold 0.400"]
     reliability = pictures["reliability"].axes[0].get_lines()
     assert [line.get_label() for line in reliability] == ["true probabilities", "before calibration", "calibrated"]
-    as_it_is = draw({"val": columns(50, 0)}, 0.4, folded=False)["reliability"].axes[0].get_lines()
+    raw = columns(50, 0) | {"score": columns(50, 0)["score_raw"]}
+    as_it_is = draw({"val": raw}, 0.4)["reliability"].axes[0].get_lines()
     assert [line.get_label() for line in as_it_is[1:]] == ["scores", "if calibrated on the dev pairs"]
     assert np.abs(reliability[2].get_xdata() - reliability[2].get_ydata()).max() < 0.2
     assert np.abs(reliability[1].get_xdata() - reliability[1].get_ydata()).max() > 0.3

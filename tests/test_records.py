@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 
 from crossenc.errors import DataError
-from crossenc.records import is_evaluation, read_figures, read_scores, read_sources, write_figures, write_scores
+from crossenc.records import is_evaluation, read_figures, read_scores, write_figures, write_scores
 
 
 def test_metrics_json_keeps_figures_of_its_checkpoint_only(tmp_path: Path):
-    write_figures(tmp_path, "best.ckpt", {"val/f1": 0.5, "val/rows": 3.0, "val/roc_auc": math.nan})
+    write_figures(tmp_path, "best.ckpt", {"val/f1": 0.5, "val/rows": 3.0, "val/roc_auc": math.nan}, {})
     write_figures(tmp_path, "best.ckpt", {"test/f1": 0.5, "test_unseen/f1": 0.1}, {"test": "others.csv"})
     write_figures(tmp_path, "best.ckpt", {"test/f1": 0.25}, {"test": "pairs.csv"})
-    assert read_sources(tmp_path, "best.ckpt") == {"test": "pairs.csv"}
     content = json.loads((tmp_path / "metrics.json").read_text())
     expected = {"test/f1": 0.25, "test/source": "pairs.csv", "val/f1": 0.5, "val/roc_auc": None, "val/rows": 3}
     assert content == {"checkpoint": "best.ckpt", **expected}
-    assert math.isnan(read_figures(tmp_path, "best.ckpt")["val/roc_auc"])
-    write_figures(tmp_path, "last.ckpt", {"val/f1": 0.4})
-    assert read_figures(tmp_path, "best.ckpt") == {}
-    assert read_figures(tmp_path, "last.ckpt") == {"val/f1": 0.4}
-    assert read_sources(tmp_path, "last.ckpt") == {}
+    figures, sources = read_figures(tmp_path, "best.ckpt")
+    assert math.isnan(figures["val/roc_auc"])
+    assert sources == {"test": "pairs.csv"}
+    write_figures(tmp_path, "last.ckpt", {"val/f1": 0.4}, {})
+    assert read_figures(tmp_path, "best.ckpt") == ({}, {})
+    assert read_figures(tmp_path, "last.ckpt") == ({"val/f1": 0.4}, {})
 
 
 def test_scores_are_kept_for_their_checkpoint_only(tmp_path: Path):
@@ -53,7 +53,7 @@ def test_damaged_scores_are_named(tmp_path: Path):
 
 def test_only_a_report_of_its_own_counts_as_an_evaluation(tmp_path: Path):
     assert not is_evaluation(tmp_path)
-    write_figures(tmp_path, None, {"val/f1": 0.5})
+    write_figures(tmp_path, None, {"val/f1": 0.5}, {})
     assert is_evaluation(tmp_path)
     for name in ("config.yaml", "config.json"):  # a run's, a model's
         (tmp_path / name).touch()
