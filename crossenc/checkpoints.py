@@ -331,12 +331,12 @@ def gather(trainer: Trainer, item: Any) -> list[Any]:
 
 def _random_states() -> dict[str, Any]:
     """The states of this process's random generators, in types that `weights_only` loads."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
     }
 
 
@@ -345,5 +345,4 @@ def _set_random_states(states: dict[str, Any]) -> None:
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(states["numpy"])

@@ -147,7 +147,7 @@ class RunCLI(LightningCLI):
         super().__init__(
             CrossEncoderModule,
             PairDataModule,
-            save_config_callback=SaveConfig if self.command == "fit" else None,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # the folder is new, or the run that is gone on with
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
@@ -326,11 +326,8 @@ class RunCLI(LightningCLI):
                     f"the run began with {', '.join(changed)}, which its optimizer depends on; go on with the same, or "
                     "begin a run of another name"
                 )
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
-        log.info(
-            "backbone %s: %.1f M parameters, %.1f M trained", self.model.hparams.backbone, total / 1e6, trained / 1e6
-        )
+        total, trained = (self.model.model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
+        log.info("backbone %s: %.1f M parameters, %.1f M trained", self.model.hparams.backbone, total, trained)
 
     def after_fit(self) -> None:
         try:
