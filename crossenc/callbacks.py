@@ -51,9 +51,8 @@ class TrainSpeed(Callback):
         whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if pl_module.is_logged and whole:
             now = time.perf_counter()
-            size = len(batch["label"])
-            pl_module.log("train/lr", self.rate, prog_bar=True, batch_size=size)
-            pl_module.log("train/pairs_per_second", self.pairs / (now - self.since), prog_bar=True, batch_size=size)
+            told = {"train/lr": self.rate, "train/pairs_per_second": self.pairs / (now - self.since)}
+            pl_module.log_dict(told, prog_bar=True, batch_size=len(batch["label"]))
             self.pairs, self.since = 0, now
 
 

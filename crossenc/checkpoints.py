@@ -105,10 +105,6 @@ class LastCheckpoint(Checkpoint):
     as Lightning does, it finds the processes at different places, and they wait for each other for ever.
 
     A `Checkpoint`, so that Lightning calls it last: what the keeper of the best one knows of this step is in the file.
-
-    Args:
-        every_n_steps: Optimizer steps between two checkpoints.
-        every_n_minutes: Minutes after which the next step writes one anyway.
     """
 
     def __init__(self, every_n_steps: int = 500, every_n_minutes: float = 10.0) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .pairs import open_parquet
@@ -69,9 +71,6 @@ SCORES_FILE = "scores.parquet"
 
 def write_scores(folder: Path, owner: str | None, evaluated: Mapping[str, Mapping[str, Any]]) -> None:
     """Write `scores.parquet`: the columns of each evaluated split, one row a pair, marked by `split`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     known = read_scores(folder, owner) if owner else {}
     tables = [
         pa.table({"split": [split] * len(columns["row"]), **columns})

@@ -53,13 +53,14 @@ from .parts import writing
 log = logging.getLogger(__name__)
 
 DEFAULT_RUN = "run"
-# The recipe of sentence-transformers' Quora example, as far as the Trainer is concerned.
+# The recipe of sentence-transformers' Quora example, as far as the Trainer is concerned, and no table of layers.
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "val_check_interval": 500,
     "check_val_every_n_epoch": None,  # 500 batches are counted through, not anew in each epoch
     "log_every_n_steps": 10,
+    "enable_model_summary": False,
 }
 
 
@@ -237,8 +238,6 @@ class RunCLI(LightningCLI):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             config.trainer.devices, config.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
-        if config.trainer.enable_model_summary is None:
-            config.trainer.enable_model_summary = False
         if not self.goes_on:
             self.folder = _claim(self.folder)
         config.output, config.run = str(self.folder.parent), self.folder.name  # `--run` may hold folders too

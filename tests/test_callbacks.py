@@ -134,9 +134,7 @@ def test_speed_is_that_of_all_devices_without_validation_and_counts_a_pair_once(
     trainer.accumulate_grad_batches, trainer.is_last_batch = 2, False
     told: dict[str, float] = {}
     settings = {"consistency": 1.0, "head_rate": 1.0}
-    module: Any = SimpleNamespace(
-        hparams=settings, is_logged=True, log=lambda name, value, **_: told.update({name: value})
-    )
+    module: Any = SimpleNamespace(hparams=settings, is_logged=True, log_dict=lambda found, **_: told.update(found))
     speed = callbacks.TrainSpeed()
     speed.on_train_start(trainer, module)
     speed.on_validation_start(trainer, module)
