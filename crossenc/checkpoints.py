@@ -82,18 +82,13 @@ class BestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "dev_pairs": self.dev_pairs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.dev_pairs != state_dict.get("dev_pairs", self.dev_pairs):
+        best = Path(str(self.dirpath)) / "best.ckpt"
+        others = self.dev_pairs != state_dict.get("dev_pairs", self.dev_pairs)
+        if others or not state_dict["best_model_path"] or not best.is_file():
             return
-
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        moved: dict[str, Any] = {name: here(state_dict[name]) for name in paths}
-        if (best := moved["best_model_path"]) and not Path(best).is_file():
-            return
-        moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **moved, "dirpath": self.dirpath})
+        here: dict[str, Any] = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(best))
+        here["best_k_models"] = {str(best): state_dict["best_model_score"]}
+        super().load_state_dict({**state_dict, **here, "dirpath": self.dirpath})
 
 
 class LastCheckpoint(Checkpoint):
