@@ -70,9 +70,7 @@ class ValidateAtEnd(Callback):
             in_an_epoch = trainer.num_training_batches if trainer.check_val_every_n_epoch else math.inf
             trainer.val_check_batch = int(min(whole, in_an_epoch))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         done = trainer.current_epoch + 1
         last_epoch = done == trainer.max_epochs or (trainer.should_stop and done >= (trainer.min_epochs or 0))
         if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
@@ -162,9 +160,7 @@ class PlainProgress(Callback):
     def __init__(self) -> None:
         self.written = float("-inf")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
         if not trainer.is_global_zero or now - self.written < SECONDS_BETWEEN_LINES:
             return

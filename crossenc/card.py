@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def write_card(
     figures: dict[str, float],
     max_length: int,
     sources: Mapping[str, str],
-    errors: Sequence[Sequence[str]] = (),
+    dev: Mapping[str, Any] | None = None,
     onnx: dict[str, float] | None = None,
 ) -> None:
     """Write `README.md` into an export, with the pictures that are in its `figures/`.
@@ -80,7 +80,7 @@ def write_card(
         figures: metrics such as `val/f1` and `test/f1_best`, of that very checkpoint.
         max_length: in tokens.
         sources: of a split whose figures may be of other pairs than the run's, what these were read from.
-        errors: as `worst_errors` gives them.
+        dev: the columns of the dev pairs, of which the worst errors are shown.
         onnx: None without ONNX files, and empty without 8-bit weights; else the dev pairs' `rows`, the average
             precision of `onnx` and `onnx-int8` on them, and the largest `difference` of scores.
     """
@@ -112,7 +112,7 @@ def write_card(
         settings=_settings(settings, data, checkpoint),
         onnx=onnx,
         threshold=checkpoint["crossenc"]["threshold"],
-        report=_report(folder, figures, checkpoint["crossenc"]["threshold"], errors),
+        report=_report(folder, figures, checkpoint["crossenc"]["threshold"], dev),
     )
     card.save(folder / "README.md")
 
@@ -123,10 +123,10 @@ def write_report(
     figures: dict[str, float],
     threshold: float | None,
     sources: Mapping[str, str],
-    errors: Sequence[Sequence[str]],
+    dev: Mapping[str, Any] | None,
 ) -> None:
     """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
-    text = _report(folder, figures, threshold, errors, folded=False)
+    text = _report(folder, figures, threshold, dev, folded=False)
     told = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())
     parts = [f"# Evaluation of {_shown_path(name)}", f"By crossenc {__version__}; {told}.", _summary(figures), text]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -136,7 +136,7 @@ def _report(
     folder: Path,
     figures: dict[str, float],
     threshold: float | None,
-    errors: Sequence[Sequence[str]],
+    dev: Mapping[str, Any] | None,
     folded: bool = True,
 ) -> str:
     """Metrics, pictures and errors in Markdown."""
@@ -145,6 +145,7 @@ def _report(
     splits, rows = metric_table(figures, folded)
     shown = [(name, text) for name, text in _PICTURES.items() if (folder / "figures" / f"{name}.png").is_file()]
     template = Template((_TEMPLATES / "report.md").read_text(encoding="utf-8"))
+    errors = worst_errors(dev, 0.5 if threshold is None else threshold) if dev else []
     told = template.render(splits=splits, metric_rows=rows, threshold=threshold, pictures=shown, errors=errors)
     return str(told).strip()
 
@@ -188,15 +189,15 @@ def _summary(figures: dict[str, float]) -> str:
     return text
 
 
-def worst_errors(columns: Mapping[str, Any], threshold: float, count: int = 10) -> list[list[str]]:
-    """The wrong decisions that the model was surest of: score, label and both texts, for a Markdown table.
+def worst_errors(columns: Mapping[str, Any], threshold: float) -> list[list[str]]:
+    """The ten wrong decisions that the model was surest of: score, label and both texts, for a Markdown table.
 
     `columns` are `label`, `score`, `text_a` and `text_b` of an evaluated split.
     """
     scores, labels, a, b = (columns[name] for name in ("score", "label", "text_a", "text_b"))
     wrong = [i for i, score in enumerate(scores) if (score >= threshold) != (labels[i] >= 0.5)]
     wrong.sort(key=lambda i: -abs(scores[i] - labels[i]))
-    return [[f"{scores[i]:.3f}", f"{labels[i]:g}", _quote(a[i]), _quote(b[i])] for i in wrong[:count]]
+    return [[f"{scores[i]:.3f}", f"{labels[i]:g}", _quote(a[i]), _quote(b[i])] for i in wrong[:10]]
 
 
 def _quote(text: str) -> str:

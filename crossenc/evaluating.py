@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
 from .calibration import Calibration
-from .card import metric_table, worst_errors, write_report
+from .card import metric_table, write_report
 from .data import PairDataModule
 from .errors import DataError, OutputError, UsageError, one_line
 from .figures import draw, save
@@ -83,9 +83,8 @@ def evaluate(
             columns = finish(module, data, folder, None)
             shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
             save(draw(columns, module.threshold), folder / "figures")
-            errors = worst_errors(columns["val"], module.figures["val/threshold"]) if "val" in columns else []
             read_from = data.read_from(columns)
-            write_report(folder, str(model), module.figures, module.threshold, read_from, errors)
+            write_report(folder, str(model), module.figures, module.threshold, read_from, columns.get("val"))
     return module.figures
 
 

@@ -11,16 +11,17 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torchmetrics.functional.classification import binary_average_precision
 
+from . import figures
 from .backbone import load_tokenizer, quiet_transformers
 from .calibration import sigmoid
-from .card import worst_errors, write_card
+from .card import write_card
 from .checkpoints import owner
 from .encode import PairCollator, encode_texts
 from .errors import ExportError, HubError, UsageError, one_line
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ACTIVATION = "torch.nn.modules.activation.Sigmoid"
-# sentence-transformers reads its three files from this version on; written where it is not installed.
+# From this version on sentence-transformers reads its three files.
 _ST_VERSION = "6.2.0"
 TOLERANCE = 1e-5
 # onnxruntime fuses and orders sums in its own way.
@@ -101,7 +102,7 @@ def export(
             raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
     try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
-    figures, evaluated, sources = _evaluated(loaded, Path(checkpoint))
+    measured, evaluated, sources = _evaluated(loaded, Path(checkpoint))
     pairs = _dev_pairs(loaded, Path(checkpoint), dev) if int8 else None
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +116,11 @@ def export(
         name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
         added = _add_onnx(unfinished, expected, pairs) if onnx or int8 else None
         with writing(target):
-            errors = _draw(unfinished / "figures", Path(checkpoint).parent, evaluated, module.threshold)
-            write_card(unfinished, name, loaded, figures, module.max_length, sources, errors, added)
+            pictures = figures.draw(evaluated, module.threshold)
+            if learning := figures.draw_learning(Path(checkpoint).parent):
+                pictures["learning"] = learning
+            figures.save(pictures, unfinished / "figures")
+            write_card(unfinished, name, loaded, measured, module.max_length, sources, evaluated.get("val"), added)
             if target.exists():
                 target.rename(Path(space) / "old")
             unfinished.rename(target)
@@ -185,23 +189,15 @@ def _add_onnx(folder: Path, expected: list[float], dev: Mapping[str, Any] | None
 
     write_onnx(folder, int8=dev is not None)
     _compare(f"{folder.name}/onnx/model.onnx", expected, score("onnx", _PROBES), ONNX_TOLERANCE)
-    figures: dict[str, float] = {}
-    if dev is not None:
-        from torchmetrics.functional.classification import binary_average_precision
-
-        pairs, labels = list(zip(dev["text_a"], dev["text_b"], strict=True)), torch.tensor(dev["label"]) >= 0.5
-        scores = {backend: score(backend, pairs) for backend in ("onnx", "onnx-int8")}
-        figures = {
-            backend: binary_average_precision(torch.from_numpy(found), labels.long()).item()
-            for backend, found in scores.items()
-        }
-        figures["difference"] = float(abs(scores["onnx"] - scores["onnx-int8"]).max())
-        log.info(
-            "average precision on %s dev pairs: %.4f, with 8-bit weights %.4f; scores differ by up to %.3f",
-            f"{len(pairs):,}", *figures.values(),
-        )  # fmt: skip
-        figures["rows"] = len(pairs)
-    return figures
+    if dev is None:
+        return {}
+    pairs, truth = list(zip(dev["text_a"], dev["text_b"], strict=True)), (torch.tensor(dev["label"]) >= 0.5).long()
+    exact, rounded = score("onnx", pairs), score("onnx-int8", pairs)
+    before, after = (binary_average_precision(torch.from_numpy(some), truth).item() for some in (exact, rounded))
+    difference = float(abs(exact - rounded).max())
+    said = "average precision on %s dev pairs: %.4f, with 8-bit weights %.4f; scores differ by up to %.3f"
+    log.info(said, f"{len(pairs):,}", before, after, difference)
+    return {"rows": len(pairs), "onnx": before, "onnx-int8": after, "difference": difference}
 
 
 def _evaluated(loaded: dict[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
@@ -255,17 +251,9 @@ def _module_scores(
 
 
 def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast) -> None:
-    model, known = plain_model(module), find_spec("sentence_transformers")
-    versions = {
-        "sentence_transformers": version("sentence-transformers") if known else _ST_VERSION,
-        "transformers": version("transformers"),
-        "pytorch": version("torch"),
-    }
+    model = plain_model(module)
     # vLLM and older sentence-transformers read the activation from config.json.
-    model.config.sentence_transformers = {
-        "activation_fn": ACTIVATION,
-        "version": versions["sentence_transformers"],
-    }
+    model.config.sentence_transformers = {"activation_fn": ACTIVATION, "version": _ST_VERSION}
     if module.threshold is not None:
         model.config.crossenc = {"threshold": module.threshold}
     elif hasattr(model.config, "crossenc"):  # of a backbone that was an export itself
@@ -284,7 +272,11 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
         ],
         "config_sentence_transformers.json": {
-            "__version__": versions,
+            "__version__": {
+                "sentence_transformers": _ST_VERSION,
+                "transformers": version("transformers"),
+                "pytorch": version("torch"),
+            },
             "activation_fn": ACTIVATION,
             "default_prompt_name": None,
             "model_type": "CrossEncoder",
@@ -299,14 +291,3 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _draw(folder: Path, run: Path, evaluated: dict[str, Any], threshold: float | None) -> list[list[str]]:
-    """Write the pictures for the card, and return the errors that stand in it."""
-    from .figures import draw, draw_learning, save
-
-    pictures = draw(evaluated, threshold)
-    if learning := draw_learning(run):
-        pictures["learning"] = learning
-    save(pictures, folder)
-    return worst_errors(evaluated["val"], threshold) if "val" in evaluated and threshold is not None else []

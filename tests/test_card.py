@@ -127,7 +127,7 @@ def test_the_surest_errors_come_first_and_break_no_table():
     assert [row[:2] for row in found] == [["0.010", "1"], ["0.900", "0"], ["0.400", "1"]]
     assert found[1][2] == "a \\| b c \\<b\\>"
     assert len(found[0][3]) == 200
-    assert len(worst_errors(columns, threshold=0.5, count=1)) == 1
+    assert len(worst_errors({name: values * 4 for name, values in columns.items()}, threshold=0.5)) == 10
     assert worst_errors({"label": [1], "score": [0.5], "text_a": ["a"], "text_b": ["b"]}, threshold=0.5) == []
 
 

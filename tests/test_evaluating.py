@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crossenc import evaluate, evaluating, score
+from crossenc import card, evaluate, evaluating, score
 from crossenc.cli import main
 from crossenc.errors import OutputError, UsageError
 from crossenc.exporting import score_pairs
@@ -82,10 +82,10 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(
     model.save_pretrained(tmp_path / "elsewhere")
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     used: list[float] = []
-    for name in ("draw", "worst_errors"):
-        plain = getattr(evaluating, name)
-        spy = lambda columns, at, plain=plain, **more: used.append(at) or plain(columns, at, **more)  # noqa: E731
-        monkeypatch.setattr(evaluating, name, spy)
+    for user, name in ((evaluating, "draw"), (card, "worst_errors")):
+        plain = getattr(user, name)
+        spy = lambda columns, at, plain=plain: used.append(at) or plain(columns, at)  # noqa: E731
+        monkeypatch.setattr(user, name, spy)
     figures, text = report(capsys, tmp_path / "elsewhere", pairs_file, tmp_path / "out", "--data.limit", "40")
     assert used == [figures["val/threshold"]] * 2
     assert abs(used[0] - 0.5) > 1e-3
