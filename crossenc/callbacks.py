@@ -100,8 +100,7 @@ def _figure_taker(logger: Any) -> Callable[[str, Figure, int], Any] | None:
     """What gives a logger a figure of a name at a step; None if it takes none."""
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_figure"):  # TensorBoard's
-        add: Callable[[str, Figure, int], Any] = experiment.add_figure
-        return add
+        return lambda name, figure, step: experiment.add_figure(name, figure, step)
     if hasattr(logger, "log_image"):  # of Weights & Biases
         return lambda name, figure, step: logger.log_image(name, [figure], step)
     if not hasattr(experiment, "log_figure"):

@@ -74,11 +74,10 @@ def write_card(
     """Write `README.md` into an export, with the pictures that are in its `figures/`.
 
     Args:
-        folder: the export.
         name: what the model is called in the card; where it is a Hub id, the card loads it from there.
         checkpoint: the Lightning checkpoint that was exported; its hyper-parameters and data facts are told.
         figures: metrics such as `val/f1` and `test/f1_best`, of that very checkpoint.
-        max_length: in tokens.
+        max_length: of a pair, in tokens.
         sources: of a split whose figures may be of other pairs than the run's, what these were read from.
         dev: the columns of the dev pairs, of which the worst errors are shown.
         onnx: None without ONNX files, and empty without 8-bit weights; else the dev pairs' `rows`, the average

@@ -63,7 +63,6 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 
-
 # Where these differ, a checkpoint's optimizer is one of other parameters, or would silently keep its own rates.
 _WHAT_IS_TRAINED = (
     "optimizer",
@@ -253,7 +252,7 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run's loggers and callbacks; those of the user stand beside them."""
         given = self.config_init[self.command].trainer
-        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
+        callbacks = _listed(given.callbacks)
         _check_callbacks(callbacks, given.strategy)
         kwargs["callbacks"] = [*callbacks, *self._callbacks(given, callbacks)]
         if not any(isinstance(callback, ProgressBar) for callback in kwargs["callbacks"]):
@@ -264,19 +263,14 @@ class RunCLI(LightningCLI):
         if self.command == "fit" and given.logger is not False:
             if self.goes_on:
                 self.old_log = _set_aside(self.folder / "metrics.csv")
-            loggers = given.logger if isinstance(given.logger, list) else [given.logger]
-            kwargs["logger"] = [
-                CSVLogger(self.folder, name="", version=""),
-                TensorBoardLogger(self.folder, name="", version=""),
-                *(logger for logger in loggers if logger not in (None, True)),
-            ]
+            ours = [kind(self.folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+            kwargs["logger"] = [*ours, *_listed(given.logger)]
         elif given.logger in (None, True):
             kwargs["logger"] = False  # an evaluation leaves metrics.json, and the fit's own logs as they are
         if given.strategy == "fsdp":
             # Lightning's strategy of this name takes no CPUs; this one leaves the sharding to `configure_model`.
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
-        plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] * (given.plugins is not None)
-        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        kwargs["plugins"] = [*_listed(given.plugins), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, given: Any, users: list[Any]) -> list[Any]:
@@ -396,6 +390,11 @@ class RunCLI(LightningCLI):
     def after_predict(self) -> None:
         if not self.config[self.command].trainer.fast_dev_run:
             log.info("scores: %s", self.folder / "predictions.csv")
+
+
+def _listed(given: Any) -> list[Any]:
+    """What may be given as one or as a list of them, as a list; without what stands for Lightning's own."""
+    return [one for one in (given if isinstance(given, list) else [given]) if one not in (None, True)]
 
 
 def _find_checkpoint(command: str, config: Any) -> str | None:
