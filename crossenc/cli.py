@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Iterator
@@ -160,6 +162,7 @@ def main(args: list[str] | None = None) -> int:
             _set_up_terminal(name)
             if run in (_run, _evaluate) or name == "export":
                 _quiet_lightning()
+                _watch_first(name)
         # With a Trainer it is Lightning's to end in order.
         with nullcontext() if run in (_run, _evaluate) else _exit_at_sigterm():
             run(name, rest)
@@ -171,7 +174,7 @@ def main(args: list[str] | None = None) -> int:
             raise
         if isinstance(error, StoppedError):
             log.info(str(error))
-        elif not (isinstance(error, LostProcessError) and _is_helper()):
+        elif not (_is_helper() and (isinstance(error, LostProcessError) or _ends_soon())):
             print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CrossencError) else 2
     except (KeyboardInterrupt, SystemExit) as stop:  # where there is nothing to keep
@@ -196,9 +199,42 @@ def _exit_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+_FIRST = "CROSSENC_FIRST_PROCESS"
+
+
 def _is_helper() -> bool:
     """Whether Lightning's first process started this one; when it is gone, it has told why."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _watch_first(command: str) -> None:
+    """End with the first process, if that is killed before all are joined: torch would wait for it half an hour."""
+    if not _is_helper():
+        os.environ[_FIRST] = str(os.getpid())  # for those that Lightning starts
+        return
+
+    def watch() -> None:
+        while _first_lives():
+            joined = getattr(sys.modules.get("torch.distributed"), "is_initialized", None)
+            if joined and joined():
+                return
+            time.sleep(1)
+        print(f"crossenc {command}: error: the first process of the run is gone, and this one with it", file=sys.stderr)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _first_lives() -> bool:
+    return os.environ.get(_FIRST, str(os.getppid())) == str(os.getppid())
+
+
+def _ends_soon(seconds: float = 5.0) -> bool:
+    """Whether the first process ends within this time: then it has met the same error, and told it."""
+    end = time.monotonic() + seconds
+    while _first_lives() and time.monotonic() < end:
+        time.sleep(0.1)
+    return not _first_lives()
 
 
 def _is_for_the_user(error: Exception) -> bool:

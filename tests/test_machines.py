@@ -74,6 +74,7 @@ def options(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
         "trainer.accelerator": "cpu",
         "checkpoint_every_n_steps": 4,
         "output": output,
+        "run": "run",
     }
     return [f"--{name}={value}" for name, value in named.items()]
 
@@ -156,7 +157,7 @@ def test_the_others_stop_when_a_process_dies(pairs_file: Path, tiny_backbone: Pa
     if launcher == "lightning":
         words += ["--trainer.devices=2"]
     else:
-        words = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *words[1:]]
+        words = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "--", *words[2:]]
     log = tmp_path / "log"
     process = start(words, log)
     try:
@@ -168,6 +169,24 @@ def test_the_others_stop_when_a_process_dies(pairs_file: Path, tiny_backbone: Pa
     assert process.returncode not in (0, None)
     assert "error: another process of the run ended, and this one with it" in said
     assert launcher == "torchrun" or "Traceback" not in said
+
+
+def test_a_process_ends_when_the_first_one_dies_before_they_are_joined(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path
+):
+    words = [*readme("python -m crossenc"), *options(pairs_file, tiny_backbone, tmp_path), "--trainer.devices=2"]
+    log = tmp_path / "log"
+    first = start(words, log)
+    while not (others := children(first)):
+        assert first.poll() is None, log.read_text()
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in others):
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+    assert log.read_text().endswith("error: the first process of the run is gone, and this one with it\n")
 
 
 def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
