@@ -37,20 +37,14 @@ SHOWN = {
     "calibration_error": ("calibration error", "{:.4f}"),
     "calibration_error_chance": ("calibration error, by chance", "{:.4f}"),
     "calibration_error_raw": ("calibration error before calibration", "{:.4f}"),
+    "calibration_error_if_calibrated": ("calibration error, if calibrated on the dev pairs", "{:.4f}"),
     "brier": ("Brier score", "{:.4f}"),
     "brier_raw": ("Brier score before calibration", "{:.4f}"),
+    "brier_if_calibrated": ("Brier score, if calibrated on the dev pairs", "{:.4f}"),
     "swap_gap_mean": ("difference of scores when swapped, mean", "{:.4f}"),
     "swap_gap_p99": ("difference of scores when swapped, 99th percentile", "{:.4f}"),
     "swap_flips": ("decisions that flip when swapped", "{:,.0f}"),
     "loss": ("cross-entropy before calibration", "{:.4f}"),
-}
-# What these rows are called where no calibration is folded in.
-_AS_IT_IS = {
-    "calibration_error": "calibration error, if calibrated on the dev pairs",
-    "calibration_error_raw": "calibration error",
-    "brier": "Brier score, if calibrated on the dev pairs",
-    "brier_raw": "Brier score",
-    "loss": "cross-entropy",
 }
 _ON_HUB = ("average_precision", "roc_auc", "accuracy", "f1", "precision", "recall")
 _PICTURES = {
@@ -145,7 +139,11 @@ def _report(
     shown = [(name, text) for name, text in _PICTURES.items() if (folder / "figures" / f"{name}.png").is_file()]
     template = Template((_TEMPLATES / "report.md").read_text(encoding="utf-8"))
     errors = worst_errors(dev, 0.5 if threshold is None else threshold) if dev else []
-    told = template.render(splits=splits, metric_rows=rows, threshold=threshold, pictures=shown, errors=errors)
+    # An evaluation's dev pairs choose none where all have one label.
+    kept = not folded and not 0 < figures.get("val/duplicates", 0) < 1
+    told = template.render(
+        splits=splits, metric_rows=rows, threshold=threshold, kept=kept, pictures=shown, errors=errors
+    )
     return str(told).strip()
 
 
@@ -153,15 +151,13 @@ def metric_table(figures: dict[str, float], folded: bool = True) -> tuple[list[s
     """The head and the rows of the table of metrics, with intervals; without `folded`, of a model that is as it is, and
     that no calibration goes into."""
     splits = [split for split in TITLES if f"{split}/rows" in figures]
-    # What a calibration would bring, where there are no dev pairs to fit one on.
-    unknown = () if folded or "val" in splits else ("calibration_error", "brier")
     rows = [
         [
-            title if folded else _AS_IT_IS.get(metric, title),
+            title if folded else title.removesuffix(" before calibration"),
             *(_cell(figures, f"{split}/{metric}", form) for split in splits),
         ]
         for metric, (title, form) in SHOWN.items()
-        if metric not in unknown and any(f"{split}/{metric}" in figures for split in splits)
+        if (folded or not metric.endswith("_raw")) and any(f"{split}/{metric}" in figures for split in splits)
     ]
     return [TITLES[split] for split in splits], rows
 
@@ -178,9 +174,13 @@ def _summary(figures: dict[str, float]) -> str:
     duplicates = 100 * figures[f"{split}/duplicates"]
     text = (
         f"Of {figures[f'{split}/rows']:,.0f} {TITLES[split]} pairs, {duplicates:.1f} % of them duplicates, it decides "
-        f"{share('accuracy')} rightly; it finds {share('recall')} of the duplicates, and "
-        f"{share('precision')} of those that it calls so are."
+        f"{share('accuracy')} rightly"
     )
+    if duplicates:
+        text += (
+            f"; it finds {share('recall')} of the duplicates, and {share('precision')} of those that it calls so are"
+        )
+    text += "."
     if not math.isnan(figures[f"{split}/average_precision"]):  # as where all labels are the same
         text += f" Its average precision is {share('average_precision')}."
     if (flips := figures.get(f"{split}/swap_flips")) is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import binary_precision_recall_curve
 
-from .metrics import BINS, Columns, bin_numbers, decision_figures
+from .metrics import BINS, Columns, bin_numbers, decision_figures, is_calibrated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,10 +62,10 @@ def _reliability(columns: Columns, name: str) -> Figure:
     axes.plot([0, 1], [0, 1], "--", color=_GREY, label="true probabilities")
     series = [("score_crossed", "scores", _BLUE, "o-")]
     if not np.array_equal(columns["score_raw"], columns["score_crossed"]):
-        as_it_is = np.array_equal(columns["score"], columns["score_raw"])
+        calibrated = is_calibrated(columns)
         series = [
-            ("score_raw", "scores" if as_it_is else "before calibration", _ORANGE, "s-"),
-            ("score_crossed", "if calibrated on the dev pairs" if as_it_is else "calibrated", _BLUE, "o-"),
+            ("score_raw", "before calibration" if calibrated else "scores", _ORANGE, "s-"),
+            ("score_crossed", "calibrated" if calibrated else "if calibrated on the dev pairs", _BLUE, "o-"),
         ]
     for column, label, colour, style in series:
         bins = bin_numbers(columns[column])

@@ -100,15 +100,19 @@ def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict
     """Figures of the columns of `score_columns`: those of `pair_figures`, and what calibration and order of texts do.
 
     `brier` (mean squared distance of score and label, 0 or 1) and `calibration_error` of `score_crossed`, both with
-    `_raw` of `score_raw`, and the error that chance alone shows, `calibration_error_chance`; and of the distance of a
-    pair's scores in both orders its mean `swap_gap_mean`, its 99th percentile `swap_gap_p99`, and `swap_flips`, the
-    number of pairs whose decision at the threshold the order changes.
+    `_raw` of `score_raw`, and the error that chance alone shows, `calibration_error_chance`. Where no calibration goes
+    into the scores, both are of these, and `_if_calibrated` of `score_crossed`, if that is another. And of the distance
+    of a pair's scores in both orders its mean `swap_gap_mean`, its 99th percentile `swap_gap_p99`, and `swap_flips`,
+    the number of pairs whose decision at the threshold the order changes.
 
     `threshold` comes from other data; None takes the one with the best F1 here.
     """
     scores, labels = torch.from_numpy(columns["score"]), torch.from_numpy(columns["label"])
     figures = pair_figures(scores, labels, threshold)
-    for name, column in (("", "score_crossed"), ("_raw", "score_raw")):
+    named = {"": "score_crossed", "_raw": "score_raw"}
+    if not is_calibrated(columns) and not np.array_equal(columns["score_crossed"], columns["score_raw"]):
+        named = {"": "score_raw", "_raw": "score_raw", "_if_calibrated": "score_crossed"}
+    for name, column in named.items():
         figures[f"brier{name}"] = float(((columns[column] - (columns["label"] >= 0.5)) ** 2).mean())
         figures[f"calibration_error{name}"] = calibration_error(torch.from_numpy(columns[column]), labels)
     figures["calibration_error_chance"] = chance_calibration_error(columns["score"])
@@ -118,6 +122,11 @@ def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict
         figures["swap_gap_p99"] = float(np.quantile(gaps, 0.99))
         figures["swap_flips"] = float(((columns["score"] >= at) != (columns["score_swapped"] >= at)).sum())
     return figures
+
+
+def is_calibrated(columns: Columns) -> bool:
+    """Whether a calibration goes into the scores of these columns."""
+    return not np.array_equal(columns["score"], columns["score_raw"])
 
 
 BINS = 10

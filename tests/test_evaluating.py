@@ -60,9 +60,17 @@ def test_a_checkpoint_without_a_calibration_is_told_what_one_would_bring(
     run = tmp_path / "run"
     figures, _ = report(capsys, run / "best.ckpt", pairs_file, tmp_path / "one")
     others, _ = report(capsys, run / "model", pairs_file, tmp_path / "two")
-    for name in ("calibration_error", "calibration_error_raw", "calibration_error_chance", "brier", "brier_raw"):
+    names = (
+        "brier",
+        "calibration_error",
+        "calibration_error_chance",
+        "calibration_error_if_calibrated",
+        "brier_if_calibrated",
+    )
+    for name in names:
         assert others[f"val/{name}"] == pytest.approx(figures[f"val/{name}"], abs=1e-5)
-    assert figures["val/brier"] != pytest.approx(figures["val/brier_raw"], abs=1e-4)
+    assert figures["val/brier"] == figures["val/brier_raw"]
+    assert figures["val/brier"] != pytest.approx(figures["val/brier_if_calibrated"], abs=1e-4)
 
 
 def test_a_model_from_elsewhere_is_reported_as_it_is(
@@ -95,8 +103,10 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(
     texts = list(zip(scored["text_a"], scored["text_b"], strict=True))
     assert scored["score"] == pytest.approx(score_pairs(tmp_path / "elsewhere", texts), abs=1e-5)
     assert text.startswith("# Evaluation of elsewhere\n")
-    assert figures["val/calibration_error"] < figures["val/calibration_error_raw"]  # what a calibration would bring
-    cell = f"{figures['val/calibration_error_raw']:.4f} | {figures['test/calibration_error_raw']:.4f} |"
+    truth = [label >= 0.5 for label in scored["label"]]
+    assert figures["val/brier"] == pytest.approx(np.mean(np.subtract(scored["score"], truth) ** 2), abs=1e-6)
+    assert figures["val/calibration_error_if_calibrated"] < figures["val/calibration_error"]
+    cell = f"{figures['val/calibration_error']:.4f} | {figures['test/calibration_error']:.4f} |"
     assert f"| calibration error | {cell}" in text
     assert "| calibration error, if calibrated on the dev pairs | " in text
     with pytest.raises(AssertionError):
@@ -133,9 +143,12 @@ def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pa
     assert "nan" not in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "out" / "figures").exists()
     assert "figures/" not in (tmp_path / "out" / "README.md").read_text()
-    assert re.search(
-        r"at the threshold 0\.\d+, which was chosen on dev pairs", (tmp_path / "out/README.md").read_text()
-    )
+    none = write("none.csv", "question1,question2,is_duplicate\na,b,0\nc,d,0\n")
+    for source, found in (({"test_source": str(one)}, True), ({"val_source": str(none)}, False)):
+        evaluate(trained / "best.ckpt", source, output)
+        told = (tmp_path / "out" / "README.md").read_text()
+        assert re.search(r"at the threshold 0\.\d+, which came with the model;", told)
+        assert ("it finds" in told) == found
     for wrong in ({"precision": "best"}, {"devices": "many"}):
         with pytest.raises(UsageError, match="accelerator, devices or precision"):
             evaluate(tiny, {"test_source": str(one)}, output, **wrong)
