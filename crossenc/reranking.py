@@ -17,7 +17,7 @@ import numpy as np
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require
 from .neighbors import embed
-from .pairs import NOT_UTF8, SURROGATE
+from .pairs import NOT_UTF8, SUFFIXES, SURROGATE
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
 from .scoring import decimals, score_all
@@ -186,7 +186,8 @@ _QRELS_FIELDS = ("query_id", "iteration", "corpus_id", "relevance")
 
 def _triples(source: Any, fields: Sequence[str]) -> Iterator[tuple[str, str, str, float]]:
     """What to call each row, its query, text and number: of a TREC file with these fields, or a table."""
-    trec = isinstance(source, str | Path) and Path(source).suffix.lower() in (*RUN_SUFFIXES, ".qrels")
+    # A file that is no table is TREC's, whose names have any end: qrels.dl19-passage, bm25.res.
+    trec = isinstance(source, str | Path) and Path(source).suffix.lower() not in SUFFIXES and str(source) != STANDARD
     if trec and not Path(source).is_file():
         raise DataError(f"{source}: no such file")
     with ExitStack() as stack:

@@ -152,9 +152,11 @@ def score_all(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], 
 
 def reaches(scores: Logits, threshold: float) -> NDArray[np.bool_]:
     """Which scores call a pair a duplicate."""
-    # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
-    called: NDArray[np.bool_] = scores.astype(np.float64) >= threshold
-    return called
+    single = np.float32(threshold)
+    if decimals(np.array([single])) == [threshold]:  # such as a score that a file tells
+        return scores >= single
+    # In double precision: it may lie between two neighbouring fp32 scores.
+    return scores.astype(np.float64) >= threshold
 
 
 def decimals(values: Logits) -> list[float]:
@@ -183,16 +185,18 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
         if whole and not found.names:
             given = dict.fromkeys(name for row in whole for name in row)  # a row of jsonl may lack some
             found.names = match_columns(list(given), table.where, columns, labelled=False)
+        good = []
         for row in chunk:
             found.rows += 1
             wrong = row if isinstance(row, str) else what_is_wrong(row, found.names.values())
             if wrong is None:
                 found.good += 1
                 found.columns.update(dict.fromkeys(row))
+                good.append(row)
             elif len(found.broken) < 10:
                 found.broken.append((found.rows, wrong))
-        if infer:
-            found.schema = _widen(found.schema, whole)
+        if infer and good:  # a broken row's values go into no file, and may be of other types
+            found.schema = _widen(found.schema, good)
     if found.schema is not None:
         # Without rows: what parquet cannot hold shows before the work, and not after it.
         pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
@@ -257,7 +261,7 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make
     if schema is not None:
         none = np.empty(0, dtype=np.float32)
         kinds = {name: pyarrow.from_numpy_dtype(make(none).dtype) for name, make in new.items()}
-        schema = pyarrow.schema([*schema, *kinds.items()])
+        schema = pyarrow.schema([*schema, *kinds.items()], metadata=schema.metadata)
     with _for_parquet(table.where), ExitStack() as stack:
         take = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
         skip = None

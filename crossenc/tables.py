@@ -72,7 +72,10 @@ class Table:
             return None if isinstance(self.source, Sequence) else pyarrow.Schema.from_pandas(self.source, False)
         if self.source.suffix.lower() == ".parquet":
             with open_parquet(self.source, self.where) as file:
-                return file.schema_arrow.remove_metadata()
+                schema = file.schema_arrow
+                # Which column is pandas' index. What others say of the columns would lack the new ones.
+                index = (schema.metadata or {}).get(b"pandas")
+                return schema.with_metadata({b"pandas": index} if index else None)
         return None
 
 

@@ -101,8 +101,9 @@ def test_the_order_is_that_of_the_logits_where_scores_are_equal(tiny: Path, monk
 def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
     """In files they are text; an output that is there is replaced if it may be."""
     (tmp_path / "out.run").write_text("older")
-    (tmp_path / "x.qrels").write_text("\ufeff1 0 1 1\n")  # as some editors begin a file
-    assert read_qrels(tmp_path / "x.qrels") == {"1": {"1": 1}}
+    for name in ("x.qrels", "qrels.dl19-passage"):
+        (tmp_path / name).write_text("\ufeff1 0 1 1\n")  # as some editors begin a file
+        assert read_qrels(tmp_path / name) == {"1": {"1": 1}}
     with caplog.at_level(logging.INFO):
         given = {"candidates": [(1, 0, 0.5), (1, "1", 0.9)], "qrels": [(1, 1, 1)]}
         rerank(tiny, ["a", "b"], ["c", "d"], tmp_path / "out.run", overwrite=True, **given)

@@ -136,6 +136,14 @@ def test_a_threshold_may_lie_between_neighbours_in_fp32():
         assert reaches(scores, between).tolist() == [n >= at for n in range(3)]
 
 
+def test_a_threshold_may_be_a_score_as_files_tell_it():
+    scores = np.random.default_rng(0).random(100, dtype=np.float32)
+    told = [float(str(one)) for one in scores]
+    assert (np.array(told) > scores.astype(np.float64)).any()
+    for number, threshold in enumerate(told):
+        assert reaches(scores, threshold).tolist() == (scores >= scores[number]).tolist()
+
+
 def test_both_orders_give_the_mean_logit(trained):
     one = score(str(trained / "model"), PAIRS)
     other = score(str(trained / "model"), [(b, a) for a, b in PAIRS])
@@ -572,6 +580,21 @@ def test_what_parquet_cannot_hold_is_known_before_the_work(tiny, tmp_path, name,
     with pytest.raises(DataError, match=said):
         score(tiny, tmp_path / name, tmp_path / "out.parquet")
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("broken", [5, None])
+def test_a_row_that_is_skipped_has_no_say_in_parquets_columns(tiny, tmp_path, broken):
+    rows = [{"text1": "a", "text2": "b"}, {"text1": "a", "text2": broken, "only": 1}]
+    score(tiny, rows, tmp_path / "out.parquet", on_error="skip")
+    assert pq.read_table(tmp_path / "out.parquet").column_names == ["text1", "text2", "score"]
+
+
+@pytest.mark.parametrize("index", [pd.RangeIndex(2), [7, 9], pd.Index(["x", "y"], name="key")])
+def test_the_index_of_a_parquet_file_stays_its_index(tiny, tmp_path, index):
+    frame = pd.DataFrame({"text1": ["a", "b"], "text2": ["c", "d"]}, index=index)
+    frame.to_parquet(tmp_path / "in.parquet")
+    score(tiny, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out.parquet").drop(columns="score"), frame)
 
 
 def test_parquet_gets_columns_that_come_late_and_names_that_are_no_text(tiny, tmp_path):
