@@ -114,7 +114,10 @@ def clock(monkeypatch: pytest.MonkeyPatch, *seconds: int) -> None:
     monkeypatch.setattr(callbacks, "time", time)
 
 
-def test_the_plain_log_has_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(("logged_every", "lines"), [(1, 3), (5, 2)])
+def test_the_plain_log_has_a_line_every_ten_seconds_and_none_twice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, logged_every: int, lines: int
+):
     clock(monkeypatch)
     figures = {"train/loss": 0.5, "train/lr": 1e-5, "train/pairs_per_second": 9.0}
     trainer: Any = SimpleNamespace(progress_bar_metrics=figures, global_step=1, estimated_stepping_batches=12)
@@ -122,8 +125,9 @@ def test_the_plain_log_has_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPa
     progress = callbacks.PlainProgress()
     with caplog.at_level(logging.INFO, logger="crossenc"):
         for batch in range(7):  # 24 seconds
+            figures["train/loss"] = 0.5 / (1 + batch // logged_every)
             progress.on_train_batch_end(trainer, module, None, None, batch)
-    assert len(caplog.messages) == 3
+    assert len(caplog.messages) == lines
 
 
 def test_speed_is_that_of_all_devices_without_validation_and_counts_a_pair_once(monkeypatch: pytest.MonkeyPatch):

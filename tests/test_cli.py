@@ -146,8 +146,11 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["fit", "--model.backbone", "package:not_there/model"], "pip install not-there"),
         (["fit", "--model.backbone", BACKBONE, "--model.max_length", "9999"], "set --model.max_length"),
         (["fit", "--model.backbone", BACKBONE, "--model.label_smoothing", "2"], "label_smoothing 2.0 is not in [0, 1)"),
-        (["fit", "--model.backbone", BACKBONE, "--model.head_rate", "0"], "model.head_rate above 0"),
-        (["fit", "--model.backbone", BACKBONE, "--model.warmup", ".nan"], "model.warmup and weight_decay must be"),
+        (
+            ["fit", "--model.backbone", BACKBONE, "--model.head_rate", "0"],
+            "model.head_rate 0.0 is not above 0 and finite",
+        ),
+        (["fit", "--model.backbone", BACKBONE, "--model.warmup", ".nan"], "model.warmup nan is not at least 0"),
         (["fit", "--model.backbone", BACKBONE, "--model.lora", "{bias: foo}"], "model.lora: Requested bias: foo"),
         (["evaluate", "a/model", "--data.batch_size", "3"], "batch_size"),
         (["fit", "--model.backbone", BACKBONE, "--model.backbone_sha256", "00"], "other weights"),
