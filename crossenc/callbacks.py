@@ -158,15 +158,15 @@ class PlainProgress(Callback):
 
     def __init__(self) -> None:
         self.written = float("-inf")
-        self.told: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
-        if not trainer.is_global_zero or now - self.written < SECONDS_BETWEEN_LINES:
+        told = trainer.is_global_zero and pl_module.is_logged  # in other steps the figures are those of an earlier one
+        if not told or now - self.written < SECONDS_BETWEEN_LINES:
             return
         figures = trainer.progress_bar_metrics  # asked for only now, since a GPU has to wait for it
-        if "train/lr" in figures and figures != self.told:  # they are of every tenth step or so
-            self.written, self.told = now, dict(figures)
+        if "train/lr" in figures:
+            self.written = now
             log.info(
                 "step %d/%d  loss %.4f  lr %.2e  %.0f pairs/s",
                 trainer.global_step,

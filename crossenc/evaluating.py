@@ -49,7 +49,8 @@ def evaluate(
         CheckpointError: The checkpoint is missing or was not written by crossenc.
         OutputError: The output holds something else than an earlier evaluation, or cannot be written.
     """
-    if not any(arguments.get(name) for name in ("source", "val_source", "test_source")):
+    sources = [arguments.get(name) for name in ("source", "val_source", "test_source")]
+    if all(source is None or str(source) == "" for source in sources):  # a DataFrame is for PairDataModule to refuse
         raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
     folder = Path(output)
     if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):

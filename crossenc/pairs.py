@@ -200,7 +200,7 @@ def open_parquet(path: Path, where: str) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OverflowError, OSError) as error:  # a date that Python has not
         raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from .calibration import sigmoid
 from .errors import DataError, UsageError, require
 from .neighbors import embed
-from .pairs import NOT_UTF8, SUFFIXES, SURROGATE
+from .pairs import NOT_UTF8, SUFFIXES, SURROGATE, is_local
 from .parts import Parts, replacing, writing
 from .scorer import Backend, Precision, Scoring
 from .scoring import decimals, score_all
@@ -188,7 +188,7 @@ def _triples(source: Any, fields: Sequence[str]) -> Iterator[tuple[str, str, str
     """What to call each row, its query, text and number: of a TREC file with these fields, or a table."""
     # A file that is no table is TREC's, whose names have any end: qrels.dl19-passage, bm25.res.
     trec = isinstance(source, str | Path) and Path(source).suffix.lower() not in SUFFIXES and str(source) != STANDARD
-    if trec and not Path(source).is_file():
+    if trec and not is_local(str(source)):
         raise DataError(f"{source}: no such file")
     with ExitStack() as stack:
         if trec:
@@ -223,7 +223,8 @@ def _trec_rows(file: Path, fields: Sequence[str]) -> Iterator[Row | str]:
             elif len(values) == len(fields):
                 yield dict(zip(fields, values, strict=True))
             elif values:
-                yield f"{len(values)} fields where a TREC file has {len(fields)}"
+                wrong = f"{len(values)} fields where a TREC file has {len(fields)}"
+                yield f"{wrong}; a table is named {', '.join(SUFFIXES)}"
 
 
 def evaluate(

@@ -73,9 +73,10 @@ class Table:
         if self.source.suffix.lower() == ".parquet":
             with open_parquet(self.source, self.where) as file:
                 schema = file.schema_arrow
-                # Which column is pandas' index. What others say of the columns would lack the new ones.
-                index = (schema.metadata or {}).get(b"pandas")
-                return schema.with_metadata({b"pandas": index} if index else None)
+                # Which column is pandas' index stays. What others say of the columns would lack the new ones, and
+                # what pandas says of the columns' names, which may be numbers, would not hold for these.
+                pandas = json.loads((schema.metadata or {}).get(b"pandas", "{}"))
+                return schema.with_metadata({"pandas": json.dumps(pandas | {"column_indexes": []})} if pandas else None)
         return None
 
 

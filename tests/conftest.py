@@ -68,6 +68,14 @@ def run_on(devices: int, words: list[str], log: Path) -> None:
     assert "warning" not in log.read_text().lower()
 
 
+def runs(pid: int) -> bool:
+    """Whether a process does, also where nobody takes notice of an end: then its command line is empty."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 def logged(run: Path, name: str) -> dict[int, float]:
     """A figure of a run's `metrics.csv`, by its step."""
     with (run / "metrics.csv").open() as file:

@@ -20,6 +20,7 @@ del SCRIPTS["machine"]
 def _own_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Scripts import each other by name, and what they share is loaded anew for each."""
     monkeypatch.syspath_prepend(FOLDER)
+    sys.modules.pop("machine", None)  # which other tests have loaded
     yield
     sys.modules.pop("machine", None)
 

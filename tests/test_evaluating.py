@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -149,6 +150,8 @@ def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pa
         told = (tmp_path / "out" / "README.md").read_text()
         assert re.search(r"at the threshold 0\.\d+, which came with the model;", told)
         assert ("it finds" in told) == found
+    with pytest.raises(UsageError, match="write the DataFrame to a file"):
+        evaluate(tiny, {"val_source": pd.DataFrame()}, output)
     for wrong in ({"precision": "best"}, {"devices": "many"}):
         with pytest.raises(UsageError, match="accelerator, devices or precision"):
             evaluate(tiny, {"test_source": str(one)}, output, **wrong)

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .conftest import runs
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text().splitlines()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -183,9 +185,11 @@ def test_a_process_ends_when_the_first_one_dies_before_they_are_joined(
     first.kill()
     first.wait()
     until = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in others):
-        assert time.monotonic() < until, log.read_text()
+    while (left := [pid for pid in others if runs(pid)]) and time.monotonic() < until:
         time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, log.read_text()
     assert log.read_text().endswith("error: the first process of the run is gone, and this one with it\n")
 
 

@@ -181,6 +181,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "'high' is no number", candidates=str(write("d.run", "q0 Q0 d0 1 high x\n")))
     refused(DataError, "needs the columns query_id", candidates=str(write("e.jsonl", '{"q": 1}\n')))
     refused(DataError, "no such file", candidates="gone.run")
+    refused(DataError, "stands for a folder", candidates=str(tmp_path))
     refused(DataError, "'nan' is no number", candidates=str(write("f.run", "q0 Q0 d0 1 nan x\n")))
     (tmp_path / "g.run").write_bytes(b"q0 Q0 d\xe9 1 1 x\n")
     refused(DataError, "row 1: not UTF-8", candidates=tmp_path / "g.run")

@@ -29,6 +29,8 @@ from crossenc.scorer import Scoring, score_chunks
 from crossenc.scoring import reaches
 from crossenc.tables import chunked
 
+from .conftest import runs
+
 PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:50]]
 
 
@@ -243,14 +245,6 @@ def test_a_scoring_process_that_is_killed_ends_the_run(tiny: Path):
     command = on_two_devices(tiny, "[child.kill() for child in active_children()]")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert "LostProcessError: a scoring process ended by itself (exit code -9)" in done.stderr
-
-
-def runs(pid: int) -> bool:
-    """Also where nobody takes notice of an end: then its command line is empty."""
-    try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except OSError:
-        return False
 
 
 def test_scoring_processes_end_with_a_parent_that_is_killed(tiny: Path):
@@ -595,6 +589,20 @@ def test_the_index_of_a_parquet_file_stays_its_index(tiny, tmp_path, index):
     frame.to_parquet(tmp_path / "in.parquet")
     score(tiny, tmp_path / "in.parquet", tmp_path / "out.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out.parquet").drop(columns="score"), frame)
+
+
+@pytest.mark.parametrize("names", [[0, 1], pd.CategoricalIndex(["0", "1"])])
+def test_names_of_a_parquet_file_that_are_no_text_take_the_new_one_beside_them(tiny, tmp_path, names):
+    pd.DataFrame([["a", "b"]], columns=names).to_parquet(tmp_path / "in.parquet")
+    score(tiny, tmp_path / "in.parquet", tmp_path / "out.parquet", columns={"text_a": "0", "text_b": "1"})
+    assert list(map(str, pd.read_parquet(tmp_path / "out.parquet").columns)) == ["0", "1", "score"]
+
+
+def test_a_date_that_python_has_not_is_one_line(tiny, tmp_path):
+    table = pa.table({"text1": ["a"], "text2": ["b"], "at": pa.array([2**40], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"in\.parquet cannot be read as parquet: date value out of range"):
+        score(tiny, tmp_path / "in.parquet", tmp_path / "out.jsonl")
 
 
 def test_parquet_gets_columns_that_come_late_and_names_that_are_no_text(tiny, tmp_path):
