@@ -466,16 +466,30 @@ def test_a_mismatch_goes_on_with_the_next_epoch_if_it_may(whole: Path, options: 
     assert weights(folder / "last.ckpt")[0] == step + 4 * left
 
 
+def make_unbeatable(checkpoint: Path) -> int:
+    """Give what it knows of the best checkpoint a figure that no validation finds; returns its step."""
+    loaded = torch.load(checkpoint, weights_only=True)
+    (best,) = (state for name, state in loaded["callbacks"].items() if "BestCheckpoint" in name)
+    best["best_model_score"] = best["kth_value"] = torch.tensor(2.0)
+    best["best_k_models"] = dict.fromkeys(best["best_k_models"], torch.tensor(2.0))
+    torch.save(loaded, checkpoint)
+    step: int = loaded["global_step"]
+    return step
+
+
+def test_a_best_checkpoint_that_is_gone_counts_no_more(whole: Path, options: dict[str, Any], tmp_path: Path):
+    folder = copy(whole, tmp_path / "run")
+    (folder / "best.ckpt").unlink()
+    step = make_unbeatable(folder / "last.ckpt")
+    assert main(fit(options, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1)) == 0
+    assert weights(folder / "best.ckpt")[0] > step
+
+
 def test_other_dev_pairs_change_no_step_of_a_run_that_may_go_on(whole: Path, options: dict[str, Any], tmp_path: Path):
     folder = copy(whole, tmp_path / "run")
     (folder / "last.ckpt").unlink()
     other = options | changed(options, "dev pairs", tmp_path)
-    loaded = torch.load(folder / "best.ckpt", weights_only=True)
-    (best,) = (state for name, state in loaded["callbacks"].items() if "BestCheckpoint" in name)
-    best["best_model_score"] = best["kth_value"] = torch.tensor(2.0)  # as no other validation finds it
-    best["best_k_models"] = dict.fromkeys(best["best_k_models"], torch.tensor(2.0))
-    torch.save(loaded, folder / "best.ckpt")
-    step = loaded["global_step"]
+    step = make_unbeatable(folder / "best.ckpt")
     assert main(fit(other, tmp_path, ckpt_path="last", on_mismatch="continue")) == 0
     assert same(folder / "last.ckpt", whole / "last.ckpt")
     assert weights(folder / "best.ckpt")[0] > step  # what the old ones found best counts no more
