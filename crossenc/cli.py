@@ -158,13 +158,15 @@ def main(args: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UsageError(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}")
         run = COMMANDS[name][1]
+        by_trainer = run in (_run, _evaluate)
         if not {"-h", "--help"} & set(rest):
             _set_up_terminal(name)
-            if run in (_run, _evaluate) or name == "export":
+            if by_trainer or name == "export":
                 _quiet_lightning()
+            if by_trainer:
                 _watch_first(name)
         # With a Trainer it is Lightning's to end in order.
-        with nullcontext() if run in (_run, _evaluate) else _exit_at_sigterm():
+        with nullcontext() if by_trainer else _exit_at_sigterm():
             run(name, rest)
     except BrokenPipeError:  # who reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or python complains at its end

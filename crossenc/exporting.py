@@ -103,7 +103,7 @@ def export(
     try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
     measured, evaluated, sources = _evaluated(loaded, Path(checkpoint))
-    pairs = _dev_pairs(loaded, Path(checkpoint), dev) if int8 else None
+    pairs = _dev_pairs(evaluated.get("val"), Path(checkpoint), dev) if int8 else None
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
@@ -213,9 +213,9 @@ def _evaluated(loaded: dict[str, Any], checkpoint: Path) -> tuple[dict[str, Any]
     return loaded["crossenc"]["figures"] | known, evaluated, sources
 
 
-def _dev_pairs(loaded: dict[str, Any], checkpoint: Path, dev: str | None) -> Mapping[str, Any]:
-    """The columns of labelled pairs: of `dev`, or of the run's own dev pairs."""
-    pairs: Mapping[str, Any] | None = read(dev)[:] if dev is not None else _evaluated(loaded, checkpoint)[1].get("val")
+def _dev_pairs(own: Mapping[str, Any] | None, checkpoint: Path, dev: str | None) -> Mapping[str, Any]:
+    """The columns of labelled pairs: of `dev`, or the run's own dev pairs, if the checkpoint was evaluated on some."""
+    pairs = own if dev is None else read(dev)[:]
     if pairs is None:
         raise UsageError(
             f"--int8 is measured on dev pairs, and {checkpoint} was evaluated on none of its own; give --dev FILE, or "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -124,21 +126,25 @@ def test_each_process_has_a_gpu_of_its_own(exported: Path, monkeypatch: pytest.M
 
 
 def test_dev_pairs_are_those_of_the_run(trained: Path, tmp_path: Path):
-    from crossenc.exporting import _dev_pairs
+    from crossenc.exporting import _dev_pairs, _evaluated
 
     run = shutil.copytree(trained, tmp_path / "run")
-    best = torch.load(run / "best.ckpt", weights_only=True)
-    dev = _dev_pairs(best, run / "best.ckpt", None)
+
+    def own_pairs(name: str) -> Mapping[str, Any]:
+        loaded = torch.load(run / name, weights_only=True)
+        return _dev_pairs(_evaluated(loaded, run / name)[1].get("val"), run / name, None)
+
+    dev = own_pairs("best.ckpt")
     data = PairDataModule(**yaml.safe_load((trained / "config.yaml").read_text())["data"], backbone=BACKBONE)
     data.setup("fit")
     assert dev["text_a"].tolist() == data.tables["val"]["text_a"][:]
     with pytest.raises(UsageError, match=r"last\.ckpt was evaluated on none of its own; give --dev FILE, or"):
-        _dev_pairs(torch.load(run / "last.ckpt", weights_only=True), run / "last.ckpt", None)
+        own_pairs("last.ckpt")
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in DEV))
     where = ["--config", str(run / "config.yaml"), "--output", str(tmp_path), "--run", "run", "--ckpt_path", "best"]
     assert main(["validate", *where, "--data.val_source", str(other)]) == 0
     with pytest.raises(UsageError, match=r"best\.ckpt was evaluated on none of its own"):
-        _dev_pairs(best, run / "best.ckpt", None)
+        own_pairs("best.ckpt")
     (run / "scores.parquet").unlink()
     export(run / "best.ckpt", tmp_path / "again")
