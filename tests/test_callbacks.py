@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,22 @@ def test_cost_is_that_of_all_parts_of_a_run(monkeypatch: pytest.MonkeyPatch):
     assert cost.state_dict() == {"seconds": 1010, "energy_kwh": 2.5}
     cost.on_train_end(trainer, trainer)
     assert cost.state_dict() == {"seconds": 1020, "energy_kwh": 3}
+
+
+def test_codecarbon_tells_energy_where_it_is_installed(capfd: pytest.CaptureFixture[str]):
+    """It is in no extra of the tests: each of their runs would have it look at the hardware for seconds."""
+    pytest.importorskip("codecarbon", reason="needs codecarbon, from the extra energy")
+    trainer: Any = SimpleNamespace(is_global_zero=True)
+    cost = callbacks.Cost()
+    cost.on_train_start(trainer, trainer)
+    end = time.monotonic() + 60
+    while cost.tracker is None and time.monotonic() < end:
+        time.sleep(0.1)
+    first = cost.state_dict()["energy_kwh"]
+    time.sleep(1)
+    cost.on_train_end(trainer, trainer)
+    assert 0 < first < cost.energy_kwh < 0.01
+    assert capfd.readouterr() == ("", "")  # it says and writes nothing of its own
 
 
 def test_each_logger_gets_figures_in_its_own_words():
