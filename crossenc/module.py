@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter
 from .sharding import shard
 
 CHECKPOINT_VERSION = 1
+# Of `peft.LoraConfig`, and spelled out: what is `Any` to jsonargparse may be of whatever class it names, and is made;
+# and it reads checkpoints of strangers too.
+_Plain: TypeAlias = bool | int | float | str
+LoraArguments: TypeAlias = dict[str, _Plain | list[_Plain | list[int]] | dict[str, _Plain] | None]
 _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "in [0, 1)": (lambda value: 0 <= value < 1, ("label_smoothing", "dropout")),
     "in (0, 1]": (lambda value: 0 < value <= 1, ("layer_decay",)),
@@ -105,7 +109,7 @@ class CrossEncoderModule(LightningModule):
         gradient_checkpointing: bool = False,
         cuda_graphs: bool | None = None,
         attn_implementation: str | None = None,
-        lora: dict[str, Any] | None = None,
+        lora: LoraArguments | None = None,
         revision: str | None = None,
         backbone_sha256: str | None = None,
     ) -> None:
@@ -381,7 +385,7 @@ def disagreement(one: Tensor, other: Tensor) -> Tensor:
     return (one.sigmoid() - other.sigmoid()) * (one - other) / 2
 
 
-def _add_lora(model: Any, arguments: dict[str, Any]) -> Any:
+def _add_lora(model: Any, arguments: LoraArguments) -> Any:
     peft = require("peft", "lora")
     # Without its name peft leaves a new head as it is, unless that is called score or classifier.
     head = [name for name, part in model.named_children() if name != model.base_model_prefix and [*part.parameters()]]

@@ -20,6 +20,7 @@ from crossenc import PairDataModule, export, score
 from crossenc.backbone import load_tokenizer
 from crossenc.calibration import Calibration
 from crossenc.checkpoints import read_checkpoint
+from crossenc.cli import main
 from crossenc.errors import BackboneError, CheckpointError, UsageError
 from crossenc.module import CrossEncoderModule, disagreement
 from crossenc.optim import share_segments
@@ -187,6 +188,31 @@ def test_numbers_from_numpy_are_plain_in_a_checkpoint(tiny_backbone: Path, pairs
     known = read_checkpoint(tmp_path / "last.ckpt")
     assert known["hyper_parameters"]["lora"] == {"r": 2}
     assert known["PairDataModule"]["plan"]["batch_size"] == 6
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_no_object_is_made_of_what_a_checkpoint_names(
+    as_text: bool, tiny_backbone: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """jsonargparse, which both commands give a checkpoint's settings to, makes objects of `Any` and of its YAML."""
+    own = tmp_path / "own.txt"
+    own.write_text("precious")
+    data = PairDataModule(str(pairs_file), backbone=str(tiny_backbone))
+    quick_fit(CrossEncoderModule(tiny_backbone), data, tmp_path)
+    loaded = read_checkpoint(tmp_path / "last.ckpt")
+    emptied = {"class_path": "zipfile.ZipFile", "init_args": {"file": str(own), "mode": "w"}}
+    loaded["hyper_parameters"]["lora"] = {"r": str(emptied) if as_text else emptied}
+    loaded["hyper_parameters"]["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+    torch.save(loaded, tmp_path / "last.ckpt")
+    evaluated = ["--data.val_source", str(pairs_file), "--model.backbone", str(tiny_backbone)]
+    evaluated += ["--ckpt_path", str(tmp_path / "last.ckpt"), "--output", str(tmp_path / "runs")]
+    for words in (
+        ["score", str(tmp_path / "last.ckpt"), str(pairs_file), str(tmp_path / "scores.csv")],
+        ["validate", *evaluated, "--trainer.accelerator", "cpu"],
+    ):
+        assert main(words) == 2
+        assert "lora" in capsys.readouterr().err
+        assert own.read_text() == "precious"
 
 
 def test_a_fit_without_dev_pairs_leaves_the_trainer_as_it_was(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
