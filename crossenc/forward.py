@@ -119,8 +119,8 @@ def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
         slots = batch["slots"]
     packing = Packing(batch["pieces"], batch["starts"], slots, bounds)
     places = batch["position_ids"]
-    if hasattr(base.embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from behind its padding
-        places = places + base.embeddings.padding_idx + 1
+    if hasattr(base.embeddings, "create_position_ids_from_input_ids"):
+        places = _places_of_roberta(batch["input_ids"], places, base.embeddings.padding_idx)
     inputs = {"input_ids": batch["input_ids"], "position_ids": places}
     if "token_type_ids" in batch:
         inputs["token_type_ids"] = batch["token_type_ids"]
@@ -134,6 +134,17 @@ def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
     else:  # wrapped, as sharding does: only its own call brings its weights together
         first = last(hidden, packing=packing)[0, packing.starts]
     return _HEADS[model.config.model_type](model, first)
+
+
+def _places_of_roberta(ids: Tensor, places: Tensor, padding: int) -> Tensor:
+    """RoBERTa's positions of tokens that stand at these places of their pairs, each of shape (tokens,).
+
+    It counts from behind its padding, and what a text itself spells as padding, as "<pad>", is not counted.
+    """
+    counted = ids != padding
+    before = counted.cumsum(0) - counted.long()  # tokens in the row, of all pairs
+    first = torch.arange(len(ids), device=ids.device) - places  # of each token's own pair
+    return padding + (before - before[first] + 1) * counted
 
 
 def _attend_first(own: Any, query: Any, key: Any, value: Any, packing: Packing) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,24 @@ def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str
         assert torch.allclose(in_order(batch, pair_logits(plain, batch)), expected, atol=1e-5), cost
     single = [pair_logits(model, collate([pair], backbones[family])) for pair in PAIRS[-3:]]
     assert torch.allclose(torch.cat(single), expected[-3:], atol=1e-5)
+
+
+def test_padding_that_a_text_spells_is_the_models_own(backbones: dict[str, str], tmp_path: Path):
+    """RoBERTa leaves it out where it counts positions."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(backbones["roberta"], tmp_path / "roberta")
+    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="[unused0]")  # of number 1, as the model's own is
+    tokenizer.save_pretrained(folder)
+    model, plain = (load_model(str(folder), name).eval() for name in (None, "sdpa"))
+    plain.load_state_dict(model.state_dict())
+    pairs = [("one [unused0] text", "another"), ("[unused0] [unused0] one", "[unused0] other [unused0]"), ("a", "b")]
+    inputs = tokenizer([list(pair) for pair in pairs], padding=True, return_tensors="pt")
+    assert (inputs["input_ids"] == 1)[inputs["attention_mask"] == 1].sum() == 5
+    batch = collate(pairs, str(folder))
+    for gradient in (False, True):  # by parts, and in one
+        with torch.set_grad_enabled(gradient):
+            assert torch.allclose(in_order(batch, pair_logits(model, batch)), plain(**inputs).logits[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
