@@ -180,7 +180,7 @@ def mine(
     texts_of = ((texts[a], texts[b]) for a, b in zip(candidates["a"], candidates["b"], strict=True))
     logits = score_all(parts("scores"), scoring, texts_of, len(candidates))
     pairs = _duplicates(candidates, judge(logits, candidates["similarity"]), first, threshold)
-    groups, representatives = group(pairs, len(texts), linkage, threshold)
+    groups, representatives = group(pairs, len(texts), linkage)
     log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
     kind = "int64" if all(type(item) is int and abs(item) < 2**63 for item in ids) else "string"
     if kind == "string" and str(output).lower().endswith(".parquet"):
@@ -253,14 +253,12 @@ def _duplicates(
     return pairs[np.lexsort((pairs["b"], pairs["a"]))]
 
 
-def group(
-    pairs: NDArray[Any], count: int, linkage: Linkage, threshold: float
-) -> tuple[NDArray[np.int64], dict[int, int]]:
+def group(pairs: NDArray[Any], count: int, linkage: Linkage) -> tuple[NDArray[np.int64], dict[int, int]]:
     """The group of each of `count` rows, shape (rows,), -1 for a row without duplicates; groups are numbered by their
     first row. And the row that stands for each group: the one with the highest sum of scores with others of the group;
     of several, the first.
 
-    `pairs` is an array of `DUPLICATE`, with scores from `threshold` on. Pairs that were not scored are no duplicates.
+    `pairs` is an array of `DUPLICATE`, of all that count as such; pairs that are not among them do not.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -268,7 +266,7 @@ def group(
     graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs["a"], pairs["b"])), shape=(count, count))
     labels = connected_components(graph, directed=False)[1].astype(np.int64)
     if linkage == "complete":
-        labels = _split_components(pairs, labels, threshold)
+        labels = _split_components(pairs, labels)
     _, first, labels, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     rank = np.full(len(first), -1)
     large = np.flatnonzero(sizes > 1)
@@ -282,7 +280,7 @@ def group(
     return groups, dict(enumerate(rows[best].tolist()))
 
 
-def _split_components(pairs: NDArray[Any], labels: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
+def _split_components(pairs: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Cut every component into clusters of which all pairs are duplicates; copies go with their first."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
@@ -298,11 +296,11 @@ def _split_components(pairs: NDArray[Any], labels: NDArray[np.int64], threshold:
             raise UsageError(
                 f"{len(members):,} questions hang together, too many for --linkage complete; give a higher --threshold"
             )
-        distances = np.full((len(members), len(members)), 2.0)  # farther than any that were scored
+        distances = np.full((len(members), len(members)), 2.0)  # of duplicates 1 at most
         np.fill_diagonal(distances, 0)
         one, other = places[: len(part)], places[len(part) :]
         distances[one, other] = distances[other, one] = 1 - part["score"].astype(np.float64)
-        clusters = fcluster(linkage(squareform(distances), "complete"), 1 - threshold + 1e-9, "distance")
+        clusters = fcluster(linkage(squareform(distances), "complete"), 1, "distance")
         labels[members] = free + clusters
         free += int(clusters.max()) + 1
     labels[copies["b"]] = labels[copies["a"]]

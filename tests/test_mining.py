@@ -148,24 +148,26 @@ def made(*pairs: tuple[int, int, float]) -> np.ndarray:
 
 def test_groups_and_their_representatives():
     chain = made((1, 2, 0.9), (2, 3, 0.8), (5, 6, 0.7))
-    groups, representatives = group(chain, 8, "components", 0.5)
+    groups, representatives = group(chain, 8, "components")
     assert groups.tolist() == [-1, 0, 0, 0, -1, 1, 1, -1]
     assert representatives == {0: 2, 1: 5}
     ring = made((0, 1, 0.5), (0, 2, 0.5), (1, 3, 0.9), (2, 3, 0.9))
-    assert group(ring, 4, "components", 0.5)[1] == {0: 3}  # the first has as many duplicates, with lower scores
-    groups, representatives = group(chain, 8, "complete", 0.5)
+    assert group(ring, 4, "components")[1] == {0: 3}  # the first has as many duplicates, with lower scores
+    groups, representatives = group(chain, 8, "complete")
     assert groups.tolist() == [-1, 0, 0, -1, -1, 1, 1, -1]  # 1 and 3 were never called duplicates
     assert representatives == {0: 1, 1: 5}
     whole = made((0, 1, 0.5), (0, 2, 0.6), (1, 2, 0.7))
-    assert group(whole, 3, "complete", 0.5)[0].tolist() == [0, 0, 0]
+    assert group(whole, 3, "complete")[0].tolist() == [0, 0, 0]
     copied = np.concatenate([chain, np.array([(3, 7, 1, 1, True)], dtype=DUPLICATE)])
-    assert group(copied, 8, "complete", 0.5)[0].tolist() == [-1, 0, 0, 1, -1, 2, 2, 1]
-    assert group(made(), 3, "components", 0.5)[0].tolist() == [-1, -1, -1]
+    assert group(copied, 8, "complete")[0].tolist() == [-1, 0, 0, 1, -1, 2, 2, 1]
+    assert group(made(), 3, "components")[0].tolist() == [-1, -1, -1]
     chains = made((0, 1, 0.9), (1, 2, 0.8), (3, 4, 0.9), (4, 5, 0.8))
-    assert group(chains, 6, "complete", 0.5)[0].tolist() == [0, 0, -1, 1, 1, -1]
-    assert group(made((0, 1, 0.9), (1, 2, 0.8)), 3, "complete", 0)[0].tolist() == [0, 0, -1]
+    assert group(chains, 6, "complete")[0].tolist() == [0, 0, -1, 1, 1, -1]
+    assert group(made((0, 1, 0.9), (1, 2, 0.8)), 3, "complete")[0].tolist() == [0, 0, -1]
+    lowest = made((0, 1, 0), (0, 2, 1), (1, 2, 0.9))  # whatever the threshold was, in fp32 or not
+    assert group(lowest, 3, "complete")[0].tolist() == [0, 0, 0]
     nearly = made(*((a, b, 0.9) for a, b in combinations(range(9), 2) if (a, b) != (0, 8)))
-    assert group(nearly, 9, "complete", 0.5)[0].tolist() in ([0] * 8 + [-1], [-1] + [0] * 8)
+    assert group(nearly, 9, "complete")[0].tolist() in ([0] * 8 + [-1], [-1] + [0] * 8)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
