@@ -96,6 +96,14 @@ def test_a_threshold_lies_between_neighbours_in_fp32():
     assert decision_figures(scores, torch.tensor([1, 0, 0]), figures["accuracy_best_threshold"])["accuracy"] == 1.0
 
 
+def test_a_threshold_lies_between_neighbours_in_fp64():
+    for high in np.random.default_rng(0).random(100):
+        scores, truth = torch.tensor([high, np.nextafter(high, 0), 0.0], dtype=torch.float64), torch.tensor([1, 0, 0])
+        figures = pair_figures(scores, truth)
+        assert figures["accuracy"] == figures["f1"] == 1.0
+        assert decision_figures(scores, truth, figures["accuracy_best_threshold"])["accuracy"] == 1.0
+
+
 def test_a_threshold_from_elsewhere_is_used_and_the_own_best_stands_beside_it():
     figures = pair_figures(torch.tensor([0.9, 0.6, 0.4, 0.1]), torch.tensor([1.0, 0.0, 1.0, 0.0]), threshold=0.5)
     assert (figures["accuracy"], figures["precision"], figures["recall"]) == (0.5, 0.5, 0.5)
@@ -142,6 +150,9 @@ def test_calibration_figures_are_scikit_learns_and_the_definition():
     bins = [(scores[number == b].mean() - labels[number == b].mean(), (number == b).mean()) for b in range(10)]
     assert figures["calibration_error"] == pytest.approx(sum(abs(gap) * share for gap, share in bins), abs=1e-6)
     assert bin_numbers(np.array([0.0, 0.05, 0.1, 0.95, 1.0])).tolist() == [0, 0, 1, 9, 9]
+    sure = torch.tensor([1.0, 0.95, 0.95, 0.3, 0.35], dtype=torch.float64)  # two bins
+    error = abs(2.9 - 2) / 5 + abs(0.65 - 1) / 5
+    assert calibration_error(sure, torch.tensor([0.0, 1, 1, 0, 1])) == pytest.approx(error, abs=1e-12)
 
 
 def test_what_chance_shows_is_the_mean_calibration_error_of_true_probabilities():
