@@ -20,7 +20,7 @@ def kept(shape: Size, p: float, dtype: torch.dtype) -> Tensor:
     """Zeros with probability `p`, to 1 in 65,536, else 1 / (1 - p); on the CPU."""
     count = shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    return (bits.view(shape) >= round(p * 65536) - 32768).to(dtype).mul_(1 / (1 - p))
+    return (bits.view(shape) >= min(round(p * 65536), 65535) - 32768).to(dtype).mul_(1 / (1 - p))
 
 
 class CheapDropout(nn.Dropout):

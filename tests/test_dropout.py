@@ -26,6 +26,10 @@ def test_as_many_are_dropped_as_asked_for_and_the_mean_stays(p: float):
         assert together == pytest.approx(p * p, abs=5 * p / mask.numel() ** 0.5)
 
 
+def test_of_nearly_all_nearly_all_are_dropped():
+    assert (kept(torch.Size((1000,)), 1 - 1e-6, torch.float32) == 0).float().mean() > 0.99
+
+
 def test_gradients_pass_where_values_do_and_evaluation_drops_nothing():
     torch.manual_seed(0)
     layer, x = CheapDropout(0.4), torch.ones(50, 40, requires_grad=True)
