@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 DEFAULT_BACKBONE = "distilbert/distilroberta-base"
 # No tokenizer means a length like this; transformers writes 1e30 where a tokenizer knows no limit.
 _NO_LIMIT = 1_000_000
+# Models that number their positions as RoBERTa does, by names that do not tell.
+_LIKE_ROBERTA = ("camembert", "longformer", "mpnet", "esm", "data2vec-text", "ibert", "xmod")
 
 
 def locate(backbone: str | Path) -> str:
@@ -108,7 +110,7 @@ def _part_texts(tokenizer: Any) -> Any:
         return tokenizer
     ends = [(end, tokenizer.eos_token_id)]
     rules.post_processor = TemplateProcessing(single="$A", pair=f"$A {end} $B", special_tokens=ends)
-    names = ("model_max_length", "model_input_names", "padding_side")
+    names = ("model_max_length", "model_input_names", "padding_side", "truncation_side")
     kept = {name: getattr(tokenizer, name) for name in names} | tokenizer.special_tokens_map
     # Of no class of its own: GPT-NeoX's makes its rules anew whenever it is read.
     return PreTrainedTokenizerFast(tokenizer_object=rules, **kept)  # type: ignore[no-untyped-call]
@@ -134,7 +136,7 @@ def resolve_max_length(backbone: str, max_length: int | None, revision: str | No
     tokenizer = load_tokenizer(backbone, revision)
     positions = getattr(config, "max_position_embeddings", None) or -1
     limit = min(tokenizer.model_max_length, positions if positions > 0 else _NO_LIMIT)  # XLNet's are -1
-    if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet", "esm"):
+    if "roberta" in config.model_type or config.model_type in _LIKE_ROBERTA:
         limit = min(limit, config.max_position_embeddings - (config.pad_token_id or 0) - 1)
     special = tokenizer.num_special_tokens_to_add(pair=True)
     if max_length is None and limit >= _NO_LIMIT:

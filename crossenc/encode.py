@@ -54,7 +54,8 @@ def encode(
 ) -> Dataset:
     """Add `input_ids`, `token_type_ids` where the backbone takes them, `length` and `cut`, and drop the texts.
 
-    A pair of more than `max_length` tokens loses the end of its longer text, token by token, and is marked in `cut`.
+    A pair of more than `max_length` tokens loses the end of its longer text, token by token, or where the tokenizer
+    says so its beginning, and is marked in `cut`.
     The result is cached under the pairs, the tokenizer and `max_length`. `num_proc` processes share the work; None
     leaves it to the tokenizer's own threads. With `swap` the second text comes first, and `row` n becomes ~n.
     """
@@ -74,6 +75,7 @@ def encode(
             # The rules as text and not as an object: their cache key is the same in every process.
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
             "max_length": max_length,
+            "from_left": tokenizer.truncation_side == "left",
             "with_types": with_types,
             "swap": swap,
             "version": __version__,
@@ -84,7 +86,13 @@ def encode(
 
 
 def _encode_batch(
-    batch: dict[str, list[Any]], tokenizer: str, max_length: int, with_types: bool, swap: bool, version: str
+    batch: dict[str, list[Any]],
+    tokenizer: str,
+    max_length: int,
+    from_left: bool,
+    with_types: bool,
+    swap: bool,
+    version: str,
 ) -> dict[str, list[Any]]:
     sides = (batch["text_b"], batch["text_a"]) if swap else (batch["text_a"], batch["text_b"])
     pairs = list(zip(*sides, strict=True))
@@ -92,7 +100,7 @@ def _encode_batch(
     columns: dict[str, list[Any]] = {name: [] for name in names}
     characters = np.cumsum([len(a) + len(b) for a, b in pairs], dtype=np.int64)
     for part in np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(characters // _CHARACTERS)) + 1):
-        for encoding in _truncating(tokenizer, max_length).encode_batch([pairs[i] for i in part]):
+        for encoding in _truncating(tokenizer, max_length, from_left).encode_batch([pairs[i] for i in part]):
             columns["input_ids"].append(encoding.ids)
             columns["length"].append(len(encoding.ids))
             columns["cut"].append(bool(encoding.overflowing))
@@ -111,17 +119,18 @@ def encode_texts(
 
     rules, with_types = tokenizer.backend_tokenizer.to_str(), "token_type_ids" in tokenizer.model_input_names
     texts = {"text_a": [a for a, _ in pairs], "text_b": [b for _, b in pairs]}
-    columns = _encode_batch(texts, rules, max_length, with_types, swap=False, version=__version__)
+    from_left = tokenizer.truncation_side == "left"
+    columns = _encode_batch(texts, rules, max_length, from_left, with_types, swap=False, version=__version__)
     return pyarrow.table({"row": np.arange(len(pairs)), **columns})
 
 
 @cache
-def _truncating(rules: str, max_length: int) -> Tokenizer:
+def _truncating(rules: str, max_length: int, from_left: bool) -> Tokenizer:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(rules)
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    tokenizer.enable_truncation(max_length, strategy="longest_first", direction="left" if from_left else "right")
     return tokenizer
 
 

@@ -33,12 +33,14 @@ def test_a_backbone_becomes_one_fp32_logit_in_training_mode():
     assert (model.config.num_labels, model.classifier.out_features, model.config.problem_type) == (1, 1, None)
 
 
-def test_roberta_positions_begin_after_the_padding(tmp_path: Path):
+@pytest.mark.parametrize("kind", ["Roberta", "MPNet", "Data2VecText", "IBert", "Xmod"])
+def test_roberta_positions_begin_after_the_padding(kind: str, tmp_path: Path):
     """The table holds 514 rows and a text of 512 tokens uses the last: sentence-transformers' #3302."""
-    from transformers import RobertaConfig
+    import transformers
 
     load_tokenizer(BACKBONE).save_pretrained(tmp_path)
-    RobertaConfig(max_position_embeddings=66, pad_token_id=1).save_pretrained(tmp_path)
+    config = getattr(transformers, f"{kind}Config")
+    config(max_position_embeddings=66, pad_token_id=1).save_pretrained(tmp_path)
     assert resolve_max_length(str(tmp_path), None) == 64
 
 

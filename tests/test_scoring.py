@@ -534,11 +534,14 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
         Scoring(tmp_path / "junk.ckpt").find()
 
 
-def test_pairs_are_cut_as_sentence_transformers_cuts_them(tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pairs_are_cut_as_sentence_transformers_cuts_them(side: str, tiny: Path, tmp_path: Path):
     from sentence_transformers import CrossEncoder
 
     folder = shutil.copytree(tiny, tmp_path / "short")
-    CrossEncoder(str(tiny)).save_pretrained(str(folder))
+    peer = CrossEncoder(str(tiny))
+    peer.tokenizer.truncation_side = side
+    peer.save_pretrained(str(folder))
     settings = json.loads((folder / "sentence_bert_config.json").read_text())
     (folder / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 16}))
     pairs = [("a b c d e f g h " * 4, "one two three " * 4)]
