@@ -75,6 +75,7 @@ class PairDataModule(LightningDataModule):
         num_workers: Processes that make batches; 0 does it in the main process, which is enough for cached tokens.
         num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
         transitive: Add the training pairs that follow from others: if a and b are duplicates, a is to c as b is to c.
+            Dev and test pairs are not added.
         limit: Keep only the first rows of each split, training included, for a quick try.
         on_mismatch: When a checkpoint comes from other data, tokenizer, devices or batches: `refuse` to go on with it,
             or keep weights and optimizer and `continue` with the next epoch.
@@ -232,7 +233,7 @@ class PairDataModule(LightningDataModule):
                     "questions may stand among the training pairs; leave it out"
                 )
         if self.transitive and "train" in parts:
-            parts["train"] = pairs.add_transitive(parts["train"])
+            parts["train"] = pairs.add_transitive(parts["train"], [parts[name] for name in parts if name != "train"])
         self.tables |= parts
         for name, part in parts.items():
             if self._in_both_orders(name):

@@ -386,7 +386,7 @@ def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, 
     """Split so that no question stands in two splits (case and white space apart).
 
     Pairs that share a question, directly or through others, form a component; whole components are dealt, in an order
-    that is random but always the same, to dev and test as long as they fit. The largest ones stay in training.
+    that is random but always the same, to dev and test as long as they fit. What fits neither stays in training.
     """
     ends = [(normalized(a), normalized(b)) for a, b in zip(texts_a, texts_b, strict=True)]
     component = _components(dict.fromkeys(text for pair in ends for text in pair), ends)
@@ -422,12 +422,13 @@ def unseen(pairs: Dataset, others: Dataset) -> NDArray[np.bool_]:
     return np.array([not {normalized(a), normalized(b)} & known for a, b in zip(*sides, strict=True)], dtype=bool)
 
 
-def add_transitive(pairs: Dataset) -> Dataset:
+def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset:
     """Add the pairs that follow from others: a~b and b~c make a~c; a~b and b≁c make a≁c (~: a label from 0.5 on).
 
     Questions that duplicates connect are a group (case and white space apart). All pairs within a group are duplicates,
     and all pairs between two groups are none where one of them is labelled so. A group that holds a pair which is
-    labelled as none contradicts itself and adds nothing. Added pairs come last, their rows counted on.
+    labelled as none contradicts itself and adds nothing. A pair that is `evaluated` is not added, whatever follows.
+    Added pairs come last, their rows counted on.
     """
     import datasets
 
@@ -439,7 +440,7 @@ def add_transitive(pairs: Dataset) -> Dataset:
         one, two = (normalized(text) for text in (a, b))
         for key, text in ((one, a), (two, b)):
             texts.setdefault(key, text)
-        pair = (min(one, two), max(one, two))
+        pair = _unordered(a, b)
         known[pair] = label >= 0.5 and known.get(pair, True)
         if label >= 0.5:
             same.append((one, two))
@@ -453,7 +454,8 @@ def add_transitive(pairs: Dataset) -> Dataset:
     follow = [(pair, 1.0) for one in members.keys() - torn for pair in combinations(members[one], 2)]
     follow += [(pair, 0.0) for one, two in apart for pair in product(members[one], members[two])]
     added = {(min(pair), max(pair)): label for pair, label in follow}
-    rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known]
+    others = {_unordered(a, b) for part in evaluated for a, b in zip(part["text_a"], part["text_b"], strict=True)}
+    rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known and pair not in others]
     first = max(columns["row"]) + 1
     table = {
         "row": list(range(first, first + len(rows))),
@@ -462,6 +464,12 @@ def add_transitive(pairs: Dataset) -> Dataset:
         "label": [label for _, label in rows],
     }
     return datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict(table, features=pairs.features)])
+
+
+def _unordered(a: str, b: str) -> tuple[str, str]:
+    """What makes two pairs the same: their questions, in either order."""
+    one, two = normalized(a), normalized(b)
+    return min(one, two), max(one, two)
 
 
 def normalized(text: str) -> str:

@@ -140,6 +140,12 @@ def test_pairs_that_follow_from_others_are_added_where_it_is_asked_for(write):
     assert rows_of(data) == {"train": 4, "val": 1, "test": 1}
     made = data.tables["train"][3:]
     assert set(zip(made["text_a"], made["text_b"], strict=True)) <= {("d", "f"), ("f", "d")}
+    # Nor is a dev or a test pair, which would be trained on then.
+    inside = write("inside.csv", "question1,question2,label\nA,c,1\nd, B,1\na,b,1\nb,c,1\nc,d,1\n")
+    data = PairDataModule(str(inside), transitive=True, **settings | {"val_size": 1, "test_size": 1})
+    assert rows_of(data) == {"train": 4, "val": 1, "test": 1}
+    (made,) = data.tables["train"].select([3])
+    assert {made["text_a"], made["text_b"]} == {"a", "d"}
 
 
 def test_predict_needs_no_labels_and_takes_named_columns(write):
