@@ -260,7 +260,8 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
         del model.config.crossenc
     with quiet_transformers():
         model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors keeps it to its owner
+    # As the other files; safetensors keeps it to its owner.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     # Readers cut at this length; without it RoBERTa's positions overflow.
     tokenizer.model_max_length = module.max_length
     tokenizer.backend_tokenizer.no_truncation()

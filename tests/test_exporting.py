@@ -80,7 +80,8 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
     assert content["config_sentence_transformers.json"]["model_type"] == "CrossEncoder"
     assert content["modules.json"][0]["type"] == "sentence_transformers.base.modules.transformer.Transformer"
     assert content["tokenizer_config.json"]["model_max_length"] == 512
-    assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it too
+    modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
+    assert modes == {(folder / "config.json").stat().st_mode}  # whoever may read one may read all, and no one else
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",
