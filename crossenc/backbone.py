@@ -76,9 +76,19 @@ def has_head(architectures: list[str] | None) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in architectures or ())
 
 
-@cache
 def load_tokenizer(backbone: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The backbone's fast tokenizer; raises `BackboneError` if it has none."""
+    """The backbone's fast tokenizer; raises `BackboneError` if it has none.
+
+    It is read once, and anew where a folder holds other files by then: another model may have taken its place.
+    """
+    folder = Path(locate(backbone)).resolve()
+    about = ((file, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()) if folder.is_dir() else ()
+    return _read_tokenizer(backbone, revision, tuple((str(file), at.st_mtime_ns, at.st_size) for file, at in about))
+
+
+@cache
+def _read_tokenizer(backbone: str, revision: str | None, files: tuple[Any, ...]) -> PreTrainedTokenizerFast:
+    """`files` are only there to stand in the cache's key."""
     from transformers import AutoTokenizer
 
     with _clear_errors(backbone):

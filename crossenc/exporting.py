@@ -19,7 +19,7 @@ import torch
 from torchmetrics.functional.classification import binary_average_precision
 
 from . import figures
-from .backbone import load_tokenizer, quiet_transformers
+from .backbone import quiet_transformers
 from .calibration import sigmoid
 from .card import write_card
 from .checkpoints import owner
@@ -124,7 +124,6 @@ def export(
             if target.exists():
                 target.rename(Path(space) / "old")
             unfinished.rename(target)
-    load_tokenizer.cache_clear()  # of the export that was in its place
     if push_to_hub is not None:
         log.info("uploaded: %s", upload(target, push_to_hub, private))
     return target

@@ -33,6 +33,17 @@ def test_a_backbone_becomes_one_fp32_logit_in_training_mode():
     assert (model.config.num_labels, model.classifier.out_features, model.config.problem_type) == (1, 1, None)
 
 
+def test_a_tokenizer_is_read_once_and_anew_where_another_took_its_place(tiny: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    first = load_tokenizer(str(folder))
+    assert load_tokenizer(str(folder)) is first
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    words = rules["model"]["vocab"]
+    words["one"], words["two"] = words["two"], words["one"]
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    assert load_tokenizer(str(folder))("one").input_ids == first("two").input_ids
+
+
 @pytest.mark.parametrize("kind", ["Roberta", "MPNet", "Data2VecText", "IBert", "Xmod"])
 def test_roberta_positions_begin_after_the_padding(kind: str, tmp_path: Path):
     """The table holds 514 rows and a text of 512 tokens uses the last: sentence-transformers' #3302."""
