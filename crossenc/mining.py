@@ -268,10 +268,11 @@ def group(pairs: NDArray[Any], count: int, linkage: Linkage) -> tuple[NDArray[np
     if linkage == "complete":
         labels = _split_components(pairs, labels)
     _, first, labels, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    rank = np.full(len(first), -1)
-    large = np.flatnonzero(sizes > 1)
-    rank[large[np.argsort(first[large])]] = np.arange(len(large))
-    groups = rank[labels]
+    order = np.argsort(first)  # of the labels, by their first rows
+    order = order[sizes[order] > 1]
+    number = np.full(len(first), -1)
+    number[order] = np.arange(len(order))
+    groups = number[labels]
     inside = pairs[groups[pairs["a"]] == groups[pairs["b"]]]
     weight = np.bincount(inside["a"], inside["score"], count) + np.bincount(inside["b"], inside["score"], count)
     rows = np.flatnonzero(groups >= 0)

@@ -174,20 +174,24 @@ def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[t
         context.Process(target=_work, args=(scoring, rank, tasks, results), daemon=True)
         for rank in range(scoring.devices)
     ]
-    coming, underway = chain(chunks, [None] * scoring.devices), 0  # None ends a process
-    # Each process computes one chunk and prepares the next; as many wait, and no more are read ahead.
-    room = 4 * scoring.devices
+    coming = chain(chunks, [None] * scoring.devices)  # None ends a process
+
+    def hand_out(count: int) -> int:
+        """Put the next so many tasks into the queue, and say how many of them are chunks."""
+        given = 0
+        for task in islice(coming, count):
+            tasks.put(task)
+            given += task is not None
+        return given
+
     try:
         for worker in workers:
             worker.start()
-        while True:
-            for task in islice(coming, room):
-                tasks.put(task)
-                underway += task is not None
-            if not underway:
-                return
+        # Each process computes one chunk and prepares the next; as many wait, and no more are read ahead.
+        underway = hand_out(4 * scoring.devices)
+        while underway:
             yield _next_result(results, workers)
-            underway, room = underway - 1, 1
+            underway += hand_out(1) - 1
     finally:
         tasks.cancel_join_thread()  # after an error nobody takes what is left, and the end would wait for that
         for worker in workers:
