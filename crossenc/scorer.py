@@ -194,9 +194,11 @@ def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[t
             underway += hand_out(1) - 1
     finally:
         tasks.cancel_join_thread()  # after an error nobody takes what is left, and the end would wait for that
-        for worker in workers:
-            if worker.pid:
-                worker.kill()
+        begun = [worker for worker in workers if worker.pid]
+        for worker in begun:
+            worker.kill()
+        for worker in begun:  # or it stays in the table of processes, and a GPU's memory may be held for a moment
+            worker.join(10)
 
 
 def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:

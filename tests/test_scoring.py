@@ -202,6 +202,8 @@ def test_devices_share_chunks_and_change_nothing(tiny):
     assert sorted(shared) == sorted(alone) == list(range(6))
     for number, logits in alone.items():
         assert shared[number] == pytest.approx(logits, abs=1e-6)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [pid for pid in children if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"]
 
 
 def test_parts_of_another_model_or_way_are_not_taken_over(trained: Path, tiny: Path, tmp_path: Path):
