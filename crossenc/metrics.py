@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import (
     binary_auroc,
     binary_average_precision,
+    binary_calibration_error,
     binary_stat_scores,
 )
 from torchmetrics.utilities import dim_zero_cat
@@ -141,9 +142,9 @@ def calibration_error(scores: Tensor, labels: Tensor) -> float:
 
     In ten bins of equal width, as Naeini et al. (2015) have it.
     """
-    # torchmetrics gives scores of exactly 1 a bin of their own, and other bins than the pictures' and chance's.
-    gaps = (scores.double() - (labels >= 0.5).double()).numpy()
-    return float(np.abs(np.bincount(bin_numbers(scores.numpy()), weights=gaps)).sum() / len(gaps))
+    # A score of exactly 1 would get a bin of its own.
+    below = torch.nextafter(torch.ones((), dtype=scores.dtype), torch.zeros((), dtype=scores.dtype))
+    return binary_calibration_error(scores.clamp(max=below), (labels >= 0.5).long(), n_bins=BINS, norm="l1").item()
 
 
 def chance_calibration_error(scores: NDArray[Any]) -> float:
