@@ -32,7 +32,12 @@ def pair_logits(model: Any, batch: PairBatch) -> Tensor:
     inner = base_model(model)
     if not can_pack(inner):
         logits = torch.cat([model(**inputs).logits for inputs in padded(batch)])
-    elif batch["input_ids"].device.type == "cpu" and not torch.is_grad_enabled() and _exact(batch):
+    elif (
+        batch["input_ids"].device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # which traces no threads
+        and _exact(batch)
+    ):
         logits = _by_threads(inner, batch)
     else:
         logits = packed_logits(inner, batch)

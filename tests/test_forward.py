@@ -188,6 +188,15 @@ def test_a_wrapped_last_layer_gives_the_same(family: str, backbones: dict[str, s
     assert torch.allclose(pair_logits(model, batch), expected, atol=1e-5)
 
 
+def test_a_compiled_model_evaluates_too(backbones: dict[str, str]):
+    """`module.compile()` of Lightning; the threads that share a batch are not for it."""
+    model = load_model(backbones["bert"]).eval()
+    batch = collate(PAIRS[:4], backbones["bert"])
+    with torch.no_grad():
+        compiled = torch.compile(pair_logits, backend="eager")(model, batch)
+        assert torch.allclose(compiled, pair_logits(model, batch), atol=1e-5)
+
+
 def test_padding_on_the_left_is_the_models_own(backbones: dict[str, str], tmp_path: Path):
     """A model that takes padded pieces gets them on the side that its tokenizer pads."""
     tokenizer = load_tokenizer(backbones["electra"])
