@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +44,18 @@ def write_onnx(folder: Path, int8: bool) -> None:
     with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.config.use_cache = False  # decoders give back the keys and values too, which are no outputs of a graph
     # Two pairs of unlike length: a size of one would be taken for a constant.
     inputs = dict(tokenizer([["one", "two"], ["one and two", "three"]], padding=True, return_tensors="pt"))
     file = folder / FILES["onnx"]
     file.parent.mkdir(exist_ok=True)
-    notes = logging.getLogger("torch.onnx")
-    level = notes.level
-    notes.setLevel(logging.ERROR)  # of operators in packages that are not installed
+    # Of operators in packages that are not installed; and where a graph breaks off, of places in the code.
+    notes = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [log.level for log in notes]
+    for log in notes:
+        log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # to which torch prints the broken graph
             # The exporter's own notes: on pytrees that it calls in an old way, on axes that share a name.
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -69,7 +74,8 @@ def write_onnx(folder: Path, int8: bool) -> None:
             f"torch cannot export {model.config.model_type} to ONNX: {one_line(error.__cause__ or error)[:300]}"
         ) from error
     finally:
-        notes.setLevel(level)
+        for log, level in zip(notes, levels, strict=True):
+            log.setLevel(level)
     if int8:
         with tempfile.TemporaryDirectory(dir=folder) as space:
             prepared = Path(space) / "prepared.onnx"

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from crossenc import PairDataModule, export, score
+from crossenc.backbone import load_tokenizer
 from crossenc.cli import main
 from crossenc.errors import BackboneError, ExportError, UsageError
 from crossenc.exporting import score_pairs
@@ -100,6 +101,33 @@ def test_onnx_alone_is_written_and_checked(trained: Path, tmp_path: Path, monkey
     with pytest.raises(ExportError, match=r"onnx/model\.onnx gives scores that differ by 0"):
         export(str(trained / "best.ckpt"), str(tmp_path / "other"), onnx=True)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_decoder_has_a_graph_too(tmp_path: Path):
+    """Without the keys and values that it would keep for a next token."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+    config = GPT2Config(vocab_size=30522, num_labels=1, pad_token_id=0, bos_token_id=101, eos_token_id=102, **sizes)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    write_onnx(tmp_path, int8=False)
+    pairs = PAIRS[:20]
+    assert score(str(tmp_path), pairs, backend="onnx") == pytest.approx(score(str(tmp_path), pairs), abs=1e-5)
+
+
+def test_a_kind_of_model_without_a_graph_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    from transformers import LongformerConfig, LongformerForSequenceClassification
+
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = LongformerConfig(vocab_size=30522, num_labels=1, pad_token_id=0, attention_window=[8], **sizes)
+    LongformerForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match=r"^torch cannot export longformer to ONNX: .*$"):
+        write_onnx(tmp_path, int8=False)
+    told = capfd.readouterr().err  # transformers' notes on its own padding apart
+    assert not re.search("def forward|symbolic_shapes", told)
 
 
 def test_what_is_missing_is_said(trained: Path, exported: Path, tmp_path: Path):
