@@ -112,6 +112,9 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
         yield Table(source, "the DataFrame")
     elif not isinstance(source, Iterable):
         raise DataError(f"{source!r} is no file, no DataFrame and no list")
+    elif isinstance(source, Mapping):  # of whose keys a loop would make the rows
+        row = f"{{{', '.join(f'{name!r}: ...' for name in names)}}}"
+        raise DataError(f"a {type(source).__name__} is no list of rows; give a DataFrame, or a list of rows like {row}")
     else:
         yield Table([_as_row(item, names) for item in source], "the list")
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crossenc.errors import OutputError, UsageError
+from crossenc.errors import DataError, OutputError, UsageError
 from crossenc.tables import claim_output, open_table, read_texts, write_table
 
 
@@ -87,6 +87,15 @@ def test_frames_of_other_libraries_are_those_of_pandas():
     frame = SimpleNamespace(columns=["n"], to_pandas=lambda: pd.DataFrame({"n": ["a"]}))  # such as Ibis
     with open_table(frame, ["n"]) as table:
         assert list(table) == [{"n": "a"}]
+
+
+def test_the_keys_of_a_dict_are_no_rows():
+    """Such as BEIR's loader makes of queries and corpus, and `datasets` of splits."""
+    with (
+        pytest.raises(DataError, match=r"^a dict is no list of rows; .* a list of rows like \{'text': \.\.\.\}$"),
+        open_table({"q1": "How to swim?"}, ["text"]),
+    ):
+        pass
 
 
 def test_a_title_goes_before_its_text_where_it_is_asked_for(tmp_path: Path, caplog):
