@@ -160,7 +160,7 @@ def main(args: list[str] | None = None) -> int:
         run = COMMANDS[name][1]
         by_trainer = run in (_run, _evaluate)
         if not {"-h", "--help"} & set(rest):
-            _set_up_terminal(name)
+            _set_up_terminal()
             if by_trainer or name == "export":
                 _quiet_lightning()
             if by_trainer:
@@ -256,6 +256,7 @@ _OF_NO_USE = (
     ".*LeafSpec.* is deprecated",  # torch's own pytree, called by Lightning 2.6 in the old way
     ".*is_gradient_checkpointing. is deprecated",  # peft calls transformers 5 by a name that it is renaming
     ".*loading a checkpoint outside the 'fit' stage",  # by its averaged weights, which are all that it is evaluated by
+    ".*add the following callbacks",  # an evaluation needs none, and a run goes on with those that it is given
     "The dirpath has changed from",  # a checkpoint that is evaluated writes nothing
     "No seed found",  # where `--seed_everything true` finds no PL_GLOBAL_SEED it is 0, and stands in config.yaml
     "Precision .* is not supported by the model summary",  # whose sizes are those of 32 bits
@@ -265,7 +266,7 @@ _OF_NO_USE = (
 )
 
 
-def _set_up_terminal(command: str) -> None:
+def _set_up_terminal() -> None:
     """Say what matters, once: our own log on stderr, and of the libraries' logs and bars what a person needs."""
     if not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # as every file that is written
@@ -288,8 +289,6 @@ def _set_up_terminal(command: str) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for message in _OF_NO_USE:
         warnings.filterwarnings("ignore", message=message)
-    which = ".*WeightAveraging" if command == "fit" else ""  # an evaluation needs none of them
-    warnings.filterwarnings("ignore", message=f".*add the following callbacks: {which}")
 
 
 def _quiet_lightning() -> None:

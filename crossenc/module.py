@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from numpy.typing import NDArray
@@ -333,8 +333,7 @@ class CrossEncoderModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export tells besides the weights; plain types only, or `weights_only` refuses the file."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        averages = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
+        averaged = averaged_by(self.trainer)
         checkpoint["crossenc"] = {
             "version": CHECKPOINT_VERSION,
             **self.evaluation(),
@@ -347,7 +346,7 @@ class CrossEncoderModule(LightningModule):
                 "devices": self.trainer.world_size,
                 "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
                 "gradient_clip_val": self.trainer.gradient_clip_val,
-                **({"averaged by": averages[0]} if averages else {}),
+                **({"averaged by": averaged} if averaged else {}),
             },
         }
 
@@ -365,6 +364,12 @@ class CrossEncoderModule(LightningModule):
         self.threshold = kept["threshold"]
         self.fitted = Calibration(*kept["calibration"])
         self.figures, self.evaluated_step = dict(kept["figures"]), checkpoint["global_step"]
+
+
+def averaged_by(trainer: Trainer) -> str | None:
+    """The name of the callback that averages the weights, if there is one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)), None)
 
 
 def _hardware(device: torch.device) -> str:

@@ -47,7 +47,7 @@ from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
 from .loading import read_threshold
 from .metrics import evaluation_figures
-from .module import CrossEncoderModule
+from .module import CrossEncoderModule, averaged_by
 from .parts import writing
 
 log = logging.getLogger(__name__)
@@ -310,6 +310,10 @@ class RunCLI(LightningCLI):
                 for name in _WHAT_IS_TRAINED
                 if before.get(name) != now[name]
             ]
+            # Lightning would take averaged weights for plain ones, or begin an average in the middle.
+            began, averaged = loaded["crossenc"]["training"].get("averaged by"), averaged_by(self.trainer)
+            if began != averaged:
+                changed.append(f"the callback {began} (now {averaged})")
             # Not by its name: a folder may have been moved.
             kept, own = ({n: v.shape for n, v in of.items()} for of in (loaded["state_dict"], self.model.state_dict()))
             if kept != own and not changed:

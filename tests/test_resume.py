@@ -126,7 +126,7 @@ def test_killed_runs_end_with_the_same_bits():
     assert "2 of 2 ended bit-identical" in done.stdout
 
 
-def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path):
+def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path, capsys):
     average = ["--trainer.max_epochs=4", "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"]
     assert main([*fit(options, tmp_path / "whole"), *average]) == 0
     run = tmp_path / "whole" / "run"
@@ -144,6 +144,18 @@ def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path):
     checkpoint = torch.load(last, weights_only=True)
     plain, averaged = checkpoint["current_model_state"], checkpoint["state_dict"]
     assert any(not torch.equal(value, averaged[name]) for name, value in plain.items() if name in averaged)
+    # Without the callback, the average would be taken for the weights that the optimizer was at.
+    assert main(fit(options, tmp_path / "killed", ckpt_path="last", trainer__max_epochs=5)) == 2
+    assert "the callback EMAWeightAveraging (now None), which" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_average_begins_in_the_middle(whole: Path, options: dict[str, Any], tmp_path: Path, capsys):
+    copy(whole, tmp_path / "run")
+    command = fit(options, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1)
+    assert main([*command, "--trainer.callbacks+=EMAWeightAveraging"]) == 2
+    said = capsys.readouterr().err
+    assert "the callback None (now EMAWeightAveraging), which" in said.splitlines()[-1]
+    assert "weight_averaging.py" not in said
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
