@@ -53,8 +53,8 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps `best.ckpt`, by average precision on the dev pairs after each validation.
 
     Lightning forgets what was best so far when the run's folder was moved; here the paths follow it. A run that goes on
-    from a checkpoint of another, or with other dev pairs, chooses its own best. Dev pairs of one label, which have no
-    average precision, choose none.
+    from a checkpoint of another, or with other dev pairs, or whose best one is gone or damaged, chooses its own best.
+    Dev pairs of one label, which have no average precision, choose none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = Path(str(self.dirpath)) / "best.ckpt"
         others = self.dev_pairs != state_dict.get("dev_pairs", self.dev_pairs)
-        if others or not state_dict["best_model_path"] or not best.is_file():
+        if others or not state_dict["best_model_path"] or not is_whole(best):
             return
         here: dict[str, Any] = dict.fromkeys(("best_model_path", "kth_best_model_path"), str(best))
         here["best_k_models"] = {str(best): state_dict["best_model_score"]}
@@ -303,13 +303,21 @@ def find_newest(folder: Path) -> Path | None:
         except CheckpointError as error:
             log.warning("passed over: %s", error)
     for step, _, path in sorted(found, reverse=True):
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        if damaged is None:
-            log.info("going on from %s, step %d", path, step)
-            return path
-        log.warning("passed over: %s is damaged", path)
+        if not is_whole(path):
+            log.warning("passed over: %s is damaged", path)
+            continue
+        log.info("going on from %s, step %d", path, step)
+        return path
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a checkpoint can be read; a look at its table of contents does not tell."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # of bytes that are no checkpoint the reader makes errors of any kind
+        return False
 
 
 def gather(trainer: Trainer, item: Any) -> list[Any]:

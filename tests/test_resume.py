@@ -346,8 +346,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     folder = copy(whole, tmp_path / "run")
     assert find_newest(folder) == folder / "last.ckpt"
     content = (folder / "last.ckpt").read_bytes()
-    middle = len(content) // 2
-    for damaged in (content[:middle], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+    middle, name = len(content) // 2, content.index(b"PK\x03\x04") + 30  # of an array in the archive
+    flipped = [content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :] for at, bit in ((middle, 1), (name, 128))]
+    for damaged in (content[:middle], *flipped):
         caplog.clear()
         (folder / "last.ckpt").write_bytes(damaged)
         assert find_newest(folder) == folder / "best.ckpt"
@@ -489,9 +490,15 @@ def make_unbeatable(checkpoint: Path) -> int:
     return step
 
 
-def test_a_best_checkpoint_that_is_gone_counts_no_more(whole: Path, options: dict[str, Any], tmp_path: Path):
+@pytest.mark.parametrize("left", [0, 20_000])
+def test_a_best_checkpoint_that_is_gone_counts_no_more(whole: Path, options: dict[str, Any], tmp_path: Path, left: int):
+    """Or of which only the first bytes are left."""
     folder = copy(whole, tmp_path / "run")
-    (folder / "best.ckpt").unlink()
+    best = folder / "best.ckpt"
+    content = best.read_bytes()[:left]
+    best.unlink()
+    if content:
+        best.write_bytes(content)
     step = make_unbeatable(folder / "last.ckpt")
     assert main(fit(options, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1)) == 0
     assert weights(folder / "best.ckpt")[0] > step
