@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,7 @@ from .errors import ExportError, HubError, UsageError, one_line
 from .loading import load_checkpoint, plain_model
 from .onnx_model import write_onnx
 from .pairs import read
-from .parts import try_writing, writing
+from .parts import folder_beside, try_writing, writing
 from .records import read_figures, read_scores, split_of
 from .scorer import Backend, Scoring, score_chunks
 
@@ -106,8 +105,8 @@ def export(
     pairs = _dev_pairs(evaluated.get("val"), Path(checkpoint), dev) if int8 else None
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as space:
-        unfinished = Path(space) / "new"
+    with folder_beside(target) as space:
+        unfinished = space / "new"
         expected = _module_scores(module, tokenizer, _PROBES)
         with writing(target):
             _write(unfinished, module, tokenizer)
@@ -122,7 +121,7 @@ def export(
             figures.save(pictures, unfinished / "figures")
             write_card(unfinished, name, loaded, measured, module.max_length, sources, evaluated.get("val"), added)
             if target.exists():
-                target.rename(Path(space) / "old")
+                target.rename(space / "old")
             unfinished.rename(target)
     if push_to_hub is not None:
         log.info("uploaded: %s", upload(target, push_to_hub, private))

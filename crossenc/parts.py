@@ -126,6 +126,18 @@ def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """An empty hidden folder to make in what takes the target's place; one that a killed process left is dropped."""
+    space = target.with_name(f".{target.name}-unfinished")
+    try:
+        shutil.rmtree(space, ignore_errors=True)
+        space.mkdir()
+        yield space
+    finally:
+        shutil.rmtree(space, ignore_errors=True)
+
+
 def try_writing(path: Path) -> None:
     """Raise `OutputError` where nothing could be written under this name, without making its folders."""
     with writing(path), tempfile.TemporaryFile(dir=next(f for f in path.absolute().parents if f.exists())):

@@ -97,6 +97,7 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
 
 def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Path):
     target = tmp_path / "model"
+    (tmp_path / ".model-unfinished" / "new").mkdir(parents=True)  # left by one that was killed
     assert export(str(trained / "last.ckpt"), str(target)) == target
     with pytest.raises(ExportError, match="is there already"):
         export(str(trained / "last.ckpt"), str(target))
