@@ -164,13 +164,14 @@ class PlainProgress(Callback):
         told = trainer.is_global_zero and pl_module.is_logged  # in other steps the figures are those of an earlier one
         if not told or now - self.written < SECONDS_BETWEEN_LINES:
             return
+        module: Any = pl_module
         figures = trainer.progress_bar_metrics  # asked for only now, since a GPU has to wait for it
         if "train/lr" in figures:
             self.written = now
             log.info(
                 "step %d/%d  loss %.4f  lr %.2e  %.0f pairs/s",
                 trainer.global_step,
-                trainer.estimated_stepping_batches,
+                module.planned_steps(),
                 figures["train/loss"],
                 figures["train/lr"],
                 figures["train/pairs_per_second"],

@@ -309,9 +309,24 @@ class CrossEncoderModule(LightningModule):
         groups = parameter_groups(base_model(self.model), **rates)
         fused = self.trainer.precision != "16-mixed"  # whose gradient scaler does not go with Lightning's clipping
         optimizer = make_optimizer(self.hparams["optimizer"], groups, rates["learning_rate"], fused)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = make_schedule(self.hparams["schedule"], optimizer, self.hparams["warmup"], steps)
+        schedule = make_schedule(self.hparams["schedule"], optimizer, self.hparams["warmup"], self.planned_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def planned_steps(self) -> float:
+        """All steps of the run, those before it went on with other batches included; infinity if it has no end.
+
+        What the Trainer estimates are those of its epochs, as if all batches had been like the ones of now: the
+        schedule would be at its end too early, or never.
+        """
+        trainer: Any = self.trainer
+        data: Any = getattr(trainer, "datamodule", None)
+        planned: float = trainer.estimated_stepping_batches
+        ahead: int = data.steps_ahead() if hasattr(data, "steps_ahead") else 0
+        if not ahead or trainer.max_epochs == -1:
+            return planned
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        steps: int = per_epoch * trainer.max_epochs + ahead
+        return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

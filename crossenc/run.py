@@ -337,7 +337,7 @@ class RunCLI(LightningCLI):
         """Test the best checkpoint, export it, and print what there is to know."""
         if self.trainer.interrupted or self.config["fit"].trainer.fast_dev_run:
             return
-        done, planned = self.trainer.global_step, self.trainer.estimated_stepping_batches
+        done, planned = self.trainer.global_step, self.model.planned_steps()
         if 0 < done < planned:
             log.info("training ended at step %d of %s, by max_time, a callback or --on_mismatch", done, planned)
         if not self.trainer.checkpoint_callbacks or not self.trainer.global_step:

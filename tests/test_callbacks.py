@@ -121,8 +121,8 @@ def test_the_plain_log_has_a_line_every_ten_seconds_where_there_are_figures(
 ):
     clock(monkeypatch)
     figures = {"train/loss": 0.5, "train/lr": 1e-5, "train/pairs_per_second": 9.0}
-    trainer: Any = SimpleNamespace(progress_bar_metrics=figures, global_step=1, estimated_stepping_batches=12)
-    trainer.is_global_zero, module = True, SimpleNamespace(is_logged=True)
+    trainer: Any = SimpleNamespace(progress_bar_metrics=figures, global_step=1)
+    trainer.is_global_zero, module = True, SimpleNamespace(is_logged=True, planned_steps=lambda: 12)
     progress = callbacks.PlainProgress()
     with caplog.at_level(logging.INFO, logger="crossenc"):
         for batch in range(7):  # 24 seconds

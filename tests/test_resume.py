@@ -473,10 +473,23 @@ def test_a_mismatch_goes_on_with_the_next_epoch_if_it_may(whole: Path, options: 
     (folder / "last.ckpt").unlink()
     step = weights(folder / "best.ckpt")[0]
     command = fit(options, tmp_path, ckpt_path="last", on_mismatch="continue", data__batch_size=6)
+    keep = {"every_n_train_steps": 60, "save_top_k": -1, "dirpath": tmp_path / "kept", "filename": "middle"}
+    command += ["--trainer.log_every_n_steps=1", "--trainer.callbacks+=ModelCheckpoint"]
+    command += [f"--trainer.callbacks.{name}={value}" for name, value in keep.items()]
     assert main(command) == 0
     assert "batch_size 4 (now 6): going on with the next epoch" in capsys.readouterr().err
     left = EPOCHS - 1 - step // 6
-    assert weights(folder / "last.ckpt")[0] == step + 4 * left
+    end = step + 4 * left
+    assert weights(folder / "last.ckpt")[0] == end
+    # The learning rate ends with the run, and not where all epochs of such batches would have ended.
+    rates = logged(folder, "train/lr")
+    assert rates[end - 2] == pytest.approx(2 * rates[end - 1])
+    assert rates[end - 1] > 0
+    # What goes on after a kill knows of the other batches too.
+    whole_end = shutil.copy(folder / "last.ckpt", tmp_path / "end.ckpt")
+    (tmp_path / "kept" / "middle.ckpt").rename(folder / "last.ckpt")
+    assert main(command) == 0
+    assert same(folder / "last.ckpt", Path(whole_end))
 
 
 def make_unbeatable(checkpoint: Path) -> int:
