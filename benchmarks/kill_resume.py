@@ -52,6 +52,7 @@ def make_inputs(folder: Path) -> dict[str, Any]:
         "trainer.accumulate_grad_batches": 2,
         "trainer.val_check_interval": 22,
         "trainer.num_sanity_val_steps": 0,
+        "trainer.logger": False,  # to whom pictures go, which would take half of the time
         "checkpoint_every_n_steps": 4,
         "ckpt_path": "last",
     }
@@ -81,6 +82,8 @@ def work(arguments: list[str], environment: dict[str, str], said: Path) -> None:
 
 def start_server() -> None:
     """Import everything once: its time is no part of a run's time, in which it is killed."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what was killed
     FORK.set_forkserver_preload(
         ["crossenc.run", "datasets", "pandas", "peft", "tensorboard", "transformers.models.bert.modeling_bert"]
     )
@@ -147,8 +150,7 @@ def main() -> None:
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ |= {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # of what was killed
+        os.environ.setdefault("HF_DATASETS_CACHE", str(folder / "cache"))
         start_server()
         options, whole, seconds = make_inputs(folder), {}, {}
         options["trainer.max_epochs"] = arguments.epochs

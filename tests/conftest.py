@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -61,11 +63,20 @@ def run_on(devices: int, words: list[str], log: Path) -> None:
         return
     from kill_resume import finish, start, start_server
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
+    with patch.dict(os.environ):
         start_server()
     finish(start(words, devices, log), log)  # which ends in what they said, if one ended badly
     assert "warning" not in log.read_text().lower()
+
+
+def kill_runs(*words: str) -> None:
+    """`benchmarks/kill_resume.py`, whose runs are forked from the process that `run_on` forks from."""
+    import kill_resume
+
+    argv = patch.object(sys, "argv", ["kill_resume.py", *words])
+    with patch.dict(os.environ), argv, pytest.raises(SystemExit) as ended:
+        kill_resume.main()
+    assert ended.value.code == 0
 
 
 def runs(pid: int) -> bool:
@@ -91,12 +102,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests neither read nor fill the user's cache of data sets."""
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests, and the processes that they start, neither read nor fill the user's cache of data sets."""
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
     datasets.disable_progress_bars()
+    with patch.dict(os.environ, {"HF_DATASETS_CACHE": datasets.config.HF_DATASETS_CACHE}):
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """For a file with many small runs, half of whose time would go into pictures that nobody looks at."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("crossenc.callbacks.draw", lambda *_: {})
+        patched.setattr("crossenc.figures.draw", lambda *_: {})
+        patched.setattr("crossenc.figures.draw_learning", lambda _: None)
+        yield
 
 
 @pytest.fixture
@@ -147,6 +170,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
     arguments = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--data.batch_size", "8"]
     code = main(["fit", *arguments, "--output", str(output), "--run", "short", "--trainer.accelerator", "cpu"])
     assert code == 0
+    return output / "short"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path, tiny_backbone: Path) -> Path:
+    """`trained` with a small model, for what goes on with a run or repeats it."""
+    output = tmp_path_factory.mktemp("runs")
+    arguments = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--data.batch_size", "8"]
+    arguments += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+    assert main(["fit", *arguments, "--output", str(output), "--run", "short"]) == 0
     return output / "short"
 
 

@@ -90,16 +90,16 @@ def test_weights_too_large_for_one_file_lie_beside_it(tiny: Path, tmp_path: Path
     assert found[0][1] == pytest.approx(found[2**31][1], abs=1e-6)
 
 
-def test_onnx_alone_is_written_and_checked(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = export(str(trained / "best.ckpt"), str(tmp_path / "model"), onnx=True)
+def test_onnx_alone_is_written_and_checked(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = export(str(small / "best.ckpt"), str(tmp_path / "model"), onnx=True)
     assert [file.name for file in (folder / "onnx").iterdir()] == ["model.onnx"]
     # Of the same model, with other scores.
     monkeypatch.setattr(
         "crossenc.exporting.write_onnx", lambda new, int8: shutil.copytree(folder / "onnx", new / "onnx")
     )
-    monkeypatch.setattr(OnnxModel, "__call__", lambda self, inputs: np.zeros(len(inputs["input_ids"]), np.float32))
+    monkeypatch.setattr(OnnxModel, "__call__", lambda self, inputs: np.ones(len(inputs["input_ids"]), np.float32))
     with pytest.raises(ExportError, match=r"onnx/model\.onnx gives scores that differ by 0"):
-        export(str(trained / "best.ckpt"), str(tmp_path / "other"), onnx=True)
+        export(str(small / "best.ckpt"), str(tmp_path / "other"), onnx=True)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
@@ -153,17 +153,17 @@ def test_each_process_has_a_gpu_of_its_own(exported: Path, monkeypatch: pytest.M
     assert opened == [(2, [("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"])]
 
 
-def test_dev_pairs_are_those_of_the_run(trained: Path, tmp_path: Path):
+def test_dev_pairs_are_those_of_the_run(small: Path, tmp_path: Path):
     from crossenc.exporting import _dev_pairs, _evaluated
 
-    run = shutil.copytree(trained, tmp_path / "run")
+    run = shutil.copytree(small, tmp_path / "run")
 
     def own_pairs(name: str) -> Mapping[str, Any]:
         loaded = torch.load(run / name, weights_only=True)
         return _dev_pairs(_evaluated(loaded, run / name)[1].get("val"), run / name, None)
 
     dev = own_pairs("best.ckpt")
-    data = PairDataModule(**yaml.safe_load((trained / "config.yaml").read_text())["data"], backbone=BACKBONE)
+    data = PairDataModule(**yaml.safe_load((small / "config.yaml").read_text())["data"], backbone=BACKBONE)
     data.setup("fit")
     assert dev["text_a"].tolist() == data.tables["val"]["text_a"][:]
     with pytest.raises(UsageError, match=r"last\.ckpt was evaluated on none of its own; give --dev FILE, or"):

@@ -31,22 +31,18 @@ from crossenc.checkpoints import AtomicCheckpointIO, find_newest
 from crossenc.cli import main
 from crossenc.errors import CheckpointError, OutputError
 
-from .conftest import logged
+from .conftest import kill_runs, logged
 
-ROOT = Path(__file__).parents[1]
 EPOCHS, STEPS = 16, 96
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """What is computed here is too small for two threads, and pictures would take longer than all of it."""
+def _quick(no_pictures: None) -> Iterator[None]:
+    """What is computed here is too small for two threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr("crossenc.callbacks.draw", lambda *_: {})
-        patch.setattr("crossenc.figures.draw", lambda *_: {})
-        patch.setattr("crossenc.figures.draw_learning", lambda _: None)
         yield
     torch.set_num_threads(threads)
 
@@ -80,9 +76,12 @@ def weights(file: Path) -> tuple[int, dict[str, torch.Tensor]]:
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    """In a session of its own, so that a signal can be sent to its workers and other ranks too."""
+    """In a session of its own, so that a signal can be sent to its workers and other ranks too.
+
+    Without loggers there are no pictures, which a validation would spend most of its time on.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "crossenc", *command],
+        [sys.executable, "-m", "crossenc", *command, "--trainer.logger=false"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -114,16 +113,12 @@ def copy(whole: Path, target: Path) -> Path:
     return shutil.copytree(whole, target, ignore=shutil.ignore_patterns("model"))
 
 
-def test_killed_runs_end_with_the_same_bits():
+def test_killed_runs_end_with_the_same_bits(capsys):
     """One process, killed three times, and two, killed twice."""
     seed = os.environ.get("CROSSENC_TEST_SEED", str(time.time_ns() % 10**6))
     print(f"CROSSENC_TEST_SEED={seed}")
-    words = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--trials=2", "--epochs=3"]
-    words += [f"--seed={seed}", "--processes", "1", "2", "--kills", "3", "2"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 ended bit-identical" in done.stdout
+    kill_runs("--trials=2", "--epochs=3", f"--seed={seed}", "--processes", "1", "2", "--kills", "3", "2")
+    assert "2 of 2 ended bit-identical" in capsys.readouterr().out
 
 
 def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path, capsys):

@@ -37,12 +37,9 @@ def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]
     return ["fit", *(f"--{name}={value}" for name, value in named.items()), *more]
 
 
-@pytest.fixture(scope="module")
-def small(pairs_file: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`trained` with a small model, for what goes on with a run or repeats it."""
-    output = tmp_path_factory.mktemp("runs")
-    assert main(fit(pairs_file, tiny_backbone, output, "--run=short", "--data.batch_size=8")) == 0
-    return output / "short"
+@pytest.fixture(scope="module", autouse=True)
+def _quick(trained: Path, no_pictures: None) -> None:
+    """No pictures, but those of `trained`, which other files look at."""
 
 
 def test_a_fit_leaves_everything_in_its_folder(trained: Path):

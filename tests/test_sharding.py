@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,7 @@ from safetensors.torch import load_file
 from crossenc import CrossEncoderModule
 from crossenc.sharding import shard
 
-from .conftest import run_on
-
-ROOT = Path(__file__).parents[1]
+from .conftest import kill_runs, run_on
 
 
 def test_each_layer_is_gathered_by_itself(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch):
@@ -63,8 +59,4 @@ def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, 
 
 def test_a_killed_sharded_run_ends_with_the_same_bits():
     seed = os.environ.get("CROSSENC_TEST_SEED", "0")
-    script = str(ROOT / "benchmarks" / "kill_resume.py")
-    words = [sys.executable, script, "--trials=1", "--epochs=2", "--processes=2", "--strategy=fsdp", f"--seed={seed}"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
+    kill_runs("--trials=1", "--epochs=2", "--processes=2", "--strategy=fsdp", f"--seed={seed}")
