@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crossenc.backbone import locate
 from crossenc.cli import main
 from crossenc.errors import UsageError
 from crossenc.exporting import upload
 from crossenc.pairs import sample_pairs
 
-from .conftest import BACKBONE, run_all
+from .conftest import run_all
 from .hub_server import COMMIT, TOKEN, HubServer, serve
 
 CARD = """---
@@ -33,8 +32,8 @@ Question pairs.
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """The names that `fit` uses without arguments, over the offline backbone and 100 pairs of the embedded sample."""
+def hub(trained: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """The names that `fit` uses without arguments, over a small backbone and 100 pairs of the embedded sample."""
     folder = tmp_path_factory.mktemp("hub")
     (folder / "README.md").write_text(CARD)
     rows = [{"sentence1": r["text_a"], "sentence2": r["text_b"], "label": r["label"]} for r in sample_pairs()["train"]]
@@ -48,7 +47,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     repositories = {
         "datasets/owner/script": folder / "script",
         "datasets/owner/bad": folder / "bad",
-        "models/distilbert/distilroberta-base": Path(locate(BACKBONE)),
+        "models/distilbert/distilroberta-base": tiny_backbone,
+        "models/owner/cross": trained / "model",
         "datasets/sentence-transformers/quora-duplicates": folder,
     }
     with serve(repositories) as server:
@@ -59,13 +59,43 @@ def fit(home: Path, *arguments: str) -> list[str]:
     return ["fit", "--output", str(home / "runs"), "--trainer.max_steps", "1", *arguments]
 
 
-def test_fit_without_arguments_reads_model_and_pairs_from_the_hub(hub: HubServer, tmp_path: Path):
-    ((code, said),) = run_all([fit(tmp_path)], HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "cache"))
+ASKED = {
+    "backbone owner/gone could not be read from the Hugging Face Hub": ["--model.backbone", "owner/gone"],
+    "data set owner/gone could not be read from the Hugging Face Hub": ["--data.source", "owner/gone"],
+    "subset pairs, split train: BuilderConfig 'pairs' not found": ["--data.subset", "pairs"],
+    "owner/script, split train: Dataset scripts are no longer": ["--data.source", "owner/script"],
+    "data set owner/bad, split train: JSON parse error": ["--data.source", "owner/bad"],
+    'Unknown split "dev"': ["--data.source", "sentence-transformers/quora-duplicates:dev"],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def answers(hub: HubServer, home: Path, trained: Path, pairs_file: Path) -> dict[str, tuple[int, str]]:
+    """What the commands of several tests said, and their exit codes: imports take longer than all that they do."""
+    commands = {"fit": fit(home), **{line: fit(home / "bad", *arguments) for line, arguments in ASKED.items()}}
+    commands["test"] = ["test", "--ckpt_path", str(trained / "best.ckpt"), "--data.source", "owner/gone"]
+    for model, name in (("owner/cross", "hub"), (str(trained / "model"), "folder")):
+        where = ["--data.val_source", str(pairs_file), "--accelerator", "cpu", "--output", str(home / name)]
+        commands[f"evaluate {name}"] = ["evaluate", model, *where]
+        commands[f"score {name}"] = ["score", model, str(pairs_file), str(home / f"{name}.csv")]
+    said = run_all(list(commands.values()), HF_ENDPOINT=hub.endpoint, HF_HOME=str(home / "cache"))
+    return dict(zip(commands, said, strict=True))
+
+
+def test_fit_without_arguments_reads_model_and_pairs_from_the_hub(
+    hub: HubServer, answers: dict[str, tuple[int, str]], home: Path
+):
+    code, said = answers["fit"]
     assert code == 0, said
     assert "arning" not in said
-    figures = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
+    figures = json.loads((home / "runs" / "run" / "metrics.json").read_text())
     assert (figures["val/rows"], figures["test/rows"]) == (10, 10)
-    card = (tmp_path / "runs" / "run" / "model" / "README.md").read_text()
+    card = (home / "runs" / "run" / "model" / "README.md").read_text()
     assert "base_model: distilbert/distilroberta-base" in card
     assert "- sentence-transformers/quora-duplicates\n" in card
     read = "\n".join(hub.requests)
@@ -74,25 +104,16 @@ def test_fit_without_arguments_reads_model_and_pairs_from_the_hub(hub: HubServer
     assert "/pair/train-00000-of-00001.parquet" not in read
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: HubServer, trained: Path, tmp_path: Path):
-    asked = {
-        "backbone owner/gone could not be read from the Hugging Face Hub": ["--model.backbone", "owner/gone"],
-        "data set owner/gone could not be read from the Hugging Face Hub": ["--data.source", "owner/gone"],
-        "subset pairs, split train: BuilderConfig 'pairs' not found": ["--data.subset", "pairs"],
-        "owner/script, split train: Dataset scripts are no longer": ["--data.source", "owner/script"],
-        "data set owner/bad, split train: JSON parse error": ["--data.source", "owner/bad"],
-        'Unknown split "dev"': ["--data.source", "sentence-transformers/quora-duplicates:dev"],
-    }
-    commands = [fit(tmp_path, *arguments) for arguments in asked.values()]
-    commands.append(["test", "--ckpt_path", str(trained / "best.ckpt"), "--data.source", "owner/gone"])
-    *ends, tested = run_all(commands, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "cache"))
-    assert tested[0] == 2
-    assert tested[1].endswith(f"; the options of the checkpoint's run: --config {trained / 'config.yaml'}\n")
-    for (code, said), line in zip(ends, asked, strict=True):
+def test_what_the_hub_does_not_have_is_one_line(answers: dict[str, tuple[int, str]], home: Path, trained: Path):
+    for line in ASKED:
+        code, said = answers[line]
         assert code == 2
         assert line in said.splitlines()[-1]
         assert "Traceback" not in said
-    assert not list((tmp_path / "runs").iterdir())
+    assert not list((home / "bad" / "runs").iterdir())
+    code, said = answers["test"]
+    assert code == 2
+    assert said.endswith(f"; the options of the checkpoint's run: --config {trained / 'config.yaml'}\n")
 
 
 def test_an_export_is_uploaded_and_a_refused_one_stays(
@@ -154,17 +175,15 @@ def test_an_upload_goes_to_what_is_there_too_and_leaves_the_visibility_to_its_ow
         upload(tmp_path / "model", "owner/model", private=True)
 
 
-def test_a_model_on_the_hub_is_evaluated_and_scores_as_the_folder_does(trained: Path, pairs_file: Path, tmp_path: Path):
-    with serve({"models/owner/cross": trained / "model"}) as server:
-        commands = []
-        for model, name in (("owner/cross", "hub"), (str(trained / "model"), "folder")):
-            where = ["--data.val_source", str(pairs_file), "--accelerator", "cpu", "--output", str(tmp_path / name)]
-            commands += [["evaluate", model, *where], ["score", model, str(pairs_file), str(tmp_path / f"{name}.csv")]]
-        for code, said in run_all(commands, HF_ENDPOINT=server.endpoint, HF_HOME=str(tmp_path / "cache")):
-            assert code == 0, said
-            assert "arning" not in said
-    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("hub", "folder")]
+def test_a_model_on_the_hub_is_evaluated_and_scores_as_the_folder_does(
+    hub: HubServer, answers: dict[str, tuple[int, str]], home: Path
+):
+    for name in ("evaluate hub", "score hub", "evaluate folder", "score folder"):
+        code, said = answers[name]
+        assert code == 0, said
+        assert "arning" not in said
+    figures = [json.loads((home / name / "metrics.json").read_text()) for name in ("hub", "folder")]
     assert figures[0] == figures[1]
-    assert (tmp_path / "hub" / "README.md").read_text().startswith("# Evaluation of owner/cross\n")
-    assert (tmp_path / "hub.csv").read_bytes() == (tmp_path / "folder.csv").read_bytes()
-    assert "GET /owner/cross/resolve/" in "\n".join(server.requests)
+    assert (home / "hub" / "README.md").read_text().startswith("# Evaluation of owner/cross\n")
+    assert (home / "hub.csv").read_bytes() == (home / "folder.csv").read_bytes()
+    assert "GET /owner/cross/resolve/" in "\n".join(hub.requests)
