@@ -2,11 +2,11 @@
 
     python benchmarks/kill_resume.py
 
-A trial starts a run, kills all its processes (SIGKILL) at a moment between its start and the time that a whole run
-takes, goes on with `--ckpt_path last`, and at the end compares last.ckpt and best.ckpt with those of the whole run, bit
-by bit. The run has all that makes it hard: dropout, two accumulated batches, a worker process that loads ahead, several
-epochs, validations and checkpoints at steps that do not coincide; half of the trials have two processes (gloo). The
-model is a BERT of two small layers with random weights. Exit code 1 if any trial ended differently.
+A trial starts a run, kills all its processes (SIGKILL) at a moment at which a whole run trains, goes on with
+`--ckpt_path last`, and at the end compares last.ckpt and best.ckpt with those of the whole run, bit by bit. The run has
+all that makes it hard: dropout, two accumulated batches, a worker process that loads ahead, several epochs, validations
+and checkpoints at steps that do not coincide; half of the trials have two processes (gloo). The model is a BERT of two
+small layers with random weights. Exit code 1 if any trial ended differently.
 
 Processes are forked from one that has imported everything, so that a trial takes seconds; what runs in them is what
 `python -m crossenc` and torchrun run.
@@ -126,6 +126,12 @@ def kill(started: list[Any]) -> None:
         process.join()
 
 
+def training_of(run: Path, since: float) -> tuple[float, float]:
+    """From when to when a run trained, in seconds after its start: in imports and exports a kill meets nothing."""
+    begin, end = (run / name for name in ("config.yaml", "last.ckpt"))
+    return begin.stat().st_mtime - since, end.stat().st_mtime - since
+
+
 def step_of(file: Path) -> int | None:
     return torch.load(file, weights_only=True)["global_step"] if file.is_file() else None
 
@@ -156,17 +162,17 @@ def main() -> None:
         options["trainer.max_epochs"] = arguments.epochs
         for processes in set(arguments.processes):
             options["trainer.strategy"] = arguments.strategy if processes > 1 else "auto"
-            whole[processes], said, since = folder / f"whole-{processes}", folder / "whole.log", time.monotonic()
+            whole[processes], said, since = folder / f"whole-{processes}", folder / "whole.log", time.time()
             finish(start(command(options, whole[processes], processes), processes, said), said)
-            seconds[processes] = time.monotonic() - since
-            print(f"{processes} processes: a whole run takes {seconds[processes]:.1f} s", flush=True)
+            seconds[processes] = training_of(whole[processes] / "run", since)
+            print("{} processes: a whole run trains from {:.1f} to {:.1f} s".format(processes, *seconds[processes]))
         for trial in range(arguments.trials):
             processes = arguments.processes[trial % len(arguments.processes)]
             options["trainer.strategy"] = arguments.strategy if processes > 1 else "auto"
             output, said = folder / str(trial), folder / f"{trial}.log"
             run, killed = command(options, output, processes), []
             for _ in range(arguments.kills[trial % len(arguments.kills)]):
-                started, moment = start(run, processes, said), draw.uniform(0, seconds[processes])
+                started, moment = start(run, processes, said), draw.uniform(*seconds[processes])
                 time.sleep(moment)
                 kill(started)
                 killed.append({"seconds": round(moment, 2), "last_step": step_of(output / "run" / "last.ckpt")})
