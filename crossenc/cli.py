@@ -231,7 +231,7 @@ def _first_lives() -> bool:
     return os.environ.get(_FIRST, str(os.getppid())) == str(os.getppid())
 
 
-def _ends_soon(seconds: float = 5.0) -> bool:
+def _ends_soon(seconds: float = 15.0) -> bool:
     """Whether the first process ends within this time: then it has met the same error, and told it."""
     end = time.monotonic() + seconds
     while _first_lives() and time.monotonic() < end:
