@@ -120,6 +120,8 @@ def export(
                 pictures["learning"] = learning
             figures.save(pictures, unfinished / "figures")
             write_card(unfinished, name, loaded, measured, module.max_length, sources, evaluated.get("val"), added)
+            if not (unfinished / "modules.json").is_file():  # and what is there, the card's maker has made anew
+                raise ExportError(f"another export to {target} has begun meanwhile, and this one is dropped")
             if target.exists():
                 target.rename(space / "old")
             unfinished.rename(target)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -128,14 +128,22 @@ def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
 
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """An empty hidden folder to make in what takes the target's place; one that a killed process left is dropped."""
+    """An empty hidden folder to make in what takes the target's place; one that a killed process left is dropped.
+
+    So is that of another process which is still at work, but it never finds the new one in its place.
+    """
+    target = target.absolute()  # "." has no name
     space = target.with_name(f".{target.name}-unfinished")
-    try:
+    with writing(target):
         shutil.rmtree(space, ignore_errors=True)
         space.mkdir()
-        yield space
+        own = tempfile.mkdtemp(dir=space)
+    try:
+        yield Path(own)
     finally:
-        shutil.rmtree(space, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):  # gone, or the other's
+            space.rmdir()
 
 
 def try_writing(path: Path) -> None:

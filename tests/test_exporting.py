@@ -17,6 +17,7 @@ from crossenc.encode import PairCollator, encode
 from crossenc.errors import CheckpointError, ExportError, OutputError, UsageError
 from crossenc.exporting import score_pairs
 from crossenc.module import CrossEncoderModule
+from crossenc.parts import folder_beside
 
 from .conftest import BACKBONE
 
@@ -95,7 +96,7 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
     ]
 
 
-def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Path):
+def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "model"
     (tmp_path / ".model-unfinished" / "new").mkdir(parents=True)  # left by one that was killed
     assert export(str(trained / "last.ckpt"), str(target)) == target
@@ -107,7 +108,23 @@ def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Pa
     (tmp_path / "other").mkdir()
     with pytest.raises(ExportError, match="is no export"):
         export(str(trained / "last.ckpt"), str(tmp_path / "other"), overwrite=True)
+    monkeypatch.chdir(target)
+    with pytest.raises(OutputError, match=r"^\. cannot be written"):  # where a process stands nothing can be put
+        export(str(trained / "last.ckpt"), ".", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+
+
+def test_an_export_that_another_one_dropped_is_none(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_card = exporting.write_card
+
+    def late(*given: object) -> None:
+        with folder_beside(tmp_path / "model"):  # of another one, which begins now
+            write_card(*given)
+
+    monkeypatch.setattr(exporting, "write_card", late)
+    with pytest.raises(ExportError, match=r"another export to .*model has begun meanwhile"):
+        export(str(trained / "last.ckpt"), str(tmp_path / "model"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_that_scores_otherwise_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from crossenc.errors import OutputError
-from crossenc.parts import Parts, file_digest, replacing, writing
+from crossenc.parts import Parts, file_digest, folder_beside, replacing, writing
 
 
 def test_parts_are_for_the_same_work_only(tmp_path: Path):
@@ -70,3 +70,21 @@ def test_a_file_is_replaced_by_a_whole_one_only(tmp_path: Path):
     with replacing(file) as unfinished:
         unfinished.write_text("new")
     assert file.read_text() == "new"
+
+
+def test_of_two_that_make_one_folder_neither_takes_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / "model"
+    with folder_beside(target) as first:
+        (first / "new").mkdir()
+        with folder_beside(target) as second:
+            assert not list(second.iterdir())
+            (second / "new").mkdir()
+            assert not (first / "new").exists()
+            (second / "new").rename(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    monkeypatch.chdir(target)
+    with folder_beside(Path()) as space:
+        assert space.parent.parent == tmp_path
+    (tmp_path / ".model-unfinished").write_text("in the way")
+    with pytest.raises(OutputError, match="model cannot be written: File exists"), folder_beside(target):
+        pass
