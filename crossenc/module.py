@@ -34,7 +34,8 @@ CHECKPOINT_VERSION = 1
 # Of `peft.LoraConfig`, and spelled out: what is `Any` to jsonargparse may be of whatever class it names, and is made;
 # and it reads checkpoints of strangers too.
 _Plain: TypeAlias = bool | int | float | str
-LoraArguments: TypeAlias = dict[str, _Plain | list[_Plain | list[int]] | dict[str, _Plain] | None]
+# In lists the names come first, or "0" would become a number.
+LoraArguments: TypeAlias = dict[str, _Plain | list[str | int | list[int]] | dict[str, _Plain | list[int]] | None]
 _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "in [0, 1)": (lambda value: 0 <= value < 1, ("label_smoothing", "dropout")),
     "in (0, 1]": (lambda value: 0 < value <= 1, ("layer_decay",)),

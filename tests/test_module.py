@@ -190,6 +190,14 @@ def test_numbers_from_numpy_are_plain_in_a_checkpoint(tiny_backbone: Path, pairs
     assert known["PairDataModule"]["plan"]["batch_size"] == 6
 
 
+def test_a_checkpoint_gives_back_what_lora_was_made_of(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
+    lora = {"r": 2, "lora_dropout": 0.1, "target_modules": ["query", "0"], "alpha_pattern": {"query": 4}}
+    lora |= {"layers_to_transform": [0], "trainable_token_indices": {"word_embeddings": [5, 7]}}
+    data = PairDataModule(str(pairs_file), backbone=str(tiny_backbone), batch_size=6)
+    quick_fit(CrossEncoderModule(tiny_backbone, lora=lora), data, tmp_path)
+    assert CrossEncoderModule.load_from_checkpoint(tmp_path / "last.ckpt").hparams["lora"] == lora
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 def test_no_object_is_made_of_what_a_checkpoint_names(
     as_text: bool, tiny_backbone: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
