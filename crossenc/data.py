@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -142,8 +141,7 @@ class PairDataModule(LightningDataModule):
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
-        self.ahead = 0  # steps that a run has taken beyond those of its epochs, which were of other batches
-        self.left: tuple[int, int] | None = None  # the step and the number of epochs at which it leaves those
+        self.begun = (0, 0)  # the step and the epoch from which on the run has had batches like these
         self.backbone = backbone
         self.tokenizer = load_tokenizer(backbone, revision)
         self.model_type = load_config(backbone, revision).model_type
@@ -164,7 +162,7 @@ class PairDataModule(LightningDataModule):
         self._tell_cut(loaded)
         self.encoded |= loaded
         if stage == "fit":
-            self.position, self.ahead, self.left = {}, 0, None  # of an earlier fit; a checkpoint's own come later
+            self.position, self.begun = {}, (0, 0)  # of an earlier fit; a checkpoint's own come later
             if "train" not in loaded:
                 raise DataError("there are no training pairs; set --data.source")
             self.facts = {
@@ -414,18 +412,9 @@ class PairDataModule(LightningDataModule):
             "generator": torch.Generator(),  # making an iterator takes no number from the dropout's generator
         }
 
-    def steps_ahead(self) -> int:
-        """By how many steps a run that went on with other batches ends later than its epochs of these would; it may be
-        less than 0."""
-        if self.left and self.trainer:
-            steps, epochs = self.left
-            per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-            self.ahead, self.left = steps - epochs * per_epoch, None
-        return self.ahead
-
     def state_dict(self) -> dict[str, Any]:
         """What the run was trained on and how far, for the model card, and to go on there with the same."""
-        where = {"steps": self.trainer.global_step, "ahead": self.steps_ahead()} if self.trainer else {}
+        where = {"step": self.trainer.global_step, "begun": self.begun} if self.trainer else {}
         return {**self.facts, **where, "position": self.train_loader.state_dict() if self.train_loader else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -445,7 +434,7 @@ class PairDataModule(LightningDataModule):
             if name in before and state["plan"][name] != self.facts["plan"][name]  # an older checkpoint may tell less
         }
         self.position, others = state["position"], ", ".join(differing.values())
-        self.ahead = state.get("ahead", 0)
+        self.begun = state.get("begun", (0, 0))
         reordered = bool(differing.keys() - {"dev tokens"})
         if differing and self.on_mismatch == "refuse":
             raise CheckpointError(
@@ -455,8 +444,8 @@ class PairDataModule(LightningDataModule):
         if differing:
             log.info("the checkpoint was trained with %s: going on%s", others, " with the next epoch" * reordered)
         if reordered:
-            if "steps" in state:  # an older checkpoint does not tell
-                self.left = state["steps"], self.position.get("epoch", 0) + 1
+            if "step" in state:  # an older checkpoint does not tell
+                self.begun = state["step"], self.position["epoch"] + 1
             self.position = {**self.position, "batches": sys.maxsize}
         if self.train_loader:  # sharded weights are read late
             self.train_loader.load_state_dict(self.position)

@@ -320,13 +320,12 @@ class CrossEncoderModule(LightningModule):
         schedule would be at its end too early, or never.
         """
         trainer: Any = self.trainer
-        data: Any = getattr(trainer, "datamodule", None)
         planned: float = trainer.estimated_stepping_batches
-        ahead: int = data.steps_ahead() if hasattr(data, "steps_ahead") else 0
-        if not ahead or trainer.max_epochs == -1:
+        step, epoch = getattr(trainer.datamodule, "begun", (0, 0))
+        if not epoch or trainer.max_epochs == -1:
             return planned
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        steps: int = per_epoch * trainer.max_epochs + ahead
+        steps: int = step + per_epoch * max(trainer.max_epochs - epoch, 0)
         return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
 
     def configure_gradient_clipping(

@@ -84,7 +84,7 @@ def test_the_optimizer_and_its_schedule_are_those_that_were_asked_for(tiny_backb
     rates = {"learning_rate": 1e-3, "layer_decay": 0.5, "head_rate": 4.0, "warmup": 4}
     kinds = {"optimizer": "RAdam", "schedule": "constant_with_warmup"}
     module = CrossEncoderModule(str(tiny_backbone), weight_decay=0.1, **rates, **kinds)
-    module.trainer = SimpleNamespace(precision="32-true", estimated_stepping_batches=10)
+    module.trainer = SimpleNamespace(precision="32-true", estimated_stepping_batches=10, datamodule=None)
     made = module.configure_optimizers()
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]
     assert type(optimizer) is torch.optim.RAdam
