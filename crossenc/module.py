@@ -206,6 +206,10 @@ class CrossEncoderModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.first_step = self.trainer.global_step
+        own = type(self).configure_optimizers is CrossEncoderModule.configure_optimizers
+        if own and self.device_mesh is not None:  # made before the checkpoint was read, which knows of other batches
+            schedule: Any = self.lr_schedulers()
+            schedule.lr_lambdas = self.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Only the losses that loggers get are logged, and a run's first and an epoch's last for callbacks that watch

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from crossenc import CrossEncoderModule
 from crossenc.sharding import shard
 
-from .conftest import kill_runs, run_on
+from .conftest import kill_runs, logged, run_on
 
 
 def test_each_layer_is_gathered_by_itself(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch):
@@ -55,6 +55,20 @@ def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, 
         exported = load_file(folder / "model" / "model.safetensors")
         assert all(torch.equal(best[f"model.{name}"], value) for name, value in exported.items())
     assert found["fsdp"] == found["auto"]
+
+
+def test_a_sharded_run_that_goes_on_with_other_batches_still_learns(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path
+):
+    """Its checkpoint is read when the schedule is made already. 48 pairs: two epochs of 12 steps, and two of 2."""
+    command = ["fit", f"--data.source={pairs_file}", f"--model.backbone={tiny_backbone}", f"--output={tmp_path}"]
+    command += ["--run=run", "--trainer.strategy=fsdp", "--trainer.log_every_n_steps=1"]
+    run_on(1, [*command, "--data.batch_size=4", "--trainer.max_epochs=2"], tmp_path / "log")
+    more = ["--data.batch_size=24", "--trainer.max_epochs=4", "--on_mismatch=continue", "--ckpt_path=last"]
+    run_on(1, [*command, *more], tmp_path / "log")
+    *_, last_but_one, last = logged(tmp_path / "run", "train/lr").values()
+    assert last_but_one == pytest.approx(2 * last)
+    assert last > 0
 
 
 def test_a_killed_sharded_run_ends_with_the_same_bits():
