@@ -102,8 +102,9 @@ class LastCheckpoint(Checkpoint):
     A `Checkpoint`, so that Lightning calls it last: what the keeper of the best one knows of this step is in the file.
     """
 
-    def __init__(self, every_n_steps: int = 500, every_n_minutes: float = 10.0) -> None:
+    def __init__(self, every_n_steps: int = 500, every_n_minutes: float = 10.0, checkpoint: str | None = None) -> None:
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.checkpoint = checkpoint  # that the run goes on from, which the Trainer does not know in `setup` yet
         self.saved_step, self.saved_at, self.signal = 0, time.monotonic(), 0
         self.stepped = True
         self.random: list[dict[str, Any]] = []
@@ -111,9 +112,9 @@ class LastCheckpoint(Checkpoint):
         self.group: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and len(set(gather(trainer, trainer.ckpt_path is None))) > 1:
+        if stage == "fit" and len(set(gather(trainer, self.checkpoint is None))) > 1:
             raise CheckpointError(
-                f"only some of the processes found the checkpoint {trainer.ckpt_path or 'that others go on with'}; "
+                f"only some of the processes found the checkpoint {self.checkpoint or 'that others go on with'}; "
                 "--output must be a folder that all machines share"
             )
 

@@ -284,7 +284,8 @@ class RunCLI(LightningCLI):
         if self.command == "fit" and given.enable_checkpointing is not False and not given.fast_dev_run:
             config = self.config["fit"]
             callbacks.append(BestCheckpoint(self.folder))
-            callbacks.append(LastCheckpoint(config.checkpoint_every_n_steps, config.checkpoint_every_n_minutes))
+            every = (config.checkpoint_every_n_steps, config.checkpoint_every_n_minutes)
+            callbacks.append(LastCheckpoint(*every, self.checkpoint))
         if self.command == "predict" and not given.fast_dev_run:
             callbacks.append(PredictionFile(self.folder / "predictions.csv"))
         return callbacks
