@@ -103,7 +103,7 @@ def trainer(function: TrainerFn = TrainerFn.FITTING, **settings: int) -> Any:
     """As much of one as the data module asks for."""
     state = SimpleNamespace(fn=function)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    settings = {"global_rank": 0, "world_size": 1, "accumulate_grad_batches": 1, **settings}
+    settings = {"global_rank": 0, "global_step": 0, "world_size": 1, "accumulate_grad_batches": 1, **settings}
     return SimpleNamespace(state=state, strategy=strategy, **settings)
 
 
