@@ -454,7 +454,8 @@ def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset
     follow = [(pair, 1.0) for one in members.keys() - torn for pair in combinations(members[one], 2)]
     follow += [(pair, 0.0) for one, two in apart for pair in product(members[one], members[two])]
     added = {(min(pair), max(pair)): label for pair, label in follow}
-    others = {_unordered(a, b) for part in evaluated for a, b in zip(part["text_a"], part["text_b"], strict=True)}
+    tables = (part[:] for part in evaluated)
+    others = {_unordered(a, b) for part in tables for a, b in zip(part["text_a"], part["text_b"], strict=True)}
     rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known and pair not in others]
     first = max(columns["row"]) + 1
     table = {
