@@ -37,7 +37,12 @@ def collate(pairs: list[tuple[str, str]], backbone: str, piece_cost: int = 0, ma
 
 
 def run_all(commands: list[list[str]], **environment: str) -> list[tuple[int, str]]:
-    """Exit code and standard error of each, from one process with an environment that is read when things load."""
+    """Exit code and standard error of each, from one process with an environment that is read when things load.
+
+    With a home of its own it knows no data set that another test got from its own Hub.
+    """
+    if home := environment.get("HF_HOME"):
+        environment.setdefault("HF_DATASETS_CACHE", str(Path(home) / "datasets"))
     code = """
 import json, sys
 from crossenc.cli import main
