@@ -96,7 +96,8 @@ def test_a_decoder_that_marks_no_end_gets_one_between_the_texts(kind: str, tmp_p
 
     vocabulary = {token: number for number, token in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
     make, config = getattr(transformers, f"{kind}Tokenizer"), getattr(transformers, f"{kind}Config")
-    plain = make(vocab=vocabulary, merges=[], eos_token="<|endoftext|>", pad_token=None, model_max_length=32)
+    rest = {"model_max_length": 32, "truncation_side": "left"}
+    plain = make(vocab=vocabulary, merges=[], eos_token="<|endoftext|>", pad_token=None, **rest)
     end, (a, space, b), (c,) = 0, plain("a b").input_ids, plain("c").input_ids
     assert plain("a b", " c").input_ids == plain("a", " b c").input_ids
     for name, architecture in {"new": f"{kind}Model", "trained": f"{kind}ForSequenceClassification"}.items():
@@ -104,7 +105,8 @@ def test_a_decoder_that_marks_no_end_gets_one_between_the_texts(kind: str, tmp_p
         config(architectures=[architecture], num_labels=1).save_pretrained(tmp_path / name)
     tokenizer = load_tokenizer(str(tmp_path / "new"))
     assert tokenizer("a b", "c").input_ids == [a, space, b, end, c]
-    assert (tokenizer.model_max_length, tokenizer.pad_token) == (32, "<|endoftext|>")
+    assert {name: getattr(tokenizer, name) for name in rest} == rest
+    assert tokenizer.pad_token == "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path / "export")
     config().save_pretrained(tmp_path / "export")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export")("a", "c").input_ids == [a, end, c]

@@ -22,11 +22,18 @@ from .conftest import BACKBONE
 
 
 def test_token_ids_are_the_tokenizers_own(pairs_file: Path):
-    tokenizer, table = load_tokenizer(BACKBONE), read(str(pairs_file))
-    expected = tokenizer(table["text_a"][:], table["text_b"][:], truncation=True, max_length=20)
-    encoded = encode(table, tokenizer, 20)
-    assert encoded["input_ids"][:] == expected["input_ids"]
-    assert encoded["token_type_ids"][:] == expected["token_type_ids"]
+    """Those that it cuts too, on either side; which side stands in the cache's key."""
+    tokenizer, table = copy.deepcopy(load_tokenizer(BACKBONE)), read(str(pairs_file))  # which others share
+    encoded = {}
+    for side in ("right", "left"):
+        tokenizer.truncation_side = side
+        encoded[side] = encode(table, tokenizer, 20)
+    assert any(encoded["left"]["cut"][:])
+    for side, found in encoded.items():
+        tokenizer.truncation_side = side
+        expected = tokenizer(table["text_a"][:], table["text_b"][:], truncation=True, max_length=20)
+        assert found["input_ids"][:] == expected["input_ids"]
+        assert found["token_type_ids"][:] == expected["token_type_ids"]
 
 
 def test_swapped_pairs_are_those_of_the_texts_in_the_other_order(write):
