@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,6 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
     assert content["config_sentence_transformers.json"]["model_type"] == "CrossEncoder"
     assert content["modules.json"][0]["type"] == "sentence_transformers.base.modules.transformer.Transformer"
     assert content["tokenizer_config.json"]["model_max_length"] == 512
-    modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
-    assert modes == {(folder / "config.json").stat().st_mode}  # whoever may read one may read all, and no one else
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",
@@ -99,7 +98,13 @@ def test_the_files_hold_what_readers_look_for(trained: Path):
 def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "model"
     (tmp_path / ".model-unfinished" / "new").mkdir(parents=True)  # left by one that was killed
-    assert export(str(trained / "last.ckpt"), str(target)) == target
+    mask = os.umask(0o027)
+    try:
+        assert export(str(trained / "last.ckpt"), str(target)) == target
+    finally:
+        os.umask(mask)
+    modes = {path.stat().st_mode & 0o777 for path in target.iterdir() if path.is_file()}
+    assert modes == {0o640}  # whoever may read one may read all, the weights too, and no one else
     with pytest.raises(ExportError, match="is there already"):
         export(str(trained / "last.ckpt"), str(target))
     before = load_tokenizer(str(target))
@@ -220,7 +225,7 @@ def test_real_pairs_train_export_and_agree(quora: Path, tmp_path: Path):
     assert main(["fit", *arguments, "--output", str(tmp_path), "--run", "real"]) == 0
     figures = json.loads((tmp_path / "real" / "metrics.json").read_text())
     assert (figures["val/rows"], figures["test/rows"]) == (100, 200)
-    assert figures["test/average_precision"] > 0.45  # the share of duplicates is 0.377
+    assert figures["test/average_precision"] > 0.45  # the share of duplicates is 0.35
     rows = read(str(quora / "dev.tsv")).take(100)
     pairs = list(zip(rows["text_a"][:], rows["text_b"][:], strict=True))
     expected = module_scores(tmp_path / "real" / "best.ckpt", pairs)
