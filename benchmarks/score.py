@@ -2,7 +2,8 @@
 
     python benchmarks/score.py
 
-Ours is `Trainer.predict` from a file that no cache knows: reading, tokenizing and scoring; the peer gets the pairs as a
+`ours` is `Trainer.predict` from a file that no cache knows: reading, tokenizing and scoring. `score` is
+`crossenc.score` from a file into a file, with the loading of the model. The peer, loaded before, gets the pairs as a
 list and tokenizes them. MFU is 2 x layer parameters x real tokens over the best matrix product in the same precision,
 as if the last layer were computed whole. The largest difference of logits is against the peer in fp32. Needs the extras
 `offline` and `peer`.
@@ -10,6 +11,7 @@ as if the last layer were computed whole. The largest difference of logits is ag
 
 from __future__ import annotations
 
+import csv
 import gc
 import statistics
 import tempfile
@@ -51,6 +53,17 @@ def score_ours(folder: str, file: Path, bf16: bool, device: str) -> tuple[float,
     return time.perf_counter() - start, torch.empty_like(logits).index_copy_(0, rows, logits)
 
 
+def score_file(folder: str, file: Path, bf16: bool) -> tuple[float, torch.Tensor]:
+    import crossenc
+
+    output, precision = file.with_suffix(".csv"), "bf16-mixed" if bf16 else "32-true"
+    start = time.perf_counter()
+    crossenc.score(folder, str(file), str(output), logit=True, precision=precision)  # type: ignore[arg-type]
+    taken = time.perf_counter() - start
+    with output.open(encoding="utf-8", newline="") as rows:
+        return taken, torch.tensor([float(row["logit"]) for row in csv.DictReader(rows)])
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -60,8 +73,8 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     arguments = begin(parser, "offline", "peer")
     # The peer's fp32 is what all are compared with.
-    contenders = ["peer, fp32", *(f"{who}, {kind}" for who in ("peer", "ours") for kind in arguments.precision)]
-    contenders = list(dict.fromkeys(contenders))
+    ways = [f"{who}, {kind}" for who in ("peer", "ours", "score") for kind in arguments.precision]
+    contenders = list(dict.fromkeys(["peer, fp32", *ways]))
     import datasets
 
     from crossenc.pairs import read
@@ -83,6 +96,9 @@ def main() -> None:
                 who, kind = name.split(", ")
                 if who == "peer":
                     taken, found[name] = score_peer(folder, pairs, kind == "bf16", arguments.device)
+                elif who == "score":
+                    taken, found[name] = score_file(folder, file, kind == "bf16")
+                    file.with_suffix(".csv").unlink()
                 else:
                     # A name of its own for each, so that neither finds the other's tokens in the cache.
                     own = file.rename(file.with_name(f"{number}-{kind}.tsv"))
