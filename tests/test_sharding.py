@@ -63,9 +63,9 @@ def test_a_sharded_run_that_goes_on_with_other_batches_still_learns(
     """Its checkpoint is read when the schedule is made already. 48 pairs: two epochs of 12 steps, and two of 2."""
     command = ["fit", f"--data.source={pairs_file}", f"--model.backbone={tiny_backbone}", f"--output={tmp_path}"]
     command += ["--run=run", "--trainer.strategy=fsdp", "--trainer.log_every_n_steps=1"]
-    run_on(1, [*command, "--data.batch_size=4", "--trainer.max_epochs=2"], tmp_path / "log")
-    more = ["--data.batch_size=24", "--trainer.max_epochs=4", "--on_mismatch=continue", "--ckpt_path=last"]
-    run_on(1, [*command, *more], tmp_path / "log")
+    run_on(2, [*command, "--data.batch_size=2", "--trainer.max_epochs=2"], tmp_path / "log")
+    more = ["--data.batch_size=12", "--trainer.max_epochs=4", "--on_mismatch=continue", "--ckpt_path=last"]
+    run_on(2, [*command, *more], tmp_path / "log")
     *_, last_but_one, last = logged(tmp_path / "run", "train/lr").values()
     assert last_but_one == pytest.approx(2 * last)
     assert last > 0
