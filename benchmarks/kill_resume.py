@@ -165,7 +165,8 @@ def main() -> None:
             whole[processes], said, since = folder / f"whole-{processes}", folder / "whole.log", time.time()
             finish(start(command(options, whole[processes], processes), processes, said), said)
             seconds[processes] = training_of(whole[processes] / "run", since)
-            print("{} processes: a whole run trains from {:.1f} to {:.1f} s".format(processes, *seconds[processes]))
+            told = "{} processes: a whole run trains from {:.1f} to {:.1f} s"
+            print(told.format(processes, *seconds[processes]), flush=True)
         for trial in range(arguments.trials):
             processes = arguments.processes[trial % len(arguments.processes)]
             options["trainer.strategy"] = arguments.strategy if processes > 1 else "auto"

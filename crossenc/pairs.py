@@ -440,7 +440,7 @@ def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset
         one, two = (normalized(text) for text in (a, b))
         for key, text in ((one, a), (two, b)):
             texts.setdefault(key, text)
-        pair = _unordered(a, b)
+        pair = _unordered(one, two)
         known[pair] = label >= 0.5 and known.get(pair, True)
         if label >= 0.5:
             same.append((one, two))
@@ -453,9 +453,13 @@ def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset
     apart = {(one, two) for one, two in apart if not {one, two} & torn}
     follow = [(pair, 1.0) for one in members.keys() - torn for pair in combinations(members[one], 2)]
     follow += [(pair, 0.0) for one, two in apart for pair in product(members[one], members[two])]
-    added = {(min(pair), max(pair)): label for pair, label in follow}
+    added = {_unordered(*pair): label for pair, label in follow}
     tables = (part[:] for part in evaluated)
-    others = {_unordered(a, b) for part in tables for a, b in zip(part["text_a"], part["text_b"], strict=True)}
+    others = {
+        _unordered(normalized(a), normalized(b))
+        for part in tables
+        for a, b in zip(part["text_a"], part["text_b"], strict=True)
+    }
     rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known and pair not in others]
     first = max(columns["row"]) + 1
     table = {
@@ -467,9 +471,8 @@ def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset
     return datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict(table, features=pairs.features)])
 
 
-def _unordered(a: str, b: str) -> tuple[str, str]:
-    """What makes two pairs the same: their questions, in either order."""
-    one, two = normalized(a), normalized(b)
+def _unordered(one: str, two: str) -> tuple[str, str]:
+    """What makes two pairs of normalized questions the same: these, in either order."""
     return min(one, two), max(one, two)
 
 
