@@ -43,7 +43,7 @@ def _evaluate(command: str, args: list[str]) -> None:
     parser.add_argument("model", type=str, help=_MODEL)
     parser.add_class_arguments(PairDataModule, "data", skip=_OF_THE_MODEL | _OF_TRAINING)
     parser.set_defaults({"data.source": ""})
-    parser.add_argument("--output", type=str, default="evaluation", help="The folder to write the report into.")
+    parser.add_argument("--output", type=str, default="evaluation", help="Folder for the report.")
     parser.add_function_arguments(evaluate, skip={"model", "arguments", "output"})
     given = _parse(parser, args)
     figures = evaluate(arguments=given.pop("data"), **given)
@@ -58,17 +58,17 @@ _OF_TRAINING = {"symmetric", "twice", "transitive", "batch_size", "batch_by", "w
 _MODEL = "An export's folder, a Hub id, or a .ckpt file."
 # What is given by its place, of the commands that are functions; their other parameters are options.
 _POSITIONAL = {
-    "export": {"checkpoint": "A .ckpt file that fit wrote.", "output": "The folder to write."},
+    "export": {"checkpoint": "A .ckpt file written by fit.", "output": "The folder to write."},
     "score": {
         "model": _MODEL,
-        "pairs": "A csv, tsv, jsonl or parquet file, or - for jsonl on stdin.",
-        "output": "The file to write, or - for jsonl on stdout.",
+        "pairs": "A csv, tsv, jsonl or parquet file, or - for jsonl from stdin.",
+        "output": "The file to write, or - for jsonl to stdout.",
     },
     "rerank": {"model": _MODEL},
     "mine": {
         "model": _MODEL,
         "questions": "A csv, tsv, jsonl or parquet file of questions.",
-        "output": "The file of pairs to write; the groups go beside it.",
+        "output": "The file to write the pairs to; the groups go to a file beside it.",
     },
 }
 
@@ -119,14 +119,14 @@ def _parse(parser: ArgumentParser, args: list[str], flags: Collection[str] = ())
 # name: (what it does, how it runs)
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
     "fit": ("train, keep the best checkpoint, test it and export it", _run),
-    "validate": ("evaluate a checkpoint on the dev pairs, and tell the threshold that they choose", _run),
+    "validate": ("evaluate a checkpoint on the dev pairs, and show the threshold that they choose", _run),
     "test": ("evaluate a checkpoint on the test pairs at its stored threshold", _run),
-    "predict": ("score every pair of a source into predictions.csv", _run),
+    "predict": ("score every pair of a source, and write predictions.csv", _run),
     "evaluate": ("report on any model: evaluate MODEL --data.val_source DEV --data.test_source TEST", _evaluate),
-    "score": ("add a score to every pair of a file of any size: score MODEL INPUT OUTPUT", _call),
-    "rerank": ("order the candidates of each query: rerank MODEL --queries Q --corpus C", _call),
+    "score": ("add a score to every pair in a file of any size: score MODEL INPUT OUTPUT", _call),
+    "rerank": ("rerank the candidates of each query: rerank MODEL --queries Q --corpus C", _call),
     "mine": ("find the duplicates in a large set of questions: mine MODEL QUESTIONS OUTPUT", _call),
-    "export": ("write the export of a checkpoint: export CKPT OUT", _call),
+    "export": ("export a checkpoint to a folder: export CKPT OUT", _call),
 }
 
 

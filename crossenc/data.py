@@ -53,34 +53,34 @@ class PairDataModule(LightningDataModule):
     """Question pairs for fit, validate and test; `predict` scores every pair of `source`, labels or not.
 
     Args:
-        source: A csv, tsv, jsonl or parquet file; a folder with `train.*` and maybe `dev.*` and `test.*`; a Hub data
-            set `ID` or `ID:SPLIT`; or `sample`, the embedded pairs, which come with their own splits. Empty if there
+        source: A csv, tsv, jsonl or parquet file; a folder with `train.*` and optionally `dev.*` and `test.*`; a Hub
+            data set `ID` or `ID:SPLIT`; or `sample`, the bundled pairs, which have their own splits. Empty if there
             are only pairs to evaluate.
-        subset: The Hub data sets' configuration.
-        val_source: Where the dev pairs come from, named like `source`; null cuts them off `source`.
-        test_source: Where the test pairs come from, named like `source`; null cuts them off `source`.
-        columns: The source's own column names: `{text_a: left, text_b: right, label: same}`. The usual names
-            (sentence1, question1, ..., label, is_duplicate, ...) need no mention.
+        subset: Configuration of the Hub data sets.
+        val_source: Source of the dev pairs, given like `source`; null takes them from `source`.
+        test_source: Source of the test pairs, given like `source`; null takes them from `source`.
+        columns: Column names of the source: `{text_a: left, text_b: right, label: same}`. Not needed for common names
+            (sentence1, question1, ..., label, is_duplicate, ...).
         split: `position` takes the first rows for dev and the next for test, as sentence-transformers' example does;
-            `question` lets no question stand in two of the splits that `source` is cut into.
-        val_size: Dev rows cut off `source`, or their share if under 1. Null: 10,000, or a tenth of a source with
-            fewer than 100,000 rows; none where `val_source` or `test_source` is given.
+            `question` puts no question into two of the splits that `source` is cut into.
+        val_size: Number of dev rows to take from `source`, or their fraction if under 1. Null: 10,000, or a tenth of a
+            source with fewer than 100,000 rows; none if `val_source` or `test_source` is given.
         test_size: The same for the test rows.
-        batch_size: Pairs per device and batch.
-        batch_by: `pairs` makes every batch of `batch_size` pairs; `tokens` gives every step equally many tokens, and
-            `batch_size` pairs on average: short pairs come in larger batches, for the same number of steps.
-        window: So many steps' pairs are sorted by length together before they are cut into steps: faster, but steps are
-            less alike, which can cost quality. 1 shuffles plainly; `benchmarks/README.md` has the figures.
-        eval_tokens: Tokens in a batch of evaluation, padding included. Null: 16,384 on a CPU, 65,536 elsewhere.
-        num_workers: Processes that make batches; 0 does it in the main process, which is enough for cached tokens.
-        num_proc: Processes that tokenize; null leaves it to the tokenizer's own threads, one for each core.
-        transitive: Add the training pairs that follow from others: if a and b are duplicates, a is to c as b is to c.
-            Dev and test pairs are not added.
-        limit: Keep only the first rows of each split, training included, for a quick try.
-        on_mismatch: When a checkpoint comes from other data, tokenizer, devices or batches: `refuse` to go on with it,
-            or keep weights and optimizer and `continue` with the next epoch.
+        batch_size: Pairs per batch and device.
+        batch_by: `pairs` puts `batch_size` pairs into every batch. `tokens` gives every step equally many tokens, and
+            `batch_size` pairs on average: short pairs come in larger batches, and the number of steps is the same.
+        window: Sort the pairs of this many steps by length before they are cut into steps: faster, but steps are less
+            alike, which can cost quality. 1 is a plain shuffle; see `benchmarks/README.md` for figures.
+        eval_tokens: Tokens in an evaluation batch, including padding. Null: 16,384 on a CPU, 65,536 elsewhere.
+        num_workers: Processes that make batches; 0 uses the main process, which is enough for cached tokens.
+        num_proc: Processes that tokenize; null uses the tokenizer's own threads, one for each core.
+        transitive: Add training pairs that follow from others: if a and b are duplicates, a is to c what b is to c.
+            Pairs that are among the dev or test pairs are not added.
+        limit: Keep only this many rows of each split (the first ones), also for training; for a quick try.
+        on_mismatch: When a checkpoint comes from other data, tokenizer, devices or batches: `refuse` to resume, or keep
+            weights and optimizer and `continue` with the next epoch.
         symmetric: The model's.
-        twice: Every pair comes twice in a training batch, which the model's `consistency` needs.
+        twice: Put every pair into a training batch twice, which the model's `consistency` needs.
         backbone: The model's; its tokenizer is used.
         max_length: The model's.
         revision: The model's.

@@ -29,7 +29,7 @@ def evaluate(
     devices: int | str = "auto",
     precision: str = "32-true",
 ) -> dict[str, float]:
-    """Evaluate a model on the dev pairs, which choose its threshold, and on the test pairs; write the report.
+    """Evaluate a model on the dev pairs, which choose its threshold, and on the test pairs, and write a report.
 
     Args:
         model: An export's folder, a Hub id, or a `.ckpt` file: any model with one logit, trained here or not.
@@ -37,9 +37,9 @@ def evaluate(
             are cut off it, or where the model was trained on it: then pairs whose questions are not in it are
             reported too.
         output: The folder to write: `README.md` with the report, `figures/`, `metrics.json`, `scores.parquet`.
-        accelerator: Lightning's: `auto`, `cpu`, `gpu`, ...
-        devices: How many of them; `auto` takes all GPUs, or one process on a CPU.
-        precision: Lightning's: `32-true`, `bf16-mixed`, ...
+        accelerator: As in Lightning: `auto`, `cpu`, `gpu`, ...
+        devices: Number of devices; `auto` takes all GPUs, or one process on a CPU.
+        precision: As in Lightning: `32-true`, `bf16-mixed`, ...
 
     Returns:
         The figures, as `metrics.json` has them.

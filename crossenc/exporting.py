@@ -65,16 +65,16 @@ def export(
     """Write the export of a checkpoint: weights, tokenizer, the readers' files and a model card.
 
     Args:
-        checkpoint: A `.ckpt` file that `crossenc fit` wrote.
+        checkpoint: A `.ckpt` file written by `crossenc fit`.
         output: The folder to write.
-        overwrite: Replace an export that is there already.
-        onnx: Add `onnx/model.onnx`, of any batch and length, in fp32. Needs the extra `onnx`.
-        int8: Add `onnx/model_qint8.onnx` too, with 8-bit weights; what it loses on the dev pairs is told in the card.
-        dev: The labelled pairs for that: a file, or a name like those of fit; by default the run's own dev pairs,
-            where the checkpoint was evaluated on them.
-        push_to_hub: Upload the export to this repository of the Hub, which is made if need be. The token is that of
+        overwrite: Replace an existing export.
+        onnx: Add `onnx/model.onnx`, for any batch size and length, in fp32. Needs the extra `onnx`.
+        int8: Also add `onnx/model_qint8.onnx`, with 8-bit weights; the card reports what these lose on the dev pairs.
+        dev: Labelled pairs for that measurement: a file, or the name of a data set as in fit. Default: the run's own
+            dev pairs, if the checkpoint was evaluated on them.
+        push_to_hub: Upload the export to this Hub repository, which is created if needed. The token is that of
             `hf auth login` or HF_TOKEN.
-        private: Make the repository a private one.
+        private: Make the repository private.
 
     Returns:
         The folder.

@@ -92,35 +92,37 @@ def mine(
     work: str | None = None,
     overwrite: bool = False,
 ) -> Mined:
-    """Find the pairs of questions that ask the same, and the groups that they make.
+    """Find the pairs of questions that ask the same thing, and the groups that they form.
 
-    A run that was broken goes on where it was when it is called again with the same arguments.
+    An interrupted run continues where it was when it is called again with the same arguments.
 
     Args:
         model: An export's folder, a Hub id, or a `.ckpt` file of fit.
         questions: A csv, tsv, jsonl or parquet file, `-` (standard input, in jsonl), a DataFrame, or a list of texts.
             A column `id` is kept, or else rows are numbered from 0.
-        output: The file of pairs to write, its format told by its name; the groups go beside it, `out.csv` making
-            `out.groups.csv`.
+        output: The file to write the pairs to, in the format of its suffix; the groups go to a file beside it, such as
+            `out.groups.csv` for `out.csv`.
         retriever: The bi-encoder: a Hub id, a folder, or `package:NAME/PATH`. Needs the extra `mine`.
-        top_k: Neighbours of each question that are looked at.
-        min_similarity: Pairs whose vectors have a lower cosine are not scored. Of Quora's duplicates 98.6 in 100 have
-            at least 0.6 with the default retriever.
-        threshold: Score from which on a pair is a duplicate; null takes the one that the model stored.
-        dev: Labelled pairs like those to be found, a file or a name like those of fit. They tell how much the vectors'
-            similarity counts in a score beside the model's logit, and the threshold. Null: the model decides alone.
+        top_k: Number of nearest neighbours to look at for each question.
+        min_similarity: Do not score pairs whose vectors have a lower cosine similarity. Of Quora's duplicates, 98.6 in
+            100 have at least 0.6 with the default retriever.
+        threshold: A pair with this score or more is a duplicate; null takes the threshold stored in the model.
+        dev: Labelled pairs like those to be found: a file, or the name of a data set as in fit. They determine how a
+            score weighs the vectors' similarity against the model's logit, and the threshold. Null: the model decides
+            alone.
         index: `exact`, `ivf` or `hnsw` (faiss); `auto` is exact up to 100,000 questions, and ivf above.
-        linkage: `components`: a question belongs to a group if it is a duplicate of one of it; `complete`: of each.
-        column: The column of the questions; the usual names need no mention.
-        both_orders: Score each pair in both orders and take the mean logit, in twice the time.
+        linkage: `components`: a question belongs to a group if it is a duplicate of one question in it; `complete`: if
+            it is a duplicate of all of them.
+        column: The column with the questions; not needed for common names.
+        both_orders: Score each pair in both orders and take the mean logit; takes twice the time.
         precision: See `score`.
         backend: See `score`.
-        devices: GPUs, or processes on a CPU, that share the scoring.
+        devices: Number of GPUs, or of processes on a CPU, that share the scoring.
         on_error: `stop` before anything is done if a row is broken, or `skip` broken rows and list them in
             `OUTPUT.skipped.jsonl`.
-        work: Folder that keeps vectors, neighbours and scores, for another run with another threshold; null keeps them
-            beside the output until it is written.
-        overwrite: Replace an output that is there already, and drop kept work that does not fit.
+        work: Folder that keeps vectors, neighbours and scores, so that a run with another threshold can reuse them.
+            Null keeps them beside the output until it is written.
+        overwrite: Replace an existing output, and drop kept work that does not match.
 
     Returns:
         The paths of both files, or without an output their rows.

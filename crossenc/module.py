@@ -45,42 +45,42 @@ _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 
 
 class CrossEncoderModule(LightningModule):
-    """Scores a pair of texts with one logit, trained with `BCEWithLogitsLoss`.
+    """A cross-encoder: one logit for a pair of texts, trained with `BCEWithLogitsLoss`.
 
     Args:
         backbone: A Hub id, a local folder, or `package:NAME/PATH`, a folder inside an installed package.
-        max_length: Longest pair in tokens, special tokens included; null is all that the backbone can take.
-        learning_rate: Highest learning rate, reached at the end of the warm-up. 5e-5 is the reference recipe's.
-        weight_decay: Decay of matrices; biases and layer norms never decay.
-        warmup: Share of all steps over which the learning rate rises; from 1 on a number of steps.
-        schedule: What the learning rate does then: a name that `transformers.get_scheduler` knows.
+        max_length: Maximum length of a pair in tokens, including special tokens; null is the backbone's maximum.
+        learning_rate: Peak learning rate, reached at the end of the warm-up. 5e-5 is the reference recipe's.
+        weight_decay: Weight decay of matrices; biases and layer norms never decay.
+        warmup: Fraction of all steps over which the learning rate rises; a value of 1 or more is a number of steps.
+        schedule: Learning rate schedule after the warm-up, by its name in `transformers.get_scheduler`.
         optimizer: Name of an optimizer in `torch.optim`.
-        layer_decay: Each layer's learning rate is this share of the one above it, the last one's of `learning_rate`;
-            1 is the same rate for all.
-        head_rate: The head's learning rate is so many times `learning_rate`. Measured to help beside a large
-            `consistency`; `benchmarks/README.md` has the figures.
-        pos_weight: Weight of a duplicate's loss; a non-duplicate's is 1.
-        label_smoothing: Labels are drawn this far towards 1/2, in training only: 0.1 makes 0.05 and 0.95 of 0 and 1.
-        symmetric: Train on both orders of a pair's texts: at random on one of them, or with `consistency` on both.
-        consistency: Weight of R-Drop's term (arXiv 2106.14448): every pair of a batch is computed twice, under other
-            dropout, and in both orders if `symmetric`; what differs between the two is a loss. 0 computes it once, in
-            half the time.
-        shared_segments: The second text takes the first one's segment embedding, in the weights, which are not trained:
-            what tells the order of the texts is their positions alone. For a backbone that learnt from single texts,
-            as bi-encoders do, and so knows one segment only; nothing to do for one that has no segments.
-        dropout: The backbone's own share, in its layers and in its attention, is replaced by this; null keeps it. At 0
-            all that `consistency` sees is the order of the texts.
-        calibrate: Fit a scale and a shift of the logits on the dev pairs, and fold them into what is exported.
-        freeze_layers: The embeddings and this many first layers are not trained; 0 trains all.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, about a third slower.
-        cuda_graphs: Let an NVIDIA GPU start the operations of a training step all at once, several times as fast where
-            batches are small. Null does so with one device, in `bf16-mixed`, with a backbone like BERT, and without
-            accumulated batches and gradient checkpointing, which it does not go with.
+        layer_decay: Learning rate of each layer as a fraction of that of the layer above it, and of the last layer as a
+            fraction of `learning_rate`. 1 gives all layers the same rate.
+        head_rate: Learning rate of the head, as a multiple of `learning_rate`. Measured to help together with a large
+            `consistency`; see `benchmarks/README.md` for figures.
+        pos_weight: Weight of duplicates in the loss; non-duplicates have weight 1.
+        label_smoothing: Move labels this far towards 1/2, in training only: 0.1 turns 0 and 1 into 0.05 and 0.95.
+        symmetric: Train on both orders of a pair's texts: on one of them at random, or with `consistency` on both.
+        consistency: Weight of the R-Drop term (arXiv 2106.14448): each pair of a batch is computed twice, with
+            different dropout and, if `symmetric`, in both orders; the difference between the two is added to the loss.
+            0 computes each pair once, in half the time.
+        shared_segments: Give the second text the segment embedding of the first, and do not train segment embeddings,
+            so that only positions tell the order of the texts. For backbones trained on single texts, such as
+            bi-encoders, which know only one segment. Has no effect on backbones without segments.
+        dropout: Replace the backbone's own dropout, in its layers and in its attention; null keeps it. With 0,
+            `consistency` sees only the order of the texts.
+        calibrate: Fit a scale and a shift of the logits on the dev pairs, and fold them into the export.
+        freeze_layers: Do not train the embeddings and this many of the first layers; 0 trains everything.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
+        cuda_graphs: Launch all operations of a training step at once on an NVIDIA GPU, which is several times as fast
+            with small batches. Null does so with one device, `bf16-mixed` and a backbone like BERT. Cannot be combined
+            with accumulated batches or gradient checkpointing; with these, null leaves it off.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`; null lets transformers choose.
-        lora: Arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`; then only the adapter and the head
-            are trained, and the export holds the merged weights. Needs the extra `lora`.
+        lora: Arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`: train only the adapter and the head.
+            The export holds the merged weights. Needs the extra `lora`.
         revision: Branch, tag or commit of a Hub id.
-        backbone_sha256: Refuse a local `model.safetensors` with another digest.
+        backbone_sha256: Refuse a local `model.safetensors` that has another digest.
 
     Raises:
         BackboneError: The backbone cannot be loaded, or `max_length` or `freeze_layers` does not fit it.

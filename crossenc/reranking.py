@@ -51,22 +51,22 @@ def rerank(
 
     Args:
         model: An export's folder, a Hub id, or a `.ckpt` file of fit.
-        queries: A csv, tsv, jsonl or parquet file with an id and a text, a DataFrame, or a list of texts (their ids are
-            their places, from 0).
-        corpus: The same for the texts; a `title` goes before its text.
+        queries: A csv, tsv, jsonl or parquet file with an id and a text per row, a DataFrame, or a list of texts (with
+            their positions as ids, from 0).
+        corpus: The texts to search, given like `queries`; a `title` is put before its text.
         output: A TREC run (`.run`, `.trec`, `.txt`), or `.jsonl`; `-` is a TREC run on standard output.
-        candidates: A TREC run, or jsonl with `query_id, corpus_id, score`, or such rows in a list.
+        candidates: A TREC run, jsonl with `query_id, corpus_id, score`, or a list of such rows.
         retriever: A bi-encoder that finds the candidates: a Hub id, a folder, or `package:NAME/PATH`. Needs the extra
             `mine`.
-        retrieve_k: Candidates of each query that it finds; null: 100.
-        top_k: Texts of each query that are written.
-        qrels: What is relevant, as TREC qrels or as BEIR's tsv, or such rows in a list. MRR@10, nDCG@10 and MAP of all
-            candidates are reported, before and after. Needs the extra `rank`.
-        both_orders: Score each pair in both orders and take the mean logit, in twice the time.
+        retrieve_k: Number of candidates that the retriever finds for each query; null: 100.
+        top_k: Number of texts to write for each query.
+        qrels: What is relevant, as TREC qrels, BEIR's tsv, or a list of such rows. Reports MRR@10, nDCG@10 and MAP of
+            all candidates, before and after reranking. Needs the extra `rank`.
+        both_orders: Score each pair in both orders and take the mean logit; takes twice the time.
         precision: See `score`.
         backend: See `score`.
-        devices: GPUs, or processes on a CPU, that share the scoring.
-        overwrite: Replace an output that is there already.
+        devices: Number of GPUs, or of processes on a CPU, that share the scoring.
+        overwrite: Replace an existing output.
 
     Returns:
         The output's path, or without an output for each query its rows `query_id, corpus_id, score`, the best first.

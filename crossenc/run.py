@@ -170,7 +170,7 @@ class RunCLI(LightningCLI):
             "--examples",
             type=list[tuple[str, str]],
             default=[],
-            help="Pairs of texts to score with the export after fit.",
+            help="Pairs of texts to score with the export at the end of fit.",
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         # For all commands, since they take the config.yaml that fit wrote.
@@ -178,20 +178,20 @@ class RunCLI(LightningCLI):
             "--checkpoint_every_n_steps",
             type=PositiveInt,
             default=500,
-            help="Steps between two writings of last.ckpt; the first comes at step 50 at the latest.",
+            help="Write last.ckpt every this many steps, and for the first time at step 50 at the latest.",
         )
         parser.add_argument(
             "--checkpoint_every_n_minutes",
             type=PositiveFloat,
             default=10.0,
-            help="Minutes after which the next step writes last.ckpt anyway.",
+            help="After this many minutes, write last.ckpt at the end of the next step in any case.",
         )
         parser.add_argument(
             "--on_mismatch",
             type=Literal["refuse", "continue"],
             default="refuse",
-            help="When a run goes on with other data, tokenizer, devices or batches: refuse, or keep weights and "
-            "optimizer and continue with the next epoch.",
+            help="When a run is resumed with other data, tokenizer, devices or batches: `refuse`, or keep weights and "
+            "optimizer and `continue` with the next epoch.",
         )
         parser.link_arguments("on_mismatch", "data.on_mismatch")
         for name in ("backbone", "max_length", "revision", "symmetric"):

@@ -60,25 +60,26 @@ def score(
 ) -> Path | pandas.DataFrame | Logits:
     """Score pairs, from 0 (they ask different things) to 1 (the same).
 
-    A run that was broken goes on where it was when it is called again with the same arguments.
+    An interrupted run continues where it was when it is called again with the same arguments.
 
     Args:
         model: An export's folder, a Hub id, or a `.ckpt` file of fit.
         pairs: A csv, tsv, jsonl or parquet file, `-` (standard input, in jsonl), a DataFrame, or a list of pairs.
-        output: The file to write, its format told by its name, or `-` (standard output, in jsonl): the input's columns
+        output: The file to write, in the format of its suffix, or `-` (standard output, in jsonl): the input's columns
             in their order, and the new ones.
-        columns: The input's own column names: `{text_a: left, text_b: right}`. The usual names need no mention.
+        columns: Column names of the input: `{text_a: left, text_b: right}`. Not needed for common names.
         column: Name of the new column.
-        logit: Add the logit too, which the score is the sigmoid of; its column is called `logit`.
-        decision: Name of a further column, of whether the score reaches the threshold that the model stored, from which
-            on a pair is a duplicate.
-        both_orders: Score each pair in both orders of its texts and take the mean logit, in twice the time.
-        precision: `32-true`, or with bf16 where it pays: `bf16-mixed`, or `bf16-true` with the weights in it too.
+        logit: Add a column `logit` too; the score is the sigmoid of it.
+        decision: Name of a column to add that says whether the pair is a duplicate: whether its score is at or above
+            the threshold stored in the model.
+        both_orders: Score each pair in both orders of its texts and take the mean logit; takes twice the time.
+        precision: `32-true`; `bf16-mixed`, with bf16 where it pays; or `bf16-true`, with the weights in bf16 too.
         backend: `torch`, or the `onnx` or `onnx-int8` file of an export that has one.
-        devices: GPUs, or processes on a CPU, that share the pairs; in a script they need `if __name__ == "__main__":`.
+        devices: Number of GPUs, or of processes on a CPU, that share the pairs. In a script, several need
+            `if __name__ == "__main__":`.
         on_error: `stop` before anything is scored if a row is broken, or `skip` broken rows: they are left out and
             listed in `OUTPUT.skipped.jsonl`; in a list or DataFrame their score is NaN.
-        overwrite: Replace an output that is there already, and drop unfinished work that does not fit.
+        overwrite: Replace an existing output, and drop unfinished work that does not match.
 
     Returns:
         The output's path; without an output a copy of the DataFrame with the new columns, or for other input the
