@@ -173,12 +173,13 @@ def _summary(figures: dict[str, float]) -> str:
 
     duplicates = 100 * figures[f"{split}/duplicates"]
     text = (
-        f"Of {figures[f'{split}/rows']:,.0f} {TITLES[split]} pairs, {duplicates:.1f} % of them duplicates, it decides "
-        f"{share('accuracy')} rightly"
+        f"Of {figures[f'{split}/rows']:,.0f} {TITLES[split]} pairs, {duplicates:.1f} % of them duplicates, "
+        f"it classifies {share('accuracy')} correctly"
     )
     if duplicates:
         text += (
-            f"; it finds {share('recall')} of the duplicates, and {share('precision')} of those that it calls so are"
+            f"; it finds {share('recall')} of the duplicates, and {share('precision')} of the pairs that it "
+            "calls duplicates are duplicates"
         )
     text += "."
     if not math.isnan(figures[f"{split}/average_precision"]):  # as where all labels are the same

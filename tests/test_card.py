@@ -188,8 +188,9 @@ def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
     bounds = {f"{name}_{end}": shares[name] + by for name in shares for end, by in (("low", -0.05), ("high", 0.05))}
     best = {"precision_best": 0.75, "recall_best": 0.85, "roc_auc": math.nan}
     card = made(tmp_path, [2.0, 0.1], rows=1000, duplicates=0.4, swap_flips=3, **shares, **bounds, **best)
-    assert "it decides 90.0 % (85.0 to 95.0) rightly; it finds 80.0 % (75.0 to 85.0) of the duplicates" in card.text
-    assert "and 70.0 % (65.0 to 75.0) of those that it calls so are. Its average precision is 60.0 %" in card.text
+    assert "it classifies 90.0 % (85.0 to 95.0) correctly; it finds 80.0 % (75.0 to 85.0) of the dup" in card.text
+    assert "and 70.0 % (65.0 to 75.0) of the pairs that it calls duplicates are duplicates." in card.text
+    assert "Its average precision is 60.0 %" in card.text
     assert "changes 3 of the decisions" in card.text
     assert "| precision, own best | 0.7500 |" in card.text
     assert "| recall, own best | 0.8500 |" in card.text
@@ -197,8 +198,8 @@ def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
     assert "at the threshold 0.2500, which was chosen on dev pairs" in card.text
     assert "Scores are calibrated" in card.text
     assert "Scores are calibrated" not in made(tmp_path, [1.0, 0.0]).text
-    assert "Pairs of more than 128 tokens are cut" in card.text
-    assert "It was made from `first/model` with" in card.text  # and no more of the machine
+    assert "Pairs of more than 128 tokens are truncated" in card.text
+    assert "It was trained from `first/model` with" in card.text  # and no more of the machine
     assert 'CrossEncoder("path/to/this/folder")' in card.text
     assert "| duration | 2.0 minutes |" in card.text
     assert "| transitive | True |" in card.text
