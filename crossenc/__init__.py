@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .reranking import rerank
     from .scoring import score
 
-_HOMES = {
+_MODULES = {
     "CrossEncoderModule": "module",
     "PairDataModule": "data",
     "evaluate": "evaluating",
@@ -29,10 +29,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: importing crossenc itself loads neither torch nor Lightning."""
-    if name not in _HOMES:
+    """Import a public name when it is first used, so that `import crossenc` loads neither torch nor Lightning."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

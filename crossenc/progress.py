@@ -1,4 +1,4 @@
-"""Progress of loops outside the Trainer, with the time left: a bar on a terminal, else a line every ten seconds."""
+"""Progress of loops outside the Trainer, with the time left: a bar on a terminal, else a log line every ten seconds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far `what` (such as "score pairs") has come; gives the function to call with how many more are done.
+    """Show the progress of `what`, such as "score pairs"; yields a function to call with the number just finished.
 
-    Those that an earlier run has `done` do not count for the speed.
+    The `done` of an earlier run are shown, but not counted in the speed.
     """
     if not sys.stderr.isatty():
-        yield _lines(what, total, done)
+        yield _log_lines(what, total, done)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -32,17 +32,17 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
         yield lambda count: bar.advance(task, count)
 
 
-def _lines(what: str, total: int, done: int) -> Callable[[int], None]:
-    start = written = time.monotonic()
-    before = done
+def _log_lines(what: str, total: int, done: int) -> Callable[[int], None]:
+    start = logged_at = time.monotonic()
+    already_done = done
 
     def advance(count: int) -> None:
-        nonlocal done, written
+        nonlocal done, logged_at
         done += count
         now = time.monotonic()
-        if now - written >= SECONDS_BETWEEN_LINES and done > before:
-            written = now
-            left = (now - start) / (done - before) * (total - done)
+        if now - logged_at >= SECONDS_BETWEEN_LINES and done > already_done:
+            logged_at = now
+            left = (now - start) / (done - already_done) * (total - done)
             log.info("%s: %s of %s, %s left", what, f"{done:,}", f"{total:,}", timedelta(seconds=round(left)))
 
     return advance

@@ -196,7 +196,7 @@ def test_each_logger_gets_figures_in_its_own_words():
     mlflow = SimpleNamespace(experiment=SimpleNamespace(log_figure=log_to_mlflow), run_id="ab")
     comet = SimpleNamespace(experiment=SimpleNamespace(log_figure=log_to_comet))
     for logger in (SimpleNamespace(log_image=log_image), mlflow, comet):
-        callbacks._figure_taker(logger)("val/scores", "figure", 7)
+        callbacks._figure_sender(logger)("val/scores", "figure", 7)
     expected = [("val/scores", ["figure"], 7), ("ab", "figure", "val/scores/7.png"), ("val/scores", "figure", 7)]
     assert given == expected
-    assert callbacks._figure_taker(SimpleNamespace(experiment=SimpleNamespace())) is None
+    assert callbacks._figure_sender(SimpleNamespace(experiment=SimpleNamespace())) is None
