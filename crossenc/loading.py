@@ -1,4 +1,4 @@
-"""Load a trained model from whatever holds it: an export's folder, a Hub id, or a checkpoint of `fit`."""
+"""Load a trained model from an export's folder, a Hub id, or a checkpoint of `fit`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ if TYPE_CHECKING:
 
     from .module import CrossEncoderModule
 
-# What a model consists of, also in a bi-encoder's folders of further layers (`*` stands for `/` too); a repository may
-# hold its weights in other forms too.
+# The files of a model; a repository may hold the weights in other formats too, which are not downloaded. `*` also
+# matches `/`, since a bi-encoder keeps further layers in subfolders.
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*model*.safetensors")
 _ONNX_FILES = ("onnx/*",)
 
 
 def load(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, int]:
-    """A model that gives one logit to a pair, in fp32 and evaluation mode, on the CPU; its tokenizer, and the longest
-    pair in tokens. Of an export's folder (or any single-label sequence classifier's), a Hub id, or a `.ckpt` file.
+    """Load a model with one logit per pair from a folder (an export's, or that of any sequence classifier with one
+    label), a Hub id, or a `.ckpt` file.
+
+    Returns:
+        The model, in fp32 and evaluation mode, on the CPU; its tokenizer; and the longest pair in tokens.
 
     Raises:
-        BackboneError: the folder holds no such model.
-        CheckpointError: the checkpoint is missing or was not written by crossenc.
-        HubError: the Hub is out of reach or has no such model.
+        BackboneError: The folder holds no such model.
+        CheckpointError: The checkpoint is missing or was not written by crossenc.
+        HubError: The Hub is out of reach or has no such model.
     """
     path = find(model)
     if path.is_file():
@@ -42,35 +45,36 @@ def load(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, i
 
 
 def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
-    """A module's model for any reader: adapters merged, calibration folded in. The module's own model is changed."""
+    """A module's model in the form that any library reads: adapters merged, calibration folded in. Changes the module's
+    own model."""
     plain: Any = module.model.merge_and_unload() if module.hparams["lora"] is not None else module.model
     fold(plain, module.calibration)
     return plain  # type: ignore[no-any-return]
 
 
 def longest_pair(folder: Path) -> int:
-    """The most tokens of a pair that a trained model reads, as sentence-transformers cuts it."""
-    known: int | None = read_config(folder, "sentence_bert_config.json").get("max_seq_length")
-    return min(resolve_max_length(str(folder), None), known or sys.maxsize)
+    """The length in tokens to which pairs are truncated for a trained model, the same as in sentence-transformers."""
+    stored: int | None = read_config(folder, "sentence_bert_config.json").get("max_seq_length")
+    return min(resolve_max_length(str(folder), None), stored or sys.maxsize)
 
 
 def require_head(model: str, folder: Path) -> None:
-    """Raise `BackboneError` where a folder's model has no head of one label, or reads more than the two texts."""
+    """Raise `BackboneError` if a folder's model has no head with one label, or expects a prompt before the texts."""
     if not has_head(read_config(folder).get("architectures")):
-        raise BackboneError(f"{model} is no cross-encoder: it has no classification head; train one with crossenc fit")
-    load_config(str(folder))
+        raise BackboneError(f"{model} is not a cross-encoder (no classification head); train one with crossenc fit")
+    load_config(str(folder))  # checks the number of labels
     if prompt := read_config(folder, "config_sentence_transformers.json").get("default_prompt_name"):
-        raise BackboneError(f"{model} puts its prompt {prompt!r} before the texts, which crossenc does not do")
+        raise BackboneError(f"{model} puts its prompt {prompt!r} before the texts, which crossenc does not support")
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A model's settings, empty where it has no such file, as a bi-encoder whose layers lie in folders of their own."""
+    """The content of a model's JSON file. Empty if there is none: a bi-encoder may keep its layers in subfolders."""
     file = folder / name
     return read_json(file) if file.is_file() else {}
 
 
 def find(model: str | Path, onnx: bool = False) -> Path:
-    """The checkpoint's file or the model's folder; a Hub id is downloaded first, with its ONNX files if asked for."""
+    """The path of a checkpoint or of a model's folder; a Hub id is downloaded first, with its ONNX files if `onnx`."""
     model = str(model)
     if model.endswith(".ckpt"):
         if not Path(model).is_file():
@@ -87,16 +91,16 @@ def find(model: str | Path, onnx: bool = False) -> Path:
     try:
         return Path(snapshot_download(located, allow_patterns=[*_MODEL_FILES, *(_ONNX_FILES if onnx else ())]))
     except HFValidationError as error:
-        raise BackboneError(f"{model} is no folder, no .ckpt file and no Hub id: {one_line(error)}") from error
-    except OSError as error:  # of the network and of the Hub
+        raise BackboneError(f"{model} is not a folder, a .ckpt file or a Hub id: {one_line(error)}") from error
+    except OSError as error:  # errors of the network and of the Hub are subclasses
         raise HubError(
             f"model {model} could not be read from the Hugging Face Hub ({one_line(error)}); "
-            "give a model that is on this machine: its folder, package:NAME/PATH, or to score by a .ckpt file"
+            "give a model on this machine: its folder, package:NAME/PATH, or, for scoring, a .ckpt file"
         ) from error
 
 
 def fingerprint(path: Path) -> str:
-    """A short hash of all that decides a model's scores: its weights, config and tokenizer, or the checkpoint."""
+    """A short hash of everything that determines a model's scores: weights, config and tokenizer, or the checkpoint."""
     digest = sha256()
     files = [path] if path.is_file() else sorted(f for kind in (*_MODEL_FILES, *_ONNX_FILES) for f in path.rglob(kind))
     for file in filter(Path.is_file, files):
@@ -106,7 +110,7 @@ def fingerprint(path: Path) -> str:
 
 
 def read_threshold(model: str | Path) -> float | None:
-    """The score from which on a pair is a duplicate, as a model stored it (its weights are not loaded); else None."""
+    """The threshold stored in a model, at or above which a pair is a duplicate, or None; does not load the weights."""
     path = find(model)
     if path.is_file():
         from .checkpoints import read_checkpoint
@@ -119,10 +123,10 @@ def read_threshold(model: str | Path) -> float | None:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, PreTrainedTokenizerFast]:
-    """What a checkpoint holds, its module in evaluation mode, and a tokenizer of its own, on the CPU.
+    """A checkpoint's content, its module in evaluation mode, and a copy of its tokenizer, all on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or was not written by crossenc; or a subclass of its module
+        CheckpointError: The file is missing, damaged, or was not written by crossenc; or it is of a subclass that
             computes scores in another way.
     """
     from .checkpoints import read_checkpoint
@@ -131,8 +135,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, Pre
     loaded = read_checkpoint(path)
     settings, forward = loaded["hyper_parameters"], loaded["crossenc"].get("forward")
     if forward:
-        raise CheckpointError(f"{path} scores by the forward of a class of its own, {forward}, which no export has")
-    # The digest guards the backbone's own weights; these come from the checkpoint.
+        raise CheckpointError(f"{path} uses the forward of a subclass, {forward}, which an export cannot contain")
+    # backbone_sha256 guards the backbone's own weights, but here all weights come from the checkpoint.
     module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)
     tokenizer = load_tokenizer(settings["backbone"], settings["revision"])
     return loaded, module.eval(), copy.deepcopy(tokenizer)

@@ -292,7 +292,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
         mine(tmp_path / "bare", QUESTIONS, retriever=BACKBONE)
     with pytest.raises(BackboneError, match=r"\./gone: there is no folder"):  # known before the retriever is looked for
         mine("./gone", QUESTIONS, threshold=0.5, retriever="./neither")
-    with pytest.raises(BackboneError, match="is no cross-encoder"):
+    with pytest.raises(BackboneError, match="is not a cross-encoder"):
         mine(BACKBONE, QUESTIONS, threshold=0.5, retriever="./neither")
     with pytest.raises(BackboneError, match=r"there is no .*model\.onnx"):
         mine(str(tiny), QUESTIONS, backend="onnx", retriever="./neither")

@@ -178,7 +178,7 @@ def test_a_subclass_is_exported_unless_it_scores_in_a_way_of_its_own(
     expected = torch.cat([part["score"][part["row"].argsort()] for part in found])
     assert score(tmp_path / "model", pairs_file) == pytest.approx(expected.numpy(), abs=1e-6)
     quick_fit(OwnForward(tiny_backbone), data, tmp_path)
-    with pytest.raises(CheckpointError, match="the forward of a class of its own, OwnForward, which no export has"):
+    with pytest.raises(CheckpointError, match="the forward of a subclass, OwnForward, which an export cannot contain"):
         export(tmp_path / "last.ckpt", tmp_path / "other")
 
 
