@@ -2,7 +2,7 @@
 
     sample | file | Hub id[:split]  ->  rows as they are  ->  canonical()  ->  Dataset(row, text_a, text_b, label)
 
-`row` counts from 0 and stays the pair's identity until the output file; messages count rows from 1, the header apart.
+`row` counts from 0 and identifies a pair from here to the output file. Messages count rows from 1, without the header.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLE = "sample"
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
-# The names that public data sets of question pairs give their columns: Quora, GLUE, STS-B, sentence-transformers.
+# Column names in public data sets of question pairs: Quora, GLUE, STS-B, sentence-transformers.
 ALIASES = {
     "text_a": ("text_a", "sentence1", "question1", "sentence_a", "text1", "question_a", "anchor", "sentence_A"),
     "text_b": ("text_b", "sentence2", "question2", "sentence_b", "text2", "question_b", "positive", "sentence_B"),
@@ -45,7 +45,7 @@ _WORD_LABELS = {"true": 1.0, "false": 0.0}
 
 
 class Group(TypedDict):
-    """Questions of the embedded sample that all ask the same thing."""
+    """Questions of the bundled sample that all ask the same thing."""
 
     topic: str
     questions: list[str]
@@ -56,18 +56,20 @@ def read(
 ) -> Dataset:
     """Read one source into a table with the columns `row`, `text_a`, `text_b` and, if labelled, `label`.
 
-    Args:
-        source: a csv, tsv, jsonl or parquet file; `sample` or `sample:SPLIT`; or a Hub data set `ID` or `ID:SPLIT`
-            (split `train` when none is named).
-        subset: the Hub data set's configuration.
-        columns: the source's own names, such as `{"text_a": "left", "text_b": "right", "label": "same"}`.
-        labelled: whether `label` is read: a float from 0 to 1.
+    The table is written to an Arrow file in the cache of `datasets`, and read from there the next time.
 
-    The table lies in an Arrow file in the cache of `datasets`, and is read from there the next time.
+    Args:
+        source: A csv, tsv, jsonl or parquet file; `sample` or `sample:SPLIT`; or a Hub data set `ID` or `ID:SPLIT`
+            (without a split, `train`).
+        subset: Configuration of the Hub data set.
+        columns: Column names of the source, such as `{"text_a": "left", "text_b": "right", "label": "same"}`.
+        labelled: Whether to read `label`, a float from 0 to 1.
 
     Raises:
-        DataError: the file, a column, or a row cannot be used; names the file and the row.
-        HubError: the Hub is out of reach or has no such data set.
+        DataError: The file, a column, or a row cannot be used; names the file and the row.
+        HubError: The Hub is out of reach or has no such data set.
+        OutputError: The cache cannot be written.
+        UsageError: The source is a DataFrame or a list, not a name.
     """
     import datasets
     from datasets.exceptions import DatasetGenerationError
@@ -77,8 +79,8 @@ def read(
     if is_local(source):
         path = Path(source)
         if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{path}: cannot tell its format; name it {', '.join(SUFFIXES)}")
-        # Size and time of change stand in the cache's key, so that an edited file is read anew.
+            raise DataError(f"{path}: unknown file format; the name must end in {', '.join(SUFFIXES)}")
+        # Size and modification time are part of the cache key, so that an edited file is read again.
         origin = {"path": str(path.resolve()), "stamp": [path.stat().st_size, path.stat().st_mtime_ns]}
     elif source.partition(":")[0] == SAMPLE:
         origin = {"sample": source.partition(":")[2] or "all"}
@@ -107,37 +109,38 @@ def read(
 
 
 def require_name(source: object) -> None:
-    """Raise `UsageError` where labelled pairs are given themselves, as a DataFrame or a list."""
+    """Raise `UsageError` if the source is not a name but the labelled pairs themselves, as a DataFrame or a list."""
     if not isinstance(source, str | Path | None):
         kind = type(source).__name__
-        raise UsageError(f"labelled pairs come from a file or the Hub: write the {kind} to a file, and give its name")
+        raise UsageError(f"labelled pairs come from a file or the Hub; write the {kind} to a file, and give its name")
 
 
 def is_local(source: str) -> bool:
-    """Whether the source is a file on this machine; raises `DataError` if it looks like one and is not there."""
+    """Whether the source is a local file; raises `DataError` if it is a folder, or looks like a file but is missing."""
     path = Path(source)
     if path.is_file():
         return True
     if path.is_dir():
-        raise DataError(f"{source or 'an empty name'} stands for a folder, where one file is needed")
+        raise DataError(f"{source or 'an empty name'} refers to a folder; give one file")
     if path.suffix.lower() in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         raise DataError(f"{source}: no such file (looked in {Path.cwd()})")
     return False
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """The file of each split in a folder: `train.*`, and `dev.*` (or `val.*`, `validation.*`) and `test.*` if there."""
-    found: dict[str, str] = {}
+    """The file of each split in a folder: `train.*`, and any `dev.*` (or `val.*`, `validation.*`) and `test.*`."""
+    by_split: dict[str, str] = {}
     for split, stems in _SPLIT_FILES.items():
         files = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
         files = [file for file in files if file.is_file()]
         if len(files) > 1:
-            raise DataError(f"{folder} has {' and '.join(f.name for f in files)}: which one? Give --data.source FILE")
+            names = " and ".join(file.name for file in files)
+            raise DataError(f"{folder} has {names} for one split; keep one of them, or give --data.source FILE")
         if files:
-            found[split] = str(files[0])
-    if "train" not in found:
+            by_split[split] = str(files[0])
+    if "train" not in by_split:
         raise DataError(f"{folder} has no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
-    return found
+    return by_split
 
 
 def _load_from_hub(source: str, subset: str | None) -> Dataset:
@@ -145,20 +148,20 @@ def _load_from_hub(source: str, subset: str | None) -> Dataset:
     from datasets.exceptions import DatasetsError
 
     repo, _, split = source.partition(":")
-    asked_for = f"data set {repo}" + (f", subset {subset}" if subset else "")
+    requested = f"data set {repo}" + (f", subset {subset}" if subset else "")
     try:
         return datasets.load_dataset(repo, subset, split=split or "train")
-    except OSError as error:  # of the network and of the Hub
-        raise HubError(offline_remedy(asked_for, error)) from error
-    # An unknown subset or split, and the message lists those that exist; a loading script; files that cannot be read.
+    except OSError as error:  # errors of the network and of the Hub are subclasses
+        raise HubError(offline_remedy(requested, error)) from error
+    # An unknown subset or split (the message lists those that exist), a loading script, or files that cannot be read.
     except (ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"{asked_for}, split {split or 'train'}: {one_line(error.__cause__ or error)}") from error
+        raise DataError(f"{requested}, split {split or 'train'}: {one_line(error.__cause__ or error)}") from error
 
 
 def _canonical_rows(
     origin: dict[str, Any], where: str, columns: dict[str, str], labelled: bool, version: str
 ) -> Iterator[dict[str, Any]]:
-    """The generator behind `read`; `version` is only there to stand in the cache's key."""
+    """The generator behind `read`; `version` is only part of the cache key."""
     if "path" in origin:
         rows = rows_of_file(Path(origin["path"]), where)
     elif "sample" in origin:
@@ -171,9 +174,9 @@ def _canonical_rows(
 
 
 def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
-    """The rows of a file as they stand there; a string in place of a row says what is wrong with it.
+    """The rows of a file, unchanged; a string in place of a row says what is wrong with that row.
 
-    Raises `DataError` where the file as a whole cannot be read; `where` is what messages call it.
+    `where` is the file's name in messages. Raises `DataError` if the file as a whole cannot be read.
     """
     if path.suffix.lower() == ".parquet":
         with open_parquet(path, where) as file:
@@ -181,8 +184,8 @@ def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
             for batch in file.iter_batches(10_000):
                 yield from batch.to_pylist()
         return
-    # utf-8-sig: spreadsheets begin a csv with a byte-order mark, which else becomes a part of the first column's name.
-    # surrogateescape: a byte that is no UTF-8 spoils its row, and not the file.
+    # utf-8-sig: spreadsheets start a csv with a byte-order mark, which would become part of the first column's name.
+    # surrogateescape: a byte that is not UTF-8 makes its own row unusable, and not the whole file.
     try:
         lines = path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
@@ -193,14 +196,14 @@ def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
 
 @contextmanager
 def open_parquet(path: Path, where: str) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; raises `DataError` for what cannot be read."""
+    """Open a `pyarrow.parquet.ParquetFile`; raises `DataError` if it or a value in it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OverflowError, OSError) as error:  # a date that Python has not
+    except (pyarrow.ArrowException, OverflowError, OSError) as error:  # OverflowError: a date out of Python's range
         raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
 
 
@@ -209,11 +212,11 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
         for line in filter(str.strip, lines):
             try:
                 item = json.loads(line)
-            except (ValueError, RecursionError):  # no JSON, or with more digits or brackets than Python reads
+            except (ValueError, RecursionError):  # not JSON, or more digits or nested brackets than Python reads
                 item = None
             if not isinstance(item, dict):
                 item = f"not a JSON object: {line.strip()[:60]!r}"
-            # An escape such as \ud800 is no character either.
+            # An escape such as \ud800 is not a character either.
             elif SURROGATE.search(json.dumps(item, ensure_ascii=False) if "\\u" in line else line):
                 item = NOT_UTF8
             yield item
@@ -245,9 +248,9 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
                 # An empty field is how a csv writes a null.
                 yield {name: field or None for name, field in zip(header, fields, strict=True)}
         elif fields:
-            over = f" (over {len(lines.row):,} lines, which a quote holds together)" if len(lines.row) > 1 else ""
-            hint = separator_hint(header) or "; quote fields that hold the separator"
-            yield f"{len(fields)} fields where the header has {len(header)}{over}{hint}"
+            span = f" (a quote joins {len(lines.row):,} lines into one row)" if len(lines.row) > 1 else ""
+            hint = separator_hint(header) or "; quote fields that contain the separator"
+            yield f"{len(fields)} fields where the header has {len(header)}{span}{hint}"
 
 
 def _csv_error(error: csv.Error) -> str:
@@ -255,52 +258,53 @@ def _csv_error(error: csv.Error) -> str:
 
 
 class _Lines(Iterator[str]):
-    """Lines of a csv, of which all but the first of the row at hand can be read once more.
+    """The lines of a csv; those of the current row, except its first, can be put back to be read again.
 
-    A quote that is never closed takes the lines after it along, but spoils its own only.
+    When a quote is never closed, the csv reader takes the following lines into its row. Putting them back confines the
+    damage to the row of the quote.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
-        self.lines, self.waiting = iter(lines), deque[str]()
+        self.lines, self.pending = iter(lines), deque[str]()
         self.row: list[str] = []
 
     def __next__(self) -> str:
-        self.row.append(self.waiting.popleft() if self.waiting else next(self.lines))
+        self.row.append(self.pending.popleft() if self.pending else next(self.lines))
         return self.row[-1]
 
     def put_back(self) -> None:
-        self.waiting.extendleft(reversed(self.row[1:]))
+        self.pending.extendleft(reversed(self.row[1:]))
 
 
 def refuse_twice(header: list[str], where: str) -> None:
-    """Raise `DataError` where two columns have one name."""
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{where} has more than one column {twice[0]!r} in its header; rename one")
+    """Raise `DataError` if two columns have the same name."""
+    if repeated := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{where} has more than one column {repeated[0]!r}; rename one")
 
 
-# Python's own limit would not let a long text pass beside the questions; without any, a quote that is never closed
-# would take all that follows into memory.
+# Python's own limit (131,072 characters) is too low for a column of long texts. Without any limit, a quote that is
+# never closed would read the rest of the file into memory.
 _LONGEST_FIELD = 2**24
 _CSV_ERRORS = {
     "unexpected end of data": "a quote is never closed",
-    "expected after": "text follows a closing quote; write quotes within a field twice",
+    "expected after": "text follows a closing quote; double the quotes inside a field",
 }
 NOT_UTF8 = "not UTF-8; save the file as UTF-8"
-SURROGATE = re.compile("[\ud800-\udfff]")  # what a byte that is no UTF-8 is read as
+SURROGATE = re.compile("[\ud800-\udfff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 
 def canonical(
     rows: Iterable[Mapping[str, Any] | str], where: str, columns: Mapping[str, str], labelled: bool
 ) -> Iterator[dict[str, Any]]:
-    """Rename the columns, check every row and give it its number. Raises `DataError` with the source and the row."""
+    """Rename the columns, check every row and number it. Raises `DataError` that names the source and the row."""
     names: dict[str, str] | None = None
     for row, values in enumerate(rows):
         place = f"{where}, row {row + 1}"
         if isinstance(values, str):
             raise DataError(f"{place}: {values}")
         names = names or match_columns(list(values), where, columns, labelled)
-        if wrong := what_is_wrong(values, [names["text_a"], names["text_b"]]):
-            raise DataError(f"{place}: {wrong}")
+        if problem := what_is_wrong(values, [names["text_a"], names["text_b"]]):
+            raise DataError(f"{place}: {problem}")
         pair: dict[str, Any] = {"row": row, **{side: values[names[side]] for side in ("text_a", "text_b")}}
         if labelled:
             pair["label"] = _parse_label(values.get(names["label"]), place, names["label"])
@@ -310,7 +314,7 @@ def canonical(
 
 
 def what_is_wrong(values: Mapping[str, Any], columns: Iterable[str]) -> str | None:
-    """Why the texts of a row, which stand in these columns, cannot be read; or None."""
+    """Why the texts of a row, in these columns, cannot be used; None if they can."""
     for name in columns:
         text = values.get(name)
         if text is None:
@@ -323,7 +327,8 @@ def what_is_wrong(values: Mapping[str, Any], columns: Iterable[str]) -> str | No
 
 
 def match_columns(found: list[str], where: str, columns: Mapping[str, str], labelled: bool) -> dict[str, str]:
-    """The source's own name of each of our columns; raises `DataError` if one is missing."""
+    """The source's name for each of the columns `text_a`, `text_b` and, if labelled, `label`; raises `DataError` if one
+    is missing."""
     if unknown := set(columns) - set(ALIASES):
         raise DataError(f"columns: {sorted(unknown)} is not one of {list(ALIASES)}; write `text_a: NAME_IN_THE_FILE`")
     names: dict[str, str] = {}
@@ -335,8 +340,8 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
         if match is None:
             raise DataError(
                 f"{where} has no column {' or '.join(map(repr, wanted[:3]))} for {ours}; it has {found}"
-                f"{separator_hint(found)}; rename one, or where the command has the option, name it with "
-                f"--data.columns.{ours} NAME (in score --columns.{ours} NAME)"
+                f"{separator_hint(found)}; rename one, or name it with --data.columns.{ours} NAME, if the command has "
+                f"this option (for score: --columns.{ours} NAME)"
             )
         names[ours] = match
     if names["text_a"] == names["text_b"]:
@@ -345,9 +350,9 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
 
 
 def separator_hint(names: list[str]) -> str:
-    """What a message about columns adds where all names seem to be one."""
+    """A hint for messages about columns, if a wrong separator seems to have made one name of them all; else empty."""
     other = re.search("[;\t|,]", str(names[0])) if len(names) == 1 else None
-    return f"; is it separated by {other[0]!r}? a .csv has commas, a .tsv tabs" if other else ""
+    return f"; is it separated by {other[0]!r}? a .csv file needs commas, a .tsv file tabs" if other else ""
 
 
 def _parse_label(value: object, place: str, column: str) -> float:
@@ -356,15 +361,15 @@ def _parse_label(value: object, place: str, column: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number <= 1:
-        wrong = "is empty" if value is None else f"{value!r} is not allowed"
-        raise DataError(f"{place}: {column} {wrong}; use 0 or 1, true or false, or a similarity from 0 to 1")
+        problem = "is empty" if value is None else f"{value!r} is not allowed"
+        raise DataError(f"{place}: {column} {problem}; use 0 or 1, true or false, or a similarity from 0 to 1")
     return number
 
 
 def sizes(rows: int, val_size: float | None, test_size: float | None, where: str) -> tuple[int, int]:
-    """The number of dev and test rows: a size under 1 is a share, of one row at least; None is 10,000 (the reference
-    recipe's number), or a tenth of a source with fewer than 100,000 rows. Raises `DataError` for a size that is none,
-    and when nothing is left for training."""
+    """The number of dev and test rows. A size under 1 is a fraction of the rows, and gives at least one; None means
+    10,000 (as in the reference recipe), or a tenth of a source with fewer than 100,000 rows. Raises `DataError` if a
+    size is negative or not finite, or if nothing is left for training."""
     wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
     if not all(0 <= size < math.inf for size in wanted):
         raise DataError(f"--data.val_size {val_size} and --data.test_size {test_size} must be finite and at least 0")
@@ -378,34 +383,34 @@ def sizes(rows: int, val_size: float | None, test_size: float | None, where: str
 
 
 def split_by_position(rows: int, val: int, test: int) -> dict[str, Sequence[int]]:
-    """The first rows are dev, the next test, the rest training, as in sentence-transformers' Quora example."""
+    """The first rows for dev, the next for test, the rest for training, as in sentence-transformers' Quora example."""
     return {"val": range(val), "test": range(val, val + test), "train": range(val + test, rows)}
 
 
 def split_by_question(texts_a: Sequence[str], texts_b: Sequence[str], val: int, test: int) -> dict[str, Sequence[int]]:
-    """Split so that no question stands in two splits (case and white space apart).
+    """Split so that no question is in two splits (ignoring case and white space).
 
-    Pairs that share a question, directly or through others, form a component; whole components are dealt, in an order
-    that is random but always the same, to dev and test as long as they fit. What fits neither stays in training.
+    Pairs that share a question, directly or through others, form a component. Whole components go to dev and test as
+    long as they fit, in a random order that is always the same. Those that fit neither go to training.
     """
-    ends = [(normalized(a), normalized(b)) for a, b in zip(texts_a, texts_b, strict=True)]
-    component = _components(dict.fromkeys(text for pair in ends for text in pair), ends)
+    questions = [(normalized(a), normalized(b)) for a, b in zip(texts_a, texts_b, strict=True)]
+    component = _components(dict.fromkeys(question for pair in questions for question in pair), questions)
     members: dict[int, list[int]] = {}
-    for row, (text, _) in enumerate(ends):
-        members.setdefault(component[text], []).append(row)
+    for row, (question, _) in enumerate(questions):
+        members.setdefault(component[question], []).append(row)
     order = list(members)
     random.Random(0).shuffle(order)
     split: dict[str, list[int]] = {"val": [], "test": [], "train": []}
-    room = {"val": val, "test": test}
+    wanted = {"val": val, "test": test}
     for number in order:
         rows = members[number]
-        target = next((name for name in room if len(rows) <= room[name] - len(split[name])), "train")
+        target = next((name for name in wanted if len(rows) <= wanted[name] - len(split[name])), "train")
         split[target] += rows
     return {name: sorted(rows) for name, rows in split.items()}
 
 
 def _components(nodes: Iterable[str], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """The number of each node's component."""
+    """The number of the connected component of each node."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -416,51 +421,52 @@ def _components(nodes: Iterable[str], edges: Sequence[tuple[str, str]]) -> dict[
 
 
 def unseen(pairs: Dataset, others: Dataset) -> NDArray[np.bool_]:
-    """Of each pair whether neither of its questions stands in the others (case and white space apart); (pairs,)."""
+    """For each pair, whether neither of its questions is in the others (ignoring case and white space), shape
+    (pairs,)."""
     known = {normalized(text) for side in ("text_a", "text_b") for text in others[side][:]}
     sides = (pairs["text_a"][:], pairs["text_b"][:])
     return np.array([not {normalized(a), normalized(b)} & known for a, b in zip(*sides, strict=True)], dtype=bool)
 
 
 def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset:
-    """Add the pairs that follow from others: a~b and b~c make a~c; a~b and b≁c make a≁c (~: a label from 0.5 on).
+    """Add the pairs that follow from others: a~b and b~c make a~c; a~b and b≁c make a≁c (~: a label of at least 0.5).
 
-    Questions that duplicates connect are a group (case and white space apart). All pairs within a group are duplicates,
-    and all pairs between two groups are none where one of them is labelled so. A group that holds a pair which is
-    labelled as none contradicts itself and adds nothing. A pair that is `evaluated` is not added, whatever follows.
-    Added pairs come last, their rows counted on.
+    Questions connected by duplicates form a group (ignoring case and white space). All pairs within a group are
+    duplicates. All pairs between two groups are non-duplicates if one of them is labelled as such. A group that
+    contains a labelled non-duplicate contradicts itself, and adds nothing. A pair in `evaluated` is never added. Added
+    pairs come last, with the next row numbers.
     """
     import datasets
 
     columns = pairs[:]
     texts: dict[str, str] = {}
     known: dict[tuple[str, str], bool] = {}
-    same: list[tuple[str, str]] = []
-    for a, b, label in zip(columns["text_a"], columns["text_b"], columns["label"], strict=True):
-        one, two = (normalized(text) for text in (a, b))
-        for key, text in ((one, a), (two, b)):
+    duplicates: list[tuple[str, str]] = []
+    for text_a, text_b, label in zip(columns["text_a"], columns["text_b"], columns["label"], strict=True):
+        a, b = normalized(text_a), normalized(text_b)
+        for key, text in ((a, text_a), (b, text_b)):
             texts.setdefault(key, text)
-        pair = _unordered(one, two)
+        pair = _unordered(a, b)
         known[pair] = label >= 0.5 and known.get(pair, True)
         if label >= 0.5:
-            same.append((one, two))
-    group = _components(texts, same)
+            duplicates.append((a, b))
+    group = _components(texts, duplicates)
     members: dict[int, list[str]] = {}
     for key in texts:
         members.setdefault(group[key], []).append(key)
-    apart = {(group[a], group[b]) for (a, b), duplicate in known.items() if not duplicate}
-    torn = {one for one, two in apart if one == two}
-    apart = {(one, two) for one, two in apart if not {one, two} & torn}
-    follow = [(pair, 1.0) for one in members.keys() - torn for pair in combinations(members[one], 2)]
-    follow += [(pair, 0.0) for one, two in apart for pair in product(members[one], members[two])]
-    added = {_unordered(*pair): label for pair, label in follow}
+    different = {(group[a], group[b]) for (a, b), duplicate in known.items() if not duplicate}
+    contradictory = {one for one, two in different if one == two}
+    different = {(one, two) for one, two in different if not {one, two} & contradictory}
+    implied = [(pair, 1.0) for one in members.keys() - contradictory for pair in combinations(members[one], 2)]
+    implied += [(pair, 0.0) for one, two in different for pair in product(members[one], members[two])]
+    added = {_unordered(*pair): label for pair, label in implied}
     tables = (part[:] for part in evaluated)
-    others = {
+    held_out = {
         _unordered(normalized(a), normalized(b))
         for part in tables
         for a, b in zip(part["text_a"], part["text_b"], strict=True)
     }
-    rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known and pair not in others]
+    rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known and pair not in held_out]
     first = max(columns["row"]) + 1
     table = {
         "row": list(range(first, first + len(rows))),
@@ -472,29 +478,30 @@ def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset
 
 
 def _unordered(one: str, two: str) -> tuple[str, str]:
-    """What makes two pairs of normalized questions the same: these, in either order."""
+    """A pair of normalized questions in a fixed order, since (a, b) and (b, a) count as the same pair."""
     return min(one, two), max(one, two)
 
 
 def normalized(text: str) -> str:
-    """What makes two texts the same question: case and white space do not tell them apart."""
+    """The text without differences of case and white space: two texts with the same form count as the same question."""
     return " ".join(text.casefold().split())
 
 
 @cache
 def sample_groups() -> tuple[Group, ...]:
-    """The question groups of the embedded sample, in the file's order, topic by topic."""
+    """The question groups of the bundled sample, in the file's order, topic by topic."""
     text = resources.files("crossenc").joinpath("sample/questions.jsonl").read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in text.splitlines())
 
 
 def sample_pairs() -> dict[str, list[dict[str, Any]]]:
-    """The pairs of the embedded sample for each split, about 37 % of them duplicates as in Quora; always the same.
+    """The pairs of the bundled sample for each split, about 37 % of them duplicates as in Quora; always the same.
 
-    Groups are split, so that no question stands in two splits: of each topic's groups the first five are for training,
-    the others for dev in one topic and for test in the next. A group of n questions gives n duplicates (each question
-    with the next, around the circle) and 1.7 n non-duplicates: a third are the pairs across groups of its topic that
-    share most words, a third are drawn from the rest of the topic, a third pair it with another topic.
+    Whole groups are split, so that no question is in two splits: the first five groups of each topic are for training,
+    the others for dev or, in every second topic, for test. A group of n questions gives n duplicates (each question
+    with the next one, and the last with the first) and 1.7 n non-duplicates. Of these, a third are the pairs across
+    groups of the same topic that share the most words, a third are drawn from the other such pairs, and a third pair a
+    question with one from another topic.
     """
     by_topic: dict[str, list[Group]] = {}
     for group in sample_groups():
@@ -505,7 +512,7 @@ def sample_pairs() -> dict[str, list[dict[str, Any]]]:
     return {split: _pairs_of_topics(topics[split], random.Random(0)) for split in SPLITS}
 
 
-def _pairs_of_topics(topics: list[list[Group]], draw: random.Random) -> list[dict[str, Any]]:
+def _pairs_of_topics(topics: list[list[Group]], rng: random.Random) -> list[dict[str, Any]]:
     pairs: list[tuple[str, str, int]] = []
     for number, groups in enumerate(topics):
         duplicates = [
@@ -514,20 +521,20 @@ def _pairs_of_topics(topics: list[list[Group]], draw: random.Random) -> list[dic
             for i, question in enumerate(group["questions"])
         ]
         near = [(a, b, 0) for one, two in combinations(groups, 2) for a in one["questions"] for b in two["questions"]]
-        draw.shuffle(near)
+        rng.shuffle(near)
         near.sort(key=lambda pair: -_shared_words(pair[0], pair[1]))
         third = round(1.7 * len(duplicates) / 3)
-        elsewhere = [question for group in topics[(number + 1) % len(topics)] for question in group["questions"]]
-        far = [(draw.choice(duplicates)[0], draw.choice(elsewhere), 0) for _ in range(third)]
-        pairs += duplicates + near[:third] + draw.sample(near[third:], min(third, len(near) - third)) + far
+        next_topic = [question for group in topics[(number + 1) % len(topics)] for question in group["questions"]]
+        far = [(rng.choice(duplicates)[0], rng.choice(next_topic), 0) for _ in range(third)]
+        pairs += duplicates + near[:third] + rng.sample(near[third:], min(third, len(near) - third)) + far
     pairs = list(dict.fromkeys(pairs))
-    draw.shuffle(pairs)
-    # Either question may come first, so that the order tells nothing.
-    turned = [(b, a, label) if draw.random() < 0.5 else (a, b, label) for a, b, label in pairs]
+    rng.shuffle(pairs)
+    # Either question may come first, so that the order reveals nothing.
+    turned = [(b, a, label) if rng.random() < 0.5 else (a, b, label) for a, b, label in pairs]
     return [{"text_a": a, "text_b": b, "label": label} for a, b, label in turned]
 
 
 def _shared_words(a: str, b: str) -> float:
-    """The share of words that two questions have in common (Jaccard)."""
-    one, two = (set(re.findall(r"\w+", text.lower())) for text in (a, b))
-    return len(one & two) / len(one | two)
+    """The share of words that two questions have in common (Jaccard similarity)."""
+    words_a, words_b = (set(re.findall(r"\w+", text.lower())) for text in (a, b))
+    return len(words_a & words_b) / len(words_a | words_b)

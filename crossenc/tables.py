@@ -1,4 +1,5 @@
-"""Tables of rows, whatever holds them: read row by row with what is wrong named, and written whole or not at all."""
+"""Tables of rows in files, lists or DataFrames: read row by row with the broken ones named, and written completely or
+not at all."""
 
 from __future__ import annotations
 
@@ -32,12 +33,12 @@ log = logging.getLogger(__name__)
 
 Row: TypeAlias = Mapping[str, Any]
 STANDARD = "-"  # standard input or output, in jsonl
-# Rows that are read, scored and written together: what is kept of a broken run is whole chunks.
+# Rows that are read, scored and written together; a run that is killed keeps its finished chunks.
 CHUNK = 10_000
 
 
 class Table:
-    """Rows that can be read again and again: of a file, a list or a DataFrame. `where` is what messages call it."""
+    """Rows of a file, a list or a DataFrame, which can be read any number of times. `where` is its name in messages."""
 
     def __init__(self, source: Path | Sequence[Row | str] | pandas.DataFrame, where: str) -> None:
         self.source, self.where = source, where
@@ -51,14 +52,14 @@ class Table:
         else:
             for start in range(0, len(self.source), CHUNK):
                 chunk = self.source.iloc[start : start + CHUNK].rename(columns=str)
-                rows = chunk.astype(object).where(chunk.notna(), None).to_dict("records")  # NaN is no JSON
-                # pandas reads a column of lists as arrays, whose text leaves out what is long.
+                rows = chunk.astype(object).where(chunk.notna(), None).to_dict("records")  # JSON has no NaN
+                # pandas reads a column of lists as arrays, and the repr of a long array omits values.
                 yield from (
                     {name: value.tolist() if _is_numpy(value) else value for name, value in row.items()} for row in rows
                 )
 
     def digest(self) -> str:
-        """A hash of all that the table holds."""
+        """A hash of the table's whole content."""
         if isinstance(self.source, Path):
             return file_digest(self.source)
         digest = sha256()
@@ -67,14 +68,14 @@ class Table:
         return digest.hexdigest()
 
     def schema(self) -> pyarrow.Schema | None:
-        """The types of the columns where the source has them: a parquet file, a DataFrame; else None."""
+        """The types of the columns if the source has them (a parquet file, a DataFrame), else None."""
         if not isinstance(self.source, Path):
             return None if isinstance(self.source, Sequence) else pyarrow.Schema.from_pandas(self.source, False)
         if self.source.suffix.lower() == ".parquet":
             with open_parquet(self.source, self.where) as file:
                 schema = file.schema_arrow
-                # Which column is pandas' index stays. What others say of the columns would lack the new ones, and
-                # what pandas says of the columns' names, which may be numbers, would not hold for these.
+                # Of the metadata, only pandas' is kept, since it says which column is the index. Other tools' metadata
+                # would lack the new columns; and pandas' type of the column names, which may be numbers, would not fit.
                 pandas = json.loads((schema.metadata or {}).get(b"pandas", "{}"))
                 return schema.with_metadata({"pandas": json.dumps(pandas | {"column_indexes": []})} if pandas else None)
         return None
@@ -82,13 +83,13 @@ class Table:
 
 @contextmanager
 def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
-    """The table behind a file's name, `-`, a DataFrame, or a list: of rows, or of tuples or single values.
+    """The table in a file (`-` for standard input), a DataFrame, or a list of rows, tuples or single values.
 
     `names` are the columns of a list's tuples. Standard input is copied to a temporary file, since rows are read more
     than once.
 
     Raises:
-        DataError: there is no such file, or its format cannot be told from its name.
+        DataError: There is no such file, its name does not tell its format, or the source is something else.
     """
     if isinstance(source, str | Path):
         if str(source) == STANDARD:
@@ -100,21 +101,21 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
             return
         path = Path(source)
         if not is_local(str(source)) or path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{source}: cannot tell its format; give a file named {', '.join(SUFFIXES)}, or -")
+            raise DataError(f"{source}: unknown file format; the name must end in {', '.join(SUFFIXES)}, or be -")
         yield Table(path, str(source))
     elif hasattr(source, "columns"):
-        source = source.to_arrow() if hasattr(source, "to_arrow") else source  # of polars
+        source = source.to_arrow() if hasattr(source, "to_arrow") else source  # polars
         if isinstance(source, pyarrow.Table | pyarrow.RecordBatch):
-            source = source.to_pandas(integer_object_nulls=True)  # a float would not hold every id
+            source = source.to_pandas(integer_object_nulls=True)  # as floats, long ids would lose digits
         elif hasattr(source, "to_pandas"):
             source = source.to_pandas()
         refuse_twice(list(map(str, source.columns)), "the DataFrame")
         yield Table(source, "the DataFrame")
     elif not isinstance(source, Iterable):
-        raise DataError(f"{source!r} is no file, no DataFrame and no list")
-    elif isinstance(source, Mapping):  # of whose keys a loop would make the rows
+        raise DataError(f"{source!r} is not a file, a DataFrame or a list")
+    elif isinstance(source, Mapping):  # its keys would become the rows
         row = f"{{{', '.join(f'{name!r}: ...' for name in names)}}}"
-        raise DataError(f"a {type(source).__name__} is no list of rows; give a DataFrame, or a list of rows like {row}")
+        raise DataError(f"a {type(source).__name__} is not a list of rows; give a DataFrame, or rows such as [{row}]")
     else:
         yield Table([_as_row(item, names) for item in source], "the list")
 
@@ -136,21 +137,22 @@ def chunked(rows: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:
 
 
 def claim_output(output: str, suffixes: Sequence[str], overwrite: bool) -> None:
-    """Make sure that an output can be written, before any work is done.
+    """Check that an output can be written, before any work is done.
 
     Raises:
-        OutputError: it is there already, or its folder cannot be written to.
-        UsageError: its format cannot be told from its name.
+        OutputError: It already exists, or its folder cannot be written to.
+        UsageError: Its name does not tell its format.
     """
     if output == STANDARD:
         return
     path = Path(output)
     if path.suffix.lower() not in suffixes:
-        raise UsageError(f"{output}: cannot tell its format; name it {', '.join(suffixes)}, or - for standard output")
+        known = ", ".join(suffixes)
+        raise UsageError(f"{output}: unknown file format; the name must end in {known}, or be - for standard output")
     if path.is_dir():
         raise OutputError(f"{output} is a folder; name a file")
     if path.exists() and not overwrite:
-        raise OutputError(f"{output} is there already; choose another name, or give --overwrite")
+        raise OutputError(f"{output} already exists; choose another name, or give --overwrite")
     try_writing(path)
 
 
@@ -158,9 +160,9 @@ def claim_output(output: str, suffixes: Sequence[str], overwrite: bool) -> None:
 def write_table(
     output: str, columns: Sequence[str], schema: pyarrow.Schema | None = None
 ) -> Iterator[Callable[[list[Row]], None]]:
-    """Write rows to csv, tsv, jsonl or parquet by the name's suffix, or jsonl to standard output; gives the function
-    that takes them. The file gets its name at the end only. In csv and tsv a row's columns beside `columns` are left
-    out; parquet needs a `schema`.
+    """Yields a function that writes rows to csv, tsv, jsonl or parquet, by the suffix of `output`, or as jsonl to
+    standard output. The file gets its name only when it is complete. csv and tsv have only the `columns`; parquet needs
+    a `schema`.
     """
     if output == STANDARD:
         yield lambda rows: sys.stdout.writelines(_json_lines(rows))
@@ -178,7 +180,7 @@ def write_table(
                 yield lambda rows: text.writelines(_json_lines(rows))
             else:
                 separator = "\t" if path.suffix.lower() == ".tsv" else ","
-                # Python before 3.13 quotes a carriage return only where it is a part of the line's end.
+                # Python before 3.13 quotes a field with a carriage return only if the line terminator contains one.
                 lines: Any = SimpleNamespace(write=lambda row: text.write(row.removesuffix("\r\n") + "\n"))
                 writer = csv.writer(lines, delimiter=separator, lineterminator="\r\n")
                 writer.writerow(columns)
@@ -194,11 +196,11 @@ def _field(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    make = partial(json.dumps, ensure_ascii=False, default=lambda item: item.tolist() if _is_numpy(item) else str(item))
+    dump = partial(json.dumps, ensure_ascii=False, default=lambda item: item.tolist() if _is_numpy(item) else str(item))
     try:
-        return make(value, allow_nan=False)
-    except ValueError:  # NaN and infinity, for which JSON has no word
-        return make(json.loads(make(value), parse_constant=lambda _: None))
+        return dump(value, allow_nan=False)
+    except ValueError:  # JSON has no NaN and no infinity: they become null
+        return dump(json.loads(dump(value), parse_constant=lambda _: None))
 
 
 def _is_numpy(value: Any) -> bool:
@@ -215,65 +217,66 @@ def read_texts(
     """Ids (or row numbers from 0), texts, and the broken rows that were skipped.
 
     Args:
-        column: the column of the texts; None takes one of the usual names.
-        on_error: `stop` or `skip`; None stops, and its messages name no options, which the caller doesn't have.
-        titled: put a `title`, where a row has one, before its text.
+        column: The column of the texts; None takes one of the usual names.
+        on_error: `stop` or `skip`; None also stops, with messages that name no options, for callers without them.
+        titled: Put the `title` of a row that has one before its text.
 
     Raises:
-        DataError: a row is broken, an id stands there twice, or there are no texts.
+        DataError: A row is broken, an id occurs twice, or there are no texts.
     """
     ids: list[Any] = []
     texts: list[str] = []
     skipped: list[Row] = []
     advice = ("; name it with --column", "; --on_error skip leaves out such rows") if on_error else ("; rename one", "")
-    name: str | None = None
-    key: str | None = None
+    text_column: str | None = None
+    id_column: str | None = None
     for number, row in enumerate(table):
-        wrong = row if isinstance(row, str) else None
+        problem = row if isinstance(row, str) else None
         if isinstance(row, Mapping):
-            found = next((name for name in ID_NAMES if name in row), None)
-            if name is None:
-                name, key = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None), found
-                if name and not column:
-                    log.info("%s: texts from column %s", table.where, name)
-                if name is None and on_error != "skip":
-                    asked = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
+            found_id = next((name for name in ID_NAMES if name in row), None)
+            if text_column is None:
+                text_column = next((name for name in ((column,) if column else TEXT_NAMES) if name in row), None)
+                id_column = found_id
+                if text_column and not column:
+                    log.info("%s: texts from column %s", table.where, text_column)
+                if text_column is None and on_error != "skip":
+                    wanted = repr(column) if column else " or ".join(map(repr, TEXT_NAMES[:4]))
                     remedy = separator_hint(list(row)) + advice[0]
-                    raise DataError(f"{table.where} has no column {asked}; it has {list(row)}{remedy}")
-            known = row.get(key) if key else number
-            if name is None:
-                wrong = f"no text; it has {list(row)}"
-            elif found and not key:
-                wrong = f"an id, {found!r}, where the first row has none"
-            elif known is None or isinstance(known, dict | list):
-                wrong = f"{key} is null or no text"
-            elif not (wrong := what_is_wrong(row, [name])):
-                ids.append(known)
-                texts.append(f"{row['title']} {row[name]}" if titled and row.get("title") else row[name])
-        if wrong:
+                    raise DataError(f"{table.where} has no column {wanted}; it has {list(row)}{remedy}")
+            row_id = row.get(id_column) if id_column else number
+            if text_column is None:
+                problem = f"no text; it has {list(row)}"
+            elif found_id and not id_column:
+                problem = f"has an id, {found_id!r}, but the first row has none"
+            elif row_id is None or isinstance(row_id, dict | list):
+                problem = f"{id_column} is null or not a single value"
+            elif not (problem := what_is_wrong(row, [text_column])):
+                ids.append(row_id)
+                texts.append(f"{row['title']} {row[text_column]}" if titled and row.get("title") else row[text_column])
+        if problem:
             if on_error != "skip":
-                raise DataError(f"{table.where}, row {number + 1}: {wrong}{advice[1]}")
-            skipped.append({"row": number + 1, "error": wrong})
+                raise DataError(f"{table.where}, row {number + 1}: {problem}{advice[1]}")
+            skipped.append({"row": number + 1, "error": problem})
     if not texts:
         first = "".join(f"; row {row['row']}: {row['error']}" for row in skipped[:1])
         raise DataError(f"{table.where} has no texts{first}")
-    twice, times = Counter(map(str, ids)).most_common(1)[0]  # as text, which is all that most files can hold
+    most_common, times = Counter(map(str, ids)).most_common(1)[0]  # as text, because most files can hold nothing else
     if times > 1:
-        raise DataError(f"{table.where} has the {key} {twice!r} more than once")
+        raise DataError(f"{table.where} has the {id_column} {most_common!r} more than once")
     return ids, texts, skipped
 
 
 def tell_skipped(skipped: list[Row], output: str) -> None:
-    """List broken rows in `OUTPUT.skipped.jsonl`; without any, remove the list of an output that was in its place."""
+    """List broken rows in `OUTPUT.skipped.jsonl`; if there are none, remove the list that an earlier output left."""
     where = skipped_file(output)
     if not skipped:
         where.unlink(missing_ok=True)
         return
     log.warning("%s broken rows are left out: %s", f"{len(skipped):,}", where)
-    with write_table(str(where), ["row", "error"]) as take:
-        take(skipped)
+    with write_table(str(where), ["row", "error"]) as write:
+        write(skipped)
 
 
 def skipped_file(output: str) -> Path:
-    """Where the broken rows that an output leaves out are listed."""
+    """The file that lists the broken rows left out of an output."""
     return Path(f"{output}.skipped.jsonl")

@@ -283,7 +283,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(UsageError, "threshold from 0 to 1", threshold=5)
     refused(UsageError, "threshold from 0 to 1", min_similarity=1.5)
     (tmp_path / "out.groups.csv").write_text("mine")
-    refused(OutputError, r"out\.groups\.csv is there already")
+    refused(OutputError, r"out\.groups\.csv already exists")
     (tmp_path / "out.groups.csv").unlink()
     settings = json.loads((shutil.copytree(tiny, tmp_path / "bare") / "config.json").read_text())
     del settings["crossenc"]
@@ -309,7 +309,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
 
 def test_rows_that_lack_what_the_others_have(tiny: Path, write, tmp_path: Path):
     late = write("late.jsonl", '{"text": "a"}\n{"id": "x", "text": "b"}\n')
-    with pytest.raises(DataError, match="row 2: an id, 'id', where the first row has none"):
+    with pytest.raises(DataError, match="row 2: has an id, 'id', but the first row has none"):
         mine(tiny, late, retriever=BACKBONE)
     short = write("short.jsonl", '{"id": 1}\n{"id": 2, "text": "What is it?"}\n{"id": 3, "text": "what is it?"}\n')
     found = mine(tiny, short, tmp_path / "out.csv", retriever=BACKBONE, on_error="skip")

@@ -55,7 +55,7 @@ def test_a_folder_has_one_file_for_each_split_and_one_to_train_on(tmp_path: Path
     (tmp_path / "train.csv").write_text(HEADER)
     assert pairs.files_of(tmp_path) == {"train": str(tmp_path / "train.csv"), "val": str(tmp_path / "dev.csv")}
     (tmp_path / "val.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"has dev\.csv and val\.jsonl: which one"):
+    with pytest.raises(DataError, match=r"has dev\.csv and val\.jsonl for one split; keep one"):
         pairs.files_of(tmp_path)
     (tmp_path / "val.jsonl").unlink()
     (tmp_path / "test.parquet").write_text("")
@@ -90,8 +90,12 @@ def test_an_edited_file_is_read_anew(write):
         ("p.csv", HEADER + "a,b,1.2\n", "row 1: is_duplicate '1.2' is not allowed"),
         ("p.csv", HEADER + "a,b,1\na,b,c,1\n", "row 2: 4 fields where the header has 3"),
         ("p.csv", HEADER + "a,b,\n", "row 1: is_duplicate is empty; use 0 or 1"),
-        ("p.tsv", HEADER + "a,b,1\n", "is it separated by ','? a .csv has commas, a .tsv tabs; rename one, or"),
-        ("p.csv", HEADER.replace(",", "\t") + "a\tb\t1\n", r"is it separated by '\t'? a .csv has commas"),
+        (
+            "p.tsv",
+            HEADER + "a,b,1\n",
+            "is it separated by ','? a .csv file needs commas, a .tsv file tabs; rename one",
+        ),
+        ("p.csv", HEADER.replace(",", "\t") + "a\tb\t1\n", r"is it separated by '\t'? a .csv file needs commas"),
         ("p.csv", HEADER, "has no rows"),
         ("p.csv", "", "has no rows"),
         ("p.csv", "one,two,label\na,b,1\n", "has no column 'text_a' or 'sentence1'"),
@@ -102,8 +106,8 @@ def test_an_edited_file_is_read_anew(write):
         ("p.jsonl", '{"question1": "a", "question2": "b", "label": 1%s}\n' % ("0" * 400), "row 1: label 10000"),
         ("p.jsonl", "[" * 100_000 + "]" * 100_000, "row 1: not a JSON object"),
         ("p.parquet", "no parquet", "cannot be read as parquet"),
-        ("p.txt", "a b", "cannot tell its format"),
-        ("p.csv.gz", "", "cannot tell its format; name it .csv, .tsv, .jsonl, .parquet"),
+        ("p.txt", "a b", "unknown file format"),
+        ("p.csv.gz", "", "unknown file format; the name must end in .csv, .tsv, .jsonl, .parquet"),
     ],
 )
 def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
@@ -145,7 +149,7 @@ def test_a_missing_file_and_an_unknown_column_key_are_named(write):
         pairs.read("gone.csv")
     with pytest.raises(DataError, match=r"\./gone: no such file"):
         pairs.read("./gone")
-    with pytest.raises(DataError, match="stands for a folder, where one file is needed"):
+    with pytest.raises(DataError, match="refers to a folder; give one file"):
         pairs.read(".")
     path = write("p.csv", HEADER + "a,b,1\n")
     with pytest.raises(DataError, match="text_a and text_b are both the column 'question2'"):

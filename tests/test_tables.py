@@ -43,7 +43,7 @@ def test_nothing_is_written_over_that_was_not_to_be(tmp_path: Path):
     with pytest.raises(OutputError, match="give --overwrite"):
         claim_output(str(tmp_path / "file.csv"), (".csv",), False)
     claim_output(str(tmp_path / "file.csv"), (".csv",), True)
-    with pytest.raises(UsageError, match=r"name it \.csv, or -"):
+    with pytest.raises(UsageError, match=r"must end in \.csv, or be -"):
         claim_output(str(tmp_path / "file.txt"), (".csv",), True)
     claim_output(str(tmp_path / "new" / "file.csv"), (".csv",), False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "out.csv"]
@@ -92,7 +92,7 @@ def test_frames_of_other_libraries_are_those_of_pandas():
 def test_the_keys_of_a_dict_are_no_rows():
     """Such as BEIR's loader makes of queries and corpus, and `datasets` of splits."""
     with (
-        pytest.raises(DataError, match=r"^a dict is no list of rows; .* a list of rows like \{'text': \.\.\.\}$"),
+        pytest.raises(DataError, match=r"^a dict is not a list of rows; .* or rows such as \[\{'text': \.\.\.\}\]$"),
         open_table({"q1": "How to swim?"}, ["text"]),
     ):
         pass
