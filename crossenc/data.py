@@ -42,8 +42,8 @@ Split: TypeAlias = Literal["position", "question"]
 OnMismatch: TypeAlias = Literal["refuse", "continue"]
 
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
-_NEEDED = {
-    TrainerFn.FITTING: pairs.SPLITS,  # the test split too: a broken test file is better known before training
+_NEEDED_SPLITS = {
+    TrainerFn.FITTING: pairs.SPLITS,  # the test split too, so that a broken test file is reported before training
     TrainerFn.VALIDATING: ("val",),
     TrainerFn.TESTING: ("test",),
 }
@@ -126,43 +126,43 @@ class PairDataModule(LightningDataModule):
         counts["limit"] = limit
         for name, value in counts.items():
             if value is not None and value < 1:
-                raise UsageError(f"data.{name} {value} is not at least 1")
+                raise UsageError(f"data.{name} must be at least 1, not {value}")
         if num_workers < 0:
-            raise UsageError(f"data.num_workers {num_workers} is not at least 0")
+            raise UsageError(f"data.num_workers must be at least 0, not {num_workers}")
         self.source, self.val_source, self.test_source = (str(name or "") for name in (source, val_source, test_source))
         self.subset = subset
         self.columns, self.split = columns, split
         self.val_size, self.test_size = val_size, test_size
-        # From Python they may be numpy's, and in a checkpoint no `weights_only` reads them.
+        # From Python these may be numpy numbers, which `weights_only` does not load from a checkpoint.
         self.batch_size, self.window, self.limit = int(batch_size), int(window), None if limit is None else int(limit)
         self.batch_by, self.eval_tokens, self.num_workers, self.num_proc = batch_by, eval_tokens, num_workers, num_proc
         self.on_mismatch = on_mismatch
-        self.trained_limit: int | None = None  # of the run whose checkpoint is evaluated
+        self.trained_limit: int | None = None  # the `limit` of the run whose checkpoint is evaluated
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
-        self.begun = (0, 0)  # the step and the epoch from which on the run has had batches like these
+        self.begun = (0, 0)  # the step and the epoch since which the run has used the current batches
         self.backbone = backbone
         self.tokenizer = load_tokenizer(backbone, revision)
         self.model_type = load_config(backbone, revision).model_type
         self.max_length = resolve_max_length(backbone, max_length, revision)
         self.tables: dict[str, Dataset] = {}
         self.encoded: dict[str, Dataset] = {}
-        self.swapped: dict[str, Dataset] = {}  # the same with the texts in the other order, where it is needed
+        self.swapped: dict[str, Dataset] = {}  # `encoded` with the texts in the other order, where needed
         self.facts: dict[str, Any] = {}
-        self.validates: int | float | None = None  # what the Trainer was told, while a fit has no dev pairs
+        self.validates: int | float | None = None  # the Trainer's own limit_val_batches, while a fit has no dev pairs
 
     def prepare_data(self) -> None:
-        """Read, check and encode all that the run needs, into the cache of `datasets`."""
+        """Read, check and encode everything that the run needs, into the cache of `datasets`."""
         self._load()
 
     def setup(self, stage: str) -> None:
-        """Open what `prepare_data` left in the cache, and say what there is."""
+        """Read everything from the cache that `prepare_data` has filled, and log what there is."""
         loaded = self._load()
-        self._tell_cut(loaded)
+        self._log_cut_pairs(loaded)
         self.encoded |= loaded
         if stage == "fit":
-            self.position, self.begun = {}, (0, 0)  # of an earlier fit; a checkpoint's own come later
+            self.position, self.begun = {}, (0, 0)  # forget an earlier fit; a checkpoint's values are loaded later
             if "train" not in loaded:
                 raise DataError("there are no training pairs; set --data.source")
             self.facts = {
@@ -174,12 +174,12 @@ class PairDataModule(LightningDataModule):
                 "limit": self.limit,
                 "transitive": self.transitive,
                 "rows": {name: len(part) for name, part in loaded.items()},
-                "duplicates": {name: _share_of_duplicates(part) for name, part in loaded.items()},
+                "duplicates": {name: _duplicate_share(part) for name, part in loaded.items()},
                 "plan": {
                     "training tokens": digest(loaded["train"]),
                     "dev tokens": digest(loaded["val"]) if "val" in loaded else None,
                     "tokenizer": sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12],
-                    "devices": self._share()[1],
+                    "devices": self._rank_and_devices()[1],
                     "accumulated batches": self._accumulated(),
                     "batch_size": self.batch_size,
                     "batch_by": self.batch_by,
@@ -189,8 +189,8 @@ class PairDataModule(LightningDataModule):
                     "seed": _seed(),
                 },
             }
-            self._tell()
-            if self.trainer and "val" not in loaded:  # a fit without dev pairs goes without validation
+            self._log_splits()
+            if self.trainer and "val" not in loaded:  # without dev pairs there is no validation
                 self.validates, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
 
     def teardown(self, stage: str) -> None:
@@ -201,24 +201,24 @@ class PairDataModule(LightningDataModule):
         self.teardown("fit")
 
     @rank_zero_only
-    def _tell_cut(self, loaded: dict[str, Dataset]) -> None:
-        for name in sorted(loaded.keys() - self.encoded):  # of those that were loaded before it is told already
+    def _log_cut_pairs(self, loaded: dict[str, Dataset]) -> None:
+        for name in sorted(loaded.keys() - self.encoded):  # once for each split
             tell_cut(loaded[name], f"{name} pairs", self.max_length)
 
     @rank_zero_only
-    def _tell(self) -> None:
+    def _log_splits(self) -> None:
         if "val" not in self.facts["rows"]:
             log.info(
-                "there are no dev pairs, which would choose the best checkpoint, a threshold and a calibration; set "
-                "--data.val_source or --data.val_size for some"
+                "there are no dev pairs to choose the best checkpoint, a threshold and a calibration; to have some, "
+                "set --data.val_source or --data.val_size"
             )
         for name, share in self.facts["duplicates"].items():
             part = self.encoded[name]
             log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(part):,}", 100 * share)
             if name == "val" and share in (0, 1):
                 log.warning(
-                    "all dev pairs have the same label, and choose no threshold and no checkpoint: the last is taken; "
-                    "shuffle a source that is in the order of its labels, or set --data.val_source"
+                    "all dev pairs have the same label, so they choose no threshold and no checkpoint: the last one is "
+                    "used; if the source is sorted by label, shuffle it, or set --data.val_source"
                 )
 
     def _load(self) -> dict[str, Dataset]:
@@ -226,12 +226,12 @@ class PairDataModule(LightningDataModule):
         if function == TrainerFn.PREDICTING:
             parts = {"predict": _first(self._read(self.source, labelled=False), self.limit)}
         else:
-            parts = self._read_splits(_NEEDED[function or TrainerFn.FITTING], self.limit)
+            parts = self._read_splits(_NEEDED_SPLITS[function or TrainerFn.FITTING], self.limit)
             by_question = self.split == "question" and self.source != pairs.SAMPLE
             if by_question and {"train"} < set(parts) and not self._cut_off(parts):
                 raise UsageError(
-                    "--data.split question has nothing to cut: what is evaluated has a source of its own, whose "
-                    "questions may stand among the training pairs; leave it out"
+                    "--data.split question has nothing to split: the evaluation pairs have their own source, whose "
+                    "questions may also be in the training pairs; remove the option"
                 )
         if self.transitive and "train" in parts:
             parts["train"] = pairs.add_transitive(parts["train"], [parts[name] for name in parts if name != "train"])
@@ -248,7 +248,7 @@ class PairDataModule(LightningDataModule):
         return QUORA_SUBSET if self.subset is None and source.partition(":")[0] == QUORA else self.subset
 
     def _sources(self) -> dict[str, str]:
-        """Where each split is read; those that are not named are cut off `train`."""
+        """The source of each split; a split without one is cut off from `train`."""
         if not self.source:
             named = {}
         elif self.source == pairs.SAMPLE:
@@ -271,36 +271,36 @@ class PairDataModule(LightningDataModule):
         return {split: _first(parts[split], limit) for split in needed if split in parts}
 
     def _cut_off(self, splits: Collection[str]) -> set[str]:
-        """Those of the splits that are cut off the training pairs' source."""
+        """Those of the splits that are cut off from the source of the training pairs."""
         return {"val", "test"} & set(splits) - set(self._sources())
 
     def _cut(self, table: Dataset, sources: dict[str, str]) -> dict[str, Sequence[int]]:
-        """The rows of each split within one table. A split that has a source of its own gets none of them."""
-        own = {"val", "test"} & set(sources)
+        """The rows of each split within one table. A split with its own source gets none of them."""
+        separate = {"val", "test"} & set(sources)
         given = {"val": self.val_size, "test": self.test_size}
-        wanted = {split: 0 if split in own or (own and size is None) else size for split, size in given.items()}
+        wanted = {split: 0 if split in separate or (separate and n is None) else n for split, n in given.items()}
         val, test = pairs.sizes(len(table), wanted["val"], wanted["test"], sources["train"])
         if self.split == "question" and val + test:
             rows = pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
             if empty := [name for name, size in (("val", val), ("test", test)) if size and not rows[name]]:
                 raise DataError(
-                    f"--data.split question leaves no {empty[0]} pairs of {sources['train']}, whose questions hang "
-                    f"together; set --data.split position, --data.{empty[0]}_source, or --data.{empty[0]}_size 0"
+                    f"--data.split question leaves no {empty[0]} pairs of {sources['train']}: its questions are too "
+                    f"connected; set --data.split position, --data.{empty[0]}_source, or --data.{empty[0]}_size 0"
                 )
             return rows
         return pairs.split_by_position(len(table), val, test)
 
     def read_from(self, splits: Collection[str] = ("val", "test")) -> dict[str, str]:
-        """The source of the dev and the test pairs, or that which they are cut off."""
-        named = {"val": self.val_source or self.source, "test": self.test_source or self.source}
-        return {split: _as_path(source) for split, source in named.items() if split in splits}
+        """The source of the dev and the test pairs, which may be the one that they are cut off from."""
+        sources = {"val": self.val_source or self.source, "test": self.test_source or self.source}
+        return {split: _as_path(source) for split, source in sources.items() if split in splits}
 
     def splits(self) -> set[str]:
-        """The splits that the source holds or leaves."""
+        """The splits that the sources provide."""
         return set(self._read_splits(pairs.SPLITS, self.limit))
 
     def texts(self, split: str, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """`text_a` and `text_b` of these rows (in ascending order) of a split that was loaded."""
+        """`text_a` and `text_b` of these rows (in ascending order) of a loaded split, each of shape (rows,)."""
         table = self._pairs(split, rows)
         return {name: np.array(table[name][:], dtype=object) for name in ("text_a", "text_b")}
 
@@ -308,8 +308,8 @@ class PairDataModule(LightningDataModule):
         return self.tables[split].select(np.flatnonzero(np.isin(self.tables[split]["row"][:], rows)))
 
     def unseen(self, split: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """For each of these rows (in ascending order) of a split that was loaded, whether neither question stands in
-        the training pairs, shape (rows,). All True where the source leaves no training pairs.
+        """For each of these rows (in ascending order) of a loaded split, whether neither of its questions is in the
+        training pairs, shape (rows,). All True if there are no training pairs.
         """
         train = self.tables.get("train")
         if train is None:
@@ -317,7 +317,7 @@ class PairDataModule(LightningDataModule):
         return pairs.unseen(self._pairs(split, rows), train) if train is not None else np.ones(len(rows), dtype=bool)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
-        rank, ranks = self._share()
+        rank, ranks = self._rank_and_devices()
         order = TrainingOrder(
             self._lengths("train"),
             self.batch_size,
@@ -330,8 +330,9 @@ class PairDataModule(LightningDataModule):
             symmetric=self.symmetric,
             twice=self.twice,
         )
-        self.train_loader = PairLoader(order, **self._loading("train", order.mean_pairs()))
-        # Lightning would load it itself, but asks for the loader (to count steps) before it has read the checkpoint.
+        self.train_loader = PairLoader(order, **self._loader_arguments("train", order.mean_pairs()))
+        # Lightning would restore the loader's state, but when it counts steps it makes the loader before it has read
+        # the checkpoint, and then does not.
         self.train_loader.load_state_dict(self.position)
         return self.train_loader
 
@@ -345,36 +346,36 @@ class PairDataModule(LightningDataModule):
         return self._evaluation_loader("predict")
 
     def _evaluation_loader(self, split: str) -> DataLoader[PairBatch]:
-        rank, ranks = self._share()
+        rank, ranks = self._rank_and_devices()
         tokens = self.eval_tokens or (16_384 if self._on_cpu() else 65_536)
         lengths = self._lengths(split)
-        if len(lengths) < ranks:  # some would have no batch, and those that share weights would wait for them
-            raise DataError(f"{len(lengths)} {split} pairs are too few for {ranks} devices; give fewer devices")
+        if len(lengths) < ranks:  # some would have no batch, and with sharded weights the others would wait for them
+            raise DataError(f"{len(lengths)} {split} pairs are too few for {ranks} devices; use fewer devices")
         if self._in_both_orders(split):
             lengths = np.tile(lengths, 2)
         order = EvaluationOrder(lengths, tokens, rank=rank, ranks=ranks)
-        return DataLoader(sampler=order, **self._loading(split))
+        return DataLoader(sampler=order, **self._loader_arguments(split))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """A GPU takes a batch out of pinned memory while the processor goes on.
+        """Copy a batch to a GPU from pinned memory, so that the CPU need not wait.
 
-        It is pinned here: a thread of the loader's would break a CUDA graph that is being made meanwhile.
+        It is pinned here because the loader's pinning thread would break a CUDA graph captured at the same time.
         """
         if device.type != "cuda":
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        tensors = {name: part for name, part in batch.items() if isinstance(part, torch.Tensor)}
-        return batch | {name: part.pin_memory().to(device, non_blocking=True) for name, part in tensors.items()}
+        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        return batch | {name: value.pin_memory().to(device, non_blocking=True) for name, value in tensors.items()}
 
     def _in_both_orders(self, split: str) -> bool:
-        """Whether the pairs of a split stand in the table once more, behind all others and swapped.
+        """Whether the pairs of a split are followed by the same pairs with their texts swapped.
 
-        Those of whole evaluations do; an evaluation between training steps takes half the time.
+        For evaluation, only in `validate` and `test`: it would double the time of the validations during a fit.
         """
         if split == "train":
             return self.symmetric
         return self.trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
 
-    def _share(self) -> tuple[int, int]:
+    def _rank_and_devices(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _accumulated(self) -> int:
@@ -385,7 +386,8 @@ class PairDataModule(LightningDataModule):
 
     def _piece_cost(self, training: bool) -> int:
         if self.trainer and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            return 2**40  # one piece: devices that share their weights must compute equally many
+            # So costly that a batch stays in one piece: devices that shard the weights must compute equally many.
+            return 2**40
         return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda", training)
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
@@ -395,8 +397,7 @@ class PairDataModule(LightningDataModule):
         part = self.encoded[split]
         return part.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]
 
-    def _loading(self, split: str, mean_pairs: float | None = None) -> dict[str, Any]:
-        """The arguments of a split's DataLoader."""
+    def _loader_arguments(self, split: str, mean_pairs: float | None = None) -> dict[str, Any]:
         from datasets import concatenate_datasets
 
         part = self.encoded[split]
@@ -408,53 +409,53 @@ class PairDataModule(LightningDataModule):
             "collate_fn": PairCollator(self.tokenizer, mean_pairs, self._piece_cost(split == "train")),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": _leave_group,
-            "generator": torch.Generator(),  # making an iterator takes no number from the dropout's generator
+            "worker_init_fn": _leave_process_group,
+            "generator": torch.Generator(),  # of its own: making an iterator must not advance the one of dropout
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run was trained on and how far, for the model card, and to go on there with the same."""
+        """What the run trains on, for the model card and for the checks on resuming, and its position in the data."""
         where = {"step": self.trainer.global_step, "begun": self.begun} if self.trainer else {}
         return {**self.facts, **where, "position": self.train_loader.state_dict() if self.train_loader else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse to go on with other batches, in another order, than the checkpoint's, or skip to the next epoch; and
-        with other dev pairs, by which another checkpoint would be the best.
+        """Restore the position in the data. If the batches or their order differ from the checkpoint's, refuse, or skip
+        to the next epoch. Other dev pairs are refused too, since they would choose another best checkpoint.
 
         Raises:
-            CheckpointError: something differs, and `on_mismatch` is `refuse`.
+            CheckpointError: Something differs, and `on_mismatch` is `refuse`.
         """
         self.trained_limit = state.get("limit")
         if not (self.trainer and self.trainer.state.fn == TrainerFn.FITTING and "plan" in state):
             return
-        before, now = _told(state), _told(self.facts)
+        before, now = _readable_plan(state), _readable_plan(self.facts)
         differing = {
             name: f"{name} {before[name]} (now {now[name]})"
             for name in now
-            if name in before and state["plan"][name] != self.facts["plan"][name]  # an older checkpoint may tell less
+            if name in before and state["plan"][name] != self.facts["plan"][name]  # older checkpoints have fewer
         }
-        self.position, others = state["position"], ", ".join(differing.values())
+        self.position, changes = state["position"], ", ".join(differing.values())
         self.begun = state.get("begun", (0, 0))
         reordered = bool(differing.keys() - {"dev tokens"})
         if differing and self.on_mismatch == "refuse":
             raise CheckpointError(
-                f"the checkpoint was trained with {others}; go on with the same, or give --on_mismatch continue to "
+                f"the checkpoint was trained with {changes}; resume with the same, or give --on_mismatch continue to "
                 f"keep weights and optimizer{' and start at the next epoch' * reordered}"
             )
         if differing:
-            log.info("the checkpoint was trained with %s: going on%s", others, " with the next epoch" * reordered)
+            log.info("the checkpoint was trained with %s: resuming%s", changes, " at the next epoch" * reordered)
         if reordered:
-            if "step" in state:  # an older checkpoint does not tell
+            if "step" in state:  # older checkpoints do not have it
                 self.begun = state["step"], self.position["epoch"] + 1
             self.position = {**self.position, "batches": sys.maxsize}
-        if self.train_loader:  # sharded weights are read late
+        if self.train_loader:  # with sharded weights, the checkpoint is loaded after the loader is made
             self.train_loader.load_state_dict(self.position)
 
 
 class PairLoader(DataLoader[PairBatch]):
-    """A DataLoader over a `TrainingOrder` that goes on in the middle of an epoch, at the batch after the last one used.
+    """A DataLoader over a `TrainingOrder` that can resume within an epoch, at the batch after the last one used.
 
-    Batches count when they are handed out, whatever worker processes have fetched ahead.
+    Batches count when they are handed out, no matter how many the worker processes have prefetched.
     """
 
     def __init__(self, order: TrainingOrder, **arguments: Any) -> None:
@@ -462,7 +463,7 @@ class PairLoader(DataLoader[PairBatch]):
         self.order, self.epoch, self.batches = order, 0, 0
 
     def __iter__(self) -> Any:
-        # A generator: it begins with the first batch that is asked for, and by then Lightning has set the epoch.
+        # As a generator, this runs when the first batch is requested, and by then Lightning has set the epoch.
         if self.epoch != self.order.epoch:
             self.epoch, self.batches = self.order.epoch, 0
         self.order.start = self.batches
@@ -477,22 +478,23 @@ class PairLoader(DataLoader[PairBatch]):
         self.epoch, self.batches = state.get("epoch", 0), min(state.get("batches", 0), len(self))
 
 
-def _leave_group(worker: int) -> None:
-    """What Ctrl-C sends to all processes of a run is for the main ones, which need their workers to end the step."""
+def _leave_process_group(worker: int) -> None:
+    """Keep Ctrl-C, which a terminal sends to the whole process group, from the workers: the step that is finished then
+    still needs them."""
     os.setpgrp()
 
 
 def digest(part: Dataset) -> str:
     """A short hash of a split's tokens and labels, in their order."""
-    found = sha256()
+    hashed = sha256()
     for table in part.with_format("arrow", columns=["input_ids", "label"]).iter(10_000):
         for column in (table["input_ids"].combine_chunks().flatten(), table["label"]):
-            found.update(column.to_numpy().tobytes())
-    return found.hexdigest()[:12]
+            hashed.update(column.to_numpy().tobytes())
+    return hashed.hexdigest()[:12]
 
 
 def _as_path(source: str) -> str:
-    """The name of a folder so that nobody takes it for a Hub id, as which `data/pairs` may be read elsewhere."""
+    """Prefix the name of a folder with `./` where it could be taken for a Hub id, such as `data/pairs`."""
     path = Path(source)
     return f"./{source}" if source and path.is_dir() and not path.is_absolute() and source[0] != "." else source
 
@@ -501,22 +503,22 @@ def _first(part: Dataset, limit: int | None) -> Dataset:
     return part.take(min(limit or sys.maxsize, len(part)))
 
 
-def _told(facts: dict[str, Any]) -> dict[str, Any]:
-    """The plan's entries as a person reads them: digests with what they are of."""
+def _readable_plan(facts: dict[str, Any]) -> dict[str, Any]:
+    """The entries of the plan for messages: a digest comes with the data that it is of."""
     sources, rows = {"train": facts["source"], **facts.get("sources", {})}, facts["rows"]
-    of = {
+    origins = {
         f"{name} tokens": f"{rows[split]:,} pairs of {sources[split]}"
         for split, name in (("train", "training"), ("val", "dev"))
         if split in rows and split in sources
     }
-    of["tokenizer"] = facts["backbone"]
-    return {name: f"{value} of {of[name]}" if name in of else value for name, value in facts["plan"].items()}
+    origins["tokenizer"] = facts["backbone"]
+    return {name: f"{value} of {origins[name]}" if name in origins else value for name, value in facts["plan"].items()}
 
 
 def _seed() -> int:
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # set by seed_everything
 
 
-def _share_of_duplicates(part: Dataset) -> float:
+def _duplicate_share(part: Dataset) -> float:
     labels = part.with_format("numpy", columns=["label"])[:]["label"]
     return float((labels >= 0.5).mean())

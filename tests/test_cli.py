@@ -201,7 +201,7 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(capsys, write, tmp_path:
 def test_a_checkpoint_that_cannot_be_read_is_one_line(capsys, write, tmp_path: Path, command: str):
     path = write("bad.ckpt", "nothing")
     arguments = ["--data.source", "sample", "--model.backbone", BACKBONE, "--output", str(tmp_path / "runs")]
-    assert "is no checkpoint that can be read" in fail(capsys, command, *arguments, "--ckpt_path", str(path))
+    assert "cannot be read: the file is truncated" in fail(capsys, command, *arguments, "--ckpt_path", str(path))
 
 
 def test_an_output_that_cannot_be_written_is_one_line(capsys, tmp_path: Path):

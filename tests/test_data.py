@@ -37,10 +37,10 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch:
     assert by_question.unseen("val", np.array(by_question.tables["val"]["row"][:])).all()
     assert by_question.facts["split"] == "question"
     assert one.facts["split"] is None  # which nothing was cut off
-    with pytest.raises(UsageError, match="split question has nothing to cut"):
+    with pytest.raises(UsageError, match="split question has nothing to split"):
         rows_of(PairDataModule(str(pairs_file), val_source=str(pairs_file), split="question", **make))
     (tmp_path / "star.csv").write_text("text_a,text_b,label\n" + "".join(f"one,{n},{n % 2}\n" for n in range(30)))
-    with pytest.raises(DataError, match=r"split question leaves no val pairs of \S+star.csv, whose questions hang tog"):
+    with pytest.raises(DataError, match=r"split question leaves no val pairs of \S+star.csv: its questions are too "):
         rows_of(PairDataModule(str(tmp_path / "star.csv"), split="question", test_size=0, **make))
     (tmp_path / "train.csv").write_text(pairs_file.read_text())
     (tmp_path / "dev.csv").write_text(pairs_file.read_text())
@@ -70,7 +70,7 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch:
         with pytest.raises(UsageError, match="write the list to a file"):
             PairDataModule(**{name: [("a", "b", 1)]}, **make)
     for name in ("batch_size", "window", "eval_tokens", "num_proc", "limit"):
-        with pytest.raises(UsageError, match=rf"data\.{name} 0 is not at least 1"):
+        with pytest.raises(UsageError, match=rf"data\.{name} must be at least 1, not 0"):
             PairDataModule(**{name: 0}, **make)
     for name in ("split", "batch_by", "on_mismatch"):
         with pytest.raises(UsageError, match=rf"data\.{name} 'questions' is not one of"):

@@ -146,7 +146,7 @@ def test_torchrun_over_two_machines_goes_on_after_a_death_and_trains_the_same(
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
-    assert "going on from" in said[0]
+    assert "resuming from" in said[0]
     assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(output).items())
     assert [path.name for path in output.iterdir()] == ["run"]
 

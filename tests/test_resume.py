@@ -191,7 +191,7 @@ def test_a_signal_ends_the_step_and_tells_how_to_go_on(
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert "rror" not in said
-    step, command = re.search(r"at step (\d+); go on with: python -m crossenc (.*)$", said, re.MULTILINE).groups()
+    step, command = re.search(r"at step (\d+); resume with: python -m crossenc (.*)$", said, re.MULTILINE).groups()
     assert weights(tmp_path / "run" / "last.ckpt")[0] == int(step)
     if processes == 1:
         assert main(shlex.split(command)) == 0
@@ -297,7 +297,7 @@ def test_a_signal_is_noted_before_the_first_step_and_in_a_validation(
     command = fit(early, tmp_path, trainer__callbacks="tests.test_resume.Signalled")
     assert main(command) == 143
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert f"SIGTERM at step {step}; go on with" in capsys.readouterr().err
+    assert f"SIGTERM at step {step}; resume with" in capsys.readouterr().err
     assert weights(tmp_path / "run" / "last.ckpt")[0] == step
 
 
@@ -353,7 +353,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         assert "damaged" in caplog.text
     with caplog.at_level(logging.INFO, logger="crossenc"):
         assert main(fit(options, tmp_path, ckpt_path="last")) == 0
-    assert f"going on from {folder / 'best.ckpt'}, step {weights(whole / 'best.ckpt')[0]}" in caplog.text
+    assert f"resuming from {folder / 'best.ckpt'}, step {weights(whole / 'best.ckpt')[0]}" in caplog.text
     assert same(folder / "last.ckpt", whole / "last.ckpt")
     light = torch.load(whole / "last.ckpt", weights_only=True)
     del light["optimizer_states"]
@@ -474,7 +474,7 @@ def test_a_mismatch_goes_on_with_the_next_epoch_if_it_may(whole: Path, options: 
     command += ["--trainer.log_every_n_steps=1", "--trainer.callbacks+=ModelCheckpoint"]
     command += [f"--trainer.callbacks.{name}={value}" for name, value in keep.items()]
     assert main(command) == 0
-    assert "batch_size 4 (now 6): going on with the next epoch" in capsys.readouterr().err
+    assert "batch_size 4 (now 6): resuming at the next epoch" in capsys.readouterr().err
     left = EPOCHS - 1 - step // 6
     end = step + 4 * left
     assert weights(folder / "last.ckpt")[0] == end
@@ -542,4 +542,4 @@ def test_a_checkpoint_within_a_step_is_none_to_go_on_from(options: dict[str, Any
         assert (find_newest(alone) is not None) == is_whole
         if not is_whole:
             assert main(fit(options | within, tmp_path, ckpt_path=alone / "best.ckpt")) == 2
-    assert "was written within a step" in caplog.text
+    assert "was written in the middle of a step" in caplog.text
