@@ -1,4 +1,4 @@
-"""The command line: one table of commands, answered without torch; each command loads what it needs."""
+"""The command line: one table of commands, shown without importing torch; each command imports what it needs."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _evaluate(command: str, args: list[str]) -> None:
     from .evaluating import evaluate, print_figures
 
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
-    parser.add_argument("model", type=str, help=_MODEL)
-    parser.add_class_arguments(PairDataModule, "data", skip=_OF_THE_MODEL | _OF_TRAINING)
+    parser.add_argument("model", type=str, help=_MODEL_HELP)
+    parser.add_class_arguments(PairDataModule, "data", skip=_MODEL_ARGUMENTS | _TRAINING_ARGUMENTS)
     parser.set_defaults({"data.source": ""})
     parser.add_argument("--output", type=str, default="evaluation", help="Folder for the report.")
     parser.add_function_arguments(evaluate, skip={"model", "arguments", "output"})
@@ -52,21 +52,21 @@ def _evaluate(command: str, args: list[str]) -> None:
         print(f"\nreport: {given['output']}")
 
 
-# Arguments of the data module that an evaluation does not ask for: the model's own, and those of training.
-_OF_THE_MODEL = {"backbone", "max_length", "revision"}
-_OF_TRAINING = {"symmetric", "twice", "transitive", "batch_size", "batch_by", "window", "on_mismatch"}
-_MODEL = "An export's folder, a Hub id, or a .ckpt file."
-# What is given by its place, of the commands that are functions; their other parameters are options.
+# Arguments of the data module that are not options of `evaluate`: those taken from the model, and those of training.
+_MODEL_ARGUMENTS = {"backbone", "max_length", "revision"}
+_TRAINING_ARGUMENTS = {"symmetric", "twice", "transitive", "batch_size", "batch_by", "window", "on_mismatch"}
+_MODEL_HELP = "An export's folder, a Hub id, or a .ckpt file."
+# Positional arguments of the commands that call a function, with their help; its other parameters are options.
 _POSITIONAL = {
     "export": {"checkpoint": "A .ckpt file written by fit.", "output": "The folder to write."},
     "score": {
-        "model": _MODEL,
+        "model": _MODEL_HELP,
         "pairs": "A csv, tsv, jsonl or parquet file, or - for jsonl from stdin.",
         "output": "The file to write, or - for jsonl to stdout.",
     },
-    "rerank": {"model": _MODEL},
+    "rerank": {"model": _MODEL_HELP},
     "mine": {
-        "model": _MODEL,
+        "model": _MODEL_HELP,
         "questions": "A csv, tsv, jsonl or parquet file of questions.",
         "output": "The file to write the pairs to; the groups go to a file beside it.",
     },
@@ -74,10 +74,7 @@ _POSITIONAL = {
 
 
 def _call(command: str, args: list[str]) -> None:
-    """Call the package's function of the command's name with what the command line says.
-
-    Options may be written with dashes, and those that are true or false without a value.
-    """
+    """Call the function of the package that has the command's name, with the arguments from the command line."""
     from jsonargparse import ArgumentParser
 
     function, positional = getattr(crossenc, command), _POSITIONAL[command]
@@ -88,31 +85,31 @@ def _call(command: str, args: list[str]) -> None:
     if command == "rerank":
         parser.set_defaults({"output": "-"})
     flags = {f"--{name}" for name, about in signature(function).parameters.items() if about.default is False}
-    found = function(**_parse(parser, args, flags))
+    result = function(**_parse(parser, args, flags))
     if command == "export":
-        print(found)
+        print(result)
     elif command == "mine":
-        print(found.pairs, found.groups, sep="\n")
+        print(result.pairs, result.groups, sep="\n")
 
 
 def _underscored(args: list[str]) -> list[str]:
-    """The words with the names of options as the parameters are written: `--on_error=a-b` for `--on-error=a-b`."""
+    """The arguments with options named like parameters, but values unchanged: `--on-error=a-b` to `--on_error=a-b`."""
     return [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in args]
 
 
-_VALUES = ("true", "false", "yes", "no", "on", "off")  # as jsonargparse takes them
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off")  # the words that jsonargparse accepts
 
 
 def _parse(parser: ArgumentParser, args: list[str], flags: Collection[str] = ()) -> dict[str, Any]:
-    """What the command line says. `flags` are the options that may stand alone, for true."""
+    """The parsed arguments. Options may be written with dashes, and those in `flags` without a value, for true."""
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     words = _underscored(args)
     words = [
-        f"{word}=true" if word in flags and following.lower() not in _VALUES else word
+        f"{word}=true" if word in flags and following.lower() not in _BOOLEANS else word
         for word, following in zip(words, [*words, ""][1:], strict=True)
     ]
     given: dict[str, Any] = parser.parse_args(words).as_dict()
-    del given["debug"]  # which `main` has seen to
+    del given["debug"]  # `main` handles it
     return given
 
 
@@ -131,7 +128,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], None]]] = {
 
 
 def command_table() -> str:
-    """The help of `crossenc` itself: every command with one line."""
+    """The help of `crossenc` itself: one line for each command."""
     lines = "".join(f"  {name:<10}{text}\n" for name, (text, _) in COMMANDS.items())
     return (
         f"usage: python -m crossenc COMMAND [options]\n\n{lines}\n"
@@ -141,9 +138,9 @@ def command_table() -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 after one line on stderr when the input is bad.
+    """Run one command; returns the exit code: 0, or 2 after one line on stderr if the input is bad.
 
-    A run that a signal ended after it wrote its checkpoint returns 143 (SIGTERM) or 130 (SIGINT).
+    A run that a signal stopped after its checkpoint was written returns 143 (SIGTERM) or 130 (SIGINT).
     """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
@@ -160,40 +157,40 @@ def main(args: list[str] | None = None) -> int:
         run = COMMANDS[name][1]
         by_trainer = run in (_run, _evaluate)
         if not {"-h", "--help"} & set(rest):
-            _set_up_terminal()
+            _set_up_output()
             if by_trainer or name == "export":
                 _quiet_lightning()
             if by_trainer:
-                _watch_first(name)
-        # With a Trainer it is Lightning's to end in order.
-        with nullcontext() if by_trainer else _exit_at_sigterm():
+                _watch_first_process(name)
+        # With a Trainer, Lightning handles SIGTERM.
+        with nullcontext() if by_trainer else _exit_on_sigterm():
             run(name, rest)
-    except BrokenPipeError:  # who reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or python complains at its end
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
     except Exception as error:
-        if debug or not _is_for_the_user(error):
+        if debug or not _is_user_error(error):
             raise
         if isinstance(error, StoppedError):
             log.info(str(error))
-        elif not (_is_helper() and (isinstance(error, LostProcessError) or _ends_soon())):
+        elif not (_is_child() and (isinstance(error, LostProcessError) or _first_process_ends_soon())):
             print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CrossencError) else 2
-    except (KeyboardInterrupt, SystemExit) as stop:  # where there is nothing to keep
+    except (KeyboardInterrupt, SystemExit) as stop:  # a signal where no checkpoint is written
         if "lightning" in sys.modules:
             from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-            if isinstance(stop, SIGTERMException):  # of which python would make exit code 0
+            if isinstance(stop, SIGTERMException):  # Python would exit with code 0
                 print(f"crossenc {name}: ended by SIGTERM", file=sys.stderr)
                 return 143
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        return 130  # Lightning makes a SystemExit of it
+        return 130  # also for a KeyboardInterrupt that Lightning has turned into a SystemExit
     return 0
 
 
 @contextmanager
-def _exit_at_sigterm() -> Iterator[None]:
+def _exit_on_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -201,76 +198,76 @@ def _exit_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_FIRST = "CROSSENC_FIRST_PROCESS"
+_FIRST_PROCESS = "CROSSENC_FIRST_PROCESS"
 
 
-def _is_helper() -> bool:
-    """Whether Lightning's first process started this one; when it is gone, it has told why."""
+def _is_child() -> bool:
+    """Whether Lightning's first process launched this one; if so, the first one reports why the run ends."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
-def _watch_first(command: str) -> None:
-    """End with the first process, if that is killed before all are joined: torch would wait for it half an hour."""
-    if not _is_helper():
-        os.environ[_FIRST] = str(os.getpid())  # for those that Lightning starts
+def _watch_first_process(command: str) -> None:
+    """Exit if the first process is killed before all have joined; torch would wait for it for half an hour."""
+    if not _is_child():
+        os.environ[_FIRST_PROCESS] = str(os.getpid())  # for the processes that Lightning launches
         return
 
     def watch() -> None:
-        while _first_lives():
+        while _first_process_lives():
             joined = getattr(sys.modules.get("torch.distributed"), "is_initialized", None)
             if joined and joined():
                 return
             time.sleep(1)
-        print(f"crossenc {command}: error: the first process of the run is gone, and this one with it", file=sys.stderr)
+        print(f"crossenc {command}: error: the first process of the run died, so this one stops too", file=sys.stderr)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _first_lives() -> bool:
-    return os.environ.get(_FIRST, str(os.getppid())) == str(os.getppid())
+def _first_process_lives() -> bool:
+    return os.environ.get(_FIRST_PROCESS, str(os.getppid())) == str(os.getppid())
 
 
-def _ends_soon(seconds: float = 15.0) -> bool:
-    """Whether the first process ends within this time: then it has met the same error, and told it."""
+def _first_process_ends_soon(seconds: float = 15.0) -> bool:
+    """Whether the first process ends within this time. If so, it has met the same error and printed it."""
     end = time.monotonic() + seconds
-    while _first_lives() and time.monotonic() < end:
+    while _first_process_lives() and time.monotonic() < end:
         time.sleep(0.1)
-    return not _first_lives()
+    return not _first_process_lives()
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether an error is about the input: ours, the parser's, the Trainer's about its options, or of a file."""
+def _is_user_error(error: Exception) -> bool:
+    """Whether an error is about the input: one of ours, of the parser, of a file, or of the Trainer's options."""
     if isinstance(error, CrossencError | ArgumentError | OSError):
         return True
-    if "lightning" not in sys.modules:  # whose errors there can be none of then
+    if "lightning" not in sys.modules:  # then it cannot be one of Lightning's
         return False
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     return isinstance(error, MisconfigurationException)
 
 
-# Warnings of the libraries that tell a user of crossenc nothing, and why.
-_OF_NO_USE = (
-    ".*does not have many workers",  # tokens are cached and padding is cheap: none is the right number of them
-    ".*LeafSpec.* is deprecated",  # torch's own pytree, called by Lightning 2.6 in the old way
-    ".*is_gradient_checkpointing. is deprecated",  # peft calls transformers 5 by a name that it is renaming
-    ".*loading a checkpoint outside the 'fit' stage",  # by its averaged weights, which are all that it is evaluated by
-    ".*add the following callbacks",  # an evaluation needs none, and a run goes on with those that it is given
-    "The dirpath has changed from",  # a checkpoint that is evaluated writes nothing
-    "No seed found",  # where `--seed_everything true` finds no PL_GLOBAL_SEED it is 0, and stands in config.yaml
-    "Precision .* is not supported by the model summary",  # whose sizes are those of 32 bits
-    ".*WeightAveraging callback with a model that overrides",  # configure_model only shards: an average misses nothing
+# Warnings of libraries that say nothing useful to a user of crossenc, and why.
+_IGNORED_WARNINGS = (
+    ".*does not have many workers",  # tokens are cached and padding is cheap, so 0 workers is the right number
+    ".*LeafSpec.* is deprecated",  # torch's own pytree, which Lightning 2.6 calls in the old way
+    ".*is_gradient_checkpointing. is deprecated",  # peft uses a name that transformers 5 is replacing
+    ".*loading a checkpoint outside the 'fit' stage",  # it loads the averaged weights, the only ones to evaluate
+    ".*add the following callbacks",  # an evaluation needs none, and a resumed run uses those that it is given
+    "The dirpath has changed from",  # evaluating a checkpoint writes none
+    "No seed found",  # `--seed_everything true` without PL_GLOBAL_SEED means 0, and config.yaml says so
+    "Precision .* is not supported by the model summary",  # its sizes are those of 32 bits
+    ".*WeightAveraging callback with a model that overrides",  # configure_model only shards, so no weight is missed
     ".*is smaller than the logging interval",  # a short run is no mistake
-    ".*exists and is not empty",  # a run that goes on writes into its own folder; its metrics.csv was set aside before
+    ".*exists and is not empty",  # a resumed run writes into its own folder, after metrics.csv was renamed
 )
 
 
-def _set_up_terminal() -> None:
-    """Say what matters, once: our own log on stderr, and of the libraries' logs and bars what a person needs."""
+def _set_up_output() -> None:
+    """Log to stderr, and reduce the libraries' logs and progress bars to what a user needs."""
     if not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # as every file that is written
-    # onnxruntime logs by the root's functions, which add a handler that prints where there is none.
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # like every file that we write
+    # onnxruntime calls `logging.warning` and the like, which install a printing handler if the root logger has none.
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())
     handler = logging.StreamHandler()
@@ -278,21 +275,21 @@ def _set_up_terminal() -> None:
     ours = logging.getLogger("crossenc")
     ours.handlers[:] = [handler]
     ours.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
-    # Errors of these libraries reach the user as exceptions.
+    # The errors of these libraries reach the user as exceptions.
     for library in ("huggingface_hub", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    # When two of them are imported later, they set their levels anew.
+    # Two of them set their level again when they are imported later.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for message in _OF_NO_USE:
+    for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 def _quiet_lightning() -> None:
-    """Without hardware lists, tips and seeds. Imported first, since Lightning sets its level when it is imported."""
+    """Hide Lightning's hardware lists, tips and seeds. It must be imported first, since importing it sets its level."""
     import lightning.pytorch  # noqa: F401
 
     for library in ("lightning", "lightning.pytorch", "lightning.fabric"):

@@ -1,4 +1,4 @@
-"""One run of fit, validate, test or predict: LightningCLI with a run's folder around it.
+"""One run of fit, validate, test or predict: LightningCLI plus the folder of a run.
 
 checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt  last.ckpt
                      metrics.json  scores.parquet  model/  predictions.csv
@@ -53,18 +53,19 @@ from .parts import writing
 log = logging.getLogger(__name__)
 
 DEFAULT_RUN = "run"
-# The recipe of sentence-transformers' Quora example, as far as the Trainer is concerned, and no table of layers.
+# The Trainer's part of the recipe of sentence-transformers' Quora example, and no table of layers.
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "val_check_interval": 500,
-    "check_val_every_n_epoch": None,  # 500 batches are counted through, not anew in each epoch
+    "check_val_every_n_epoch": None,  # count the 500 batches across epochs
     "log_every_n_steps": 10,
     "enable_model_summary": False,
 }
 
-# Where these differ, a checkpoint's optimizer is one of other parameters, or would silently keep its own rates.
-_WHAT_IS_TRAINED = (
+# The model's options that a checkpoint's optimizer depends on: if they differ, it has other parameters, or would
+# silently keep its own learning rates.
+_OPTIMIZER_OPTIONS = (
     "optimizer",
     "learning_rate",
     "weight_decay",
@@ -75,19 +76,19 @@ _WHAT_IS_TRAINED = (
     "lora",
 )
 
-# Callbacks that change what the module and the data module have fixed by then, and what does their work here.
-_UNFIT = {
+# Callbacks that would change what the module and the data module have already fixed, and the options to use instead.
+_UNSUPPORTED_CALLBACKS = {
     "LearningRateFinder": "--model.learning_rate",
     "BatchSizeFinder": "--data.batch_size",
     "BackboneFinetuning": "--model.freeze_layers",
-    # It hands its average over after the last checkpoint, and the best one is what is tested and exported.
+    # It sets the averaged weights after the last checkpoint, but the best checkpoint is tested and exported.
     "StochasticWeightAveraging": "--trainer.callbacks+=EMAWeightAveraging",
     "OnExceptionCheckpoint": "--checkpoint_every_n_minutes",
 }
 
 
 def native_precision(accelerator: str) -> str:
-    """`bf16-mixed` where the hardware multiplies bf16 itself, else `32-true`."""
+    """`bf16-mixed` if the hardware has native bf16 arithmetic, else `32-true`."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator in ("auto", "cpu"):
@@ -98,9 +99,9 @@ def native_precision(accelerator: str) -> str:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` when training starts: a run that refuses to go on leaves the folder's own as it was.
+    """Writes `config.yaml` when training starts, so that a run that refuses to resume does not change the folder's.
 
-    Without the checkpoint, which would else stand against one that is named before `--config`.
+    It leaves out `ckpt_path`, which would override a `--ckpt_path` given before `--config`.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,7 +113,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI for one command; what a run adds are `--run`, `--output`, `--examples` and `--debug`."""
+    """LightningCLI for one command, with the options of a run, such as `--run`, `--output` and `--examples`."""
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
@@ -125,20 +126,20 @@ class RunCLI(LightningCLI):
                 discard_if_empty(self.folder)
             log_file = self.folder / "metrics.csv"
             if self.old_log.is_file() and not log_file.exists():
-                self.old_log.rename(log_file)  # the run did not go on
+                self.old_log.rename(log_file)  # the run did not resume
             own = self.folder / "config.yaml"
             if isinstance(error, HubError) and self.checkpoint and own.is_file():
-                raise HubError(f"{error}; the options of the checkpoint's run: --config {own}") from error
+                raise HubError(f"{error}; for the options of the checkpoint's run, add --config {own}") from error
             if isinstance(error, HubError) and self.command == "fit":
                 local = "--data.source FILE --model.backbone FOLDER, or to try it out --config configs/quickstart.yaml"
                 raise HubError(f"{error}: {local}") from error
-            if isinstance(error, ValueError) and "val_check_interval" in str(error):  # known when the pairs are read
+            if isinstance(error, ValueError) and "val_check_interval" in str(error):  # raised once the pairs are read
                 raise UsageError(f"{one_line(error)}; 1.0 is the end of an epoch") from error
-            # torch's own class, or gloo's plain RuntimeError.
+            # DistError is torch's own class; gloo raises a plain RuntimeError.
             if isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo" in str(error)):
                 raise LostProcessError(
-                    f"another process of the run ended, and this one with it ({one_line(error)[:200]}); what that one "
-                    "said is why; go on with: --ckpt_path last"
+                    f"another process of the run ended, so this one stops too ({one_line(error)[:200]}); the output of "
+                    "the other one says why; resume with: --ckpt_path last"
                 ) from error
             raise
 
@@ -148,19 +149,19 @@ class RunCLI(LightningCLI):
             CrossEncoderModule,
             PairDataModule,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},  # the folder is new, or the run that is gone on with
+            save_config_kwargs={"overwrite": True},  # the folder is new, or belongs to the run that is resumed
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
             parser_kwargs={"prog": "python -m crossenc", **parsing, self.command: parsing},
             args=[self.command, *args],
             auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # the arguments are plain already
+            load_from_checkpoint_support=False,  # not needed: the module's arguments are plain values
         )
-        if self.config[self.command].trainer.fast_dev_run:  # a look at one batch leaves nothing
+        if self.config[self.command].trainer.fast_dev_run:  # a trial of one batch leaves nothing
             discard_if_empty(self.folder)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the command at hand: the parser of each takes a second to build."""
+        """Only the current command, because building each parser takes a second."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -173,7 +174,7 @@ class RunCLI(LightningCLI):
             help="Pairs of texts to score with the export at the end of fit.",
         )
         parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-        # For all commands, since they take the config.yaml that fit wrote.
+        # These are options of all commands, because all of them read the config.yaml that fit wrote.
         parser.add_argument(
             "--checkpoint_every_n_steps",
             type=PositiveInt,
@@ -201,84 +202,84 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
         config = self.config[self.command]
-        asked_for, self.asked = config.ckpt_path, config.model.clone()
+        given_path, self.asked = config.ckpt_path, config.model.clone()
         _check_trainer(self.command, config)
         if self.command == "fit" and not config.trainer.fast_dev_run:
             try:
-                parser.dump(self.config, skip_none=False)  # as the run will write it
+                parser.dump(self.config, skip_none=False)  # as SaveConfig will write it
             except (TypeError, ValueError) as error:
                 raise UsageError(
-                    "the options cannot be written into config.yaml; of Timer --trainer.max_time does the work: "
+                    "the options cannot be written to config.yaml; in place of Timer, use --trainer.max_time: "
                     f"{one_line(error)[:300]}"
                 ) from error
         config.ckpt_path = self.checkpoint = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)
         if self.command == "fit":
-            config.ckpt_path = None  # else LightningCLI puts the checkpoint's options in place of those that are given
-        # A run that was killed before its first checkpoint begins again where it was.
-        self.goes_on |= asked_for == "last" and self.folder.is_dir()
+            config.ckpt_path = None  # else LightningCLI replaces the given options by those of the checkpoint
+        # A run that was killed before its first checkpoint starts again in the same folder.
+        self.goes_on |= given_path == "last" and self.folder.is_dir()
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.command]
         config.ckpt_path = self.checkpoint
         if config.trainer.precision is None:
             config.trainer.precision = native_precision(str(config.trainer.accelerator))
-            native = "multiplies" if config.trainer.precision == "bf16-mixed" else "does not multiply"
-            log.info("precision %s: this hardware %s bf16 itself", config.trainer.precision, native)
+            has = "has" if config.trainer.precision == "bf16-mixed" else "does not have"
+            log.info("precision %s: this hardware %s native bf16 arithmetic", config.trainer.precision, has)
         if self.command != "fit" and self.checkpoint:
-            usual = signature(CrossEncoderModule).parameters
+            defaults = signature(CrossEncoderModule).parameters
             for name, value in self.asked.items():
-                if value not in (config.model[name], usual[name].default):
-                    log.info("model.%s is the checkpoint's own, %s (not %s)", name, config.model[name], value)
+                if value not in (config.model[name], defaults[name].default):
+                    log.info("model.%s is taken from the checkpoint: %s (not %s)", name, config.model[name], value)
         if self.command in ("validate", "test"):
-            config.verbose = False  # one table is enough
+            config.verbose = False  # print only our own table
         elif self.command == "predict":
-            config.return_predictions = True  # they go into the file
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun says how many processes there are
+            config.return_predictions = True  # PredictionFile needs them
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun determines the number of processes
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             config.trainer.devices, config.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
         if not self.goes_on:
             self.folder = _claim(self.folder)
-        config.output, config.run = str(self.folder.parent), self.folder.name  # `--run` may hold folders too
-        config.trainer.default_root_dir = str(self.folder)  # also where the config of another run names that run's
-        log.info("run %s", self.folder)
+        config.output, config.run = str(self.folder.parent), self.folder.name  # `--run` may contain folders
+        config.trainer.default_root_dir = str(self.folder)  # in place of another run's folder in its config.yaml
+        log.info("run folder: %s", self.folder)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ImportError, TypeError, ValueError) as error:  # of the user's loggers and callbacks, and the Trainer's
+        except (ImportError, TypeError, ValueError) as error:  # from the Trainer, or the user's loggers and callbacks
             raise UsageError(f"an option cannot be used: {one_line(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer with the run's loggers and callbacks; those of the user stand beside them."""
+        """The Trainer with the run's loggers and callbacks, in addition to the user's."""
         given = self.config_init[self.command].trainer
-        callbacks = _listed(given.callbacks)
+        callbacks = _as_list(given.callbacks)
         _check_callbacks(callbacks, given.strategy)
         kwargs["callbacks"] = [*callbacks, *self._callbacks(given, callbacks)]
         if not any(isinstance(callback, ProgressBar) for callback in kwargs["callbacks"]):
-            kwargs["enable_progress_bar"] = False  # or Lightning adds its own beside `PlainProgress`
-        if given.profiler in ("simple", "advanced"):  # whose report Lightning would log, to where nobody reads it
+            kwargs["enable_progress_bar"] = False  # or Lightning adds its own in addition to `PlainProgress`
+        if given.profiler in ("simple", "advanced"):  # Lightning would only log the report, where nobody sees it
             kind = SimpleProfiler if given.profiler == "simple" else AdvancedProfiler
             kwargs["profiler"] = kind(filename="profile")  # in the run's folder
         if self.command == "fit" and given.logger is not False:
             if self.goes_on:
                 self.old_log = _set_aside(self.folder / "metrics.csv")
             ours = [kind(self.folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
-            kwargs["logger"] = [*ours, *_listed(given.logger)]
+            kwargs["logger"] = [*ours, *_as_list(given.logger)]
         elif given.logger in (None, True):
-            kwargs["logger"] = False  # an evaluation leaves metrics.json, and the fit's own logs as they are
+            kwargs["logger"] = False  # an evaluation writes metrics.json, and does not add to the logs of the fit
         if given.strategy == "fsdp":
-            # Lightning's strategy of this name takes no CPUs; this one leaves the sharding to `configure_model`.
+            # Lightning's own fsdp does not run on CPUs; this strategy leaves the sharding to `configure_model`.
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
-        kwargs["plugins"] = [*_listed(given.plugins), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*_as_list(given.plugins), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, given: Any, users: list[Any]) -> list[Any]:
         callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd(), Pictures(), Cost()] if self.command == "fit" else []
         if given.enable_progress_bar is not False and not any(isinstance(own, ProgressBar) for own in users):
-            # Every look at the loss makes a GPU wait.
+            # A GPU has to wait whenever the loss is read.
             refresh = 10 if torch.cuda.is_available() else 1
-            # Lightning's three digits behind the point would make 0.000 of a learning rate.
+            # With Lightning's three decimals, a learning rate would be shown as 0.000.
             bar = RichProgressBar(refresh, theme=RichProgressBarTheme(metrics_format=".5g"))
             callbacks.append(bar if sys.stderr.isatty() else PlainProgress())
         if self.command == "fit" and given.enable_checkpointing is not False and not given.fast_dev_run:
@@ -292,7 +293,7 @@ class RunCLI(LightningCLI):
 
     def before_validate(self) -> None:
         if self.checkpoint is None and not has_head(self.model.model.config.architectures):
-            log.info("there is no --ckpt_path: the head is new, and its scores mean nothing")
+            log.info("without --ckpt_path, the head is new, and its scores mean nothing")
 
     before_test = before_predict = before_validate
 
@@ -302,27 +303,27 @@ class RunCLI(LightningCLI):
             sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
             if sharded and not loaded["crossenc"].get("sharded"):
                 raise CheckpointError(
-                    "the run began with whole weights, whose optimizer no sharded run takes over; go on without "
-                    "--trainer.strategy fsdp, or begin a run with its export as --model.backbone"
+                    "the run started with unsharded weights, whose optimizer a sharded run cannot take over; resume "
+                    "without --trainer.strategy fsdp, or start a new run with its export as --model.backbone"
                 )
             before, now = loaded["hyper_parameters"], self.model.hparams
             changed = [
                 f"model.{name} {before.get(name)} (now {now[name]})"
-                for name in _WHAT_IS_TRAINED
+                for name in _OPTIMIZER_OPTIONS
                 if before.get(name) != now[name]
             ]
-            # Lightning would take averaged weights for plain ones, or begin an average in the middle.
-            began, averaged = loaded["crossenc"]["training"].get("averaged by"), averaged_by(self.trainer)
-            if began != averaged:
-                changed.append(f"the callback {began} (now {averaged})")
-            # Not by its name: a folder may have been moved.
+            # Lightning would take averaged weights for plain ones, or start an average in the middle of the run.
+            averaged_before, averaged_now = loaded["crossenc"]["training"].get("averaged by"), averaged_by(self.trainer)
+            if averaged_before != averaged_now:
+                changed.append(f"the callback {averaged_before} (now {averaged_now})")
+            # Shapes are compared and not the backbone's name, since its folder may have been moved.
             kept, own = ({n: v.shape for n, v in of.items()} for of in (loaded["state_dict"], self.model.state_dict()))
             if kept != own and not changed:
-                changed = [f"the weights of model.backbone {before['backbone']}, which fit no {now['backbone']}"]
+                changed = [f"the weights of model.backbone {before['backbone']} (which do not fit {now['backbone']})"]
             if changed:
                 raise CheckpointError(
-                    f"the run began with {', '.join(changed)}, which its optimizer depends on; go on with the same, or "
-                    "begin a run of another name"
+                    f"the run started with {', '.join(changed)}, which its optimizer depends on; resume with the same, "
+                    "or start a run with another name"
                 )
         total, trained = (self.model.model.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
         log.info("backbone %s: %.1f M parameters, %.1f M trained", self.model.hparams.backbone, total, trained)
@@ -330,44 +331,44 @@ class RunCLI(LightningCLI):
     def after_fit(self) -> None:
         try:
             self._test_and_export()
-        except (KeyboardInterrupt, SystemExit):  # a signal, of which Lightning can make an exit
+        except (KeyboardInterrupt, SystemExit):  # a signal, which Lightning may turn into a SystemExit
             log.info("training is done; test and export with: %s", command_to_go_on(self.trainer))
             raise
 
     def _test_and_export(self) -> None:
-        """Test the best checkpoint, export it, and print what there is to know."""
+        """Test the best checkpoint, export it, and print the figures."""
         if self.trainer.interrupted or self.config["fit"].trainer.fast_dev_run:
             return
         done, planned = self.trainer.global_step, self.model.planned_steps()
         if 0 < done < planned:
-            log.info("training ended at step %d of %s, by max_time, a callback or --on_mismatch", done, planned)
+            log.info("training ended at step %d of %s, due to max_time, a callback or --on_mismatch", done, planned)
         if not self.trainer.checkpoint_callbacks or not self.trainer.global_step:
-            log.info("no step was taken, or no checkpoint is to be written: there is none to test and to export")
+            log.info("no step was taken, or checkpoints are disabled: there is nothing to test and export")
             discard_if_empty(self.folder)
             return
-        # Ours, and not the first of all: a config can add checkpoints of its own.
+        # The first BestCheckpoint, and not the first callback: a config can add other checkpoints.
         ours = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
         best = chosen = next((callback.best_model_path for callback in ours), "")
-        if not chosen:  # without validation no checkpoint was chosen
-            best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # only the first rank made it
-            if not Path(best).is_file():  # it is another run's checkpoint, and nothing was left to train
+        if not chosen:  # without a validation, no checkpoint was chosen
+            best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # the first rank chose the folder
+            if not Path(best).is_file():  # the checkpoint is of another run, and no steps were left to train
                 if self.trainer.is_global_zero and not self.goes_on:
                     (self.folder / "config.yaml").unlink(missing_ok=True)
-                raise CheckpointError(f"{self.checkpoint} has all of its training; raise max_epochs or max_steps")
-        # Lightning's weight averaging would put the weights that are not averaged into a model that is evaluated now.
+                raise CheckpointError(f"{self.checkpoint} is already fully trained; raise max_epochs or max_steps")
+        # When a model is evaluated, Lightning's weight averaging would swap in the weights that are not averaged.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
         if "val" in self.datamodule.encoded and self.trainer.limit_val_batches != 0:
-            loggers, self.trainer.loggers = self.trainer.loggers, []  # it is no point of the learning curves
+            loggers, self.trainer.loggers = self.trainer.loggers, []  # keep this out of the learning curves
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
             self.trainer.loggers = loggers
             if not chosen and self.trainer.is_global_zero:
                 keep_evaluation(Path(best), self.model.evaluation())
             self.trainer.strategy.barrier()
-            # The checkpoint's own, for other batches give scores that differ in the last digits.
+            # Report the checkpoint's threshold: with other batches, scores differ in the last digits.
             if (threshold := read_threshold(best)) is not None:
                 self.model.figures["val/threshold"] = threshold
-        figures = dict(self.model.figures)  # the checkpoint that the test loads knows less of the dev pairs
+        figures = dict(self.model.figures)  # the test replaces them by the checkpoint's, which has fewer on dev pairs
         if "test" in self.datamodule.encoded and self.trainer.limit_test_batches != 0:
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         self.model.figures |= figures
@@ -377,7 +378,7 @@ class RunCLI(LightningCLI):
             print_figures(self.model.figures)
             print(f"\nexport: {folder}")
             if examples := self.config["fit"].examples:
-                print("scores that it gives:")
+                print("its scores for the examples:")
                 for (a, b), score in zip(examples, score_pairs(folder, examples), strict=True):
                     print(f"  {score:.3f}  {a} | {b}")
 
@@ -397,16 +398,16 @@ class RunCLI(LightningCLI):
             log.info("scores: %s", self.folder / "predictions.csv")
 
 
-def _listed(given: Any) -> list[Any]:
-    """What may be given as one or as a list of them, as a list; without what stands for Lightning's own."""
-    return [one for one in (given if isinstance(given, list) else [given]) if one not in (None, True)]
+def _as_list(given: Any) -> list[Any]:
+    """What was given, one item or a list, as a list; without None and True, which ask for Lightning's default."""
+    return [item for item in (given if isinstance(given, list) else [given]) if item not in (None, True)]
 
 
 def _find_checkpoint(command: str, config: Any) -> str | None:
-    """The path behind `--ckpt_path`: `best` and `last` are those of the run that `--output` and `--run` name.
+    """The path of `--ckpt_path`: `best` and `last` are those of the run that `--output` and `--run` name.
 
-    `fit` goes on from the newest that can be read whole, and begins where there is none, so that the same command
-    starts a run and goes on with it.
+    With `last`, `fit` resumes from the newest intact checkpoint, and starts from scratch if there is none, so that the
+    same command starts a run and resumes it.
     """
     if config.ckpt_path is None:
         return None
@@ -414,7 +415,7 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
     if command == "fit" and config.ckpt_path == "last":
         newest = find_newest(home)
         if newest is None:
-            log.info("there is no checkpoint in %s yet: the run begins", home)
+            log.info("there is no checkpoint in %s yet: starting the run", home)
             return None
         return str(newest)
     if config.ckpt_path in ("best", "last"):
@@ -423,64 +424,64 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
         raise CheckpointError(f"--ckpt_path {config.ckpt_path}: there is no {path}")
     loaded = read_checkpoint(path, mmap=True)
     if command == "fit" and (lack := what_lacks(loaded)):
-        raise CheckpointError(f"{path} {lack}; give its last.ckpt")
+        raise CheckpointError(f"{path} {lack}; give the run's last.ckpt")
     return str(path)
 
 
 def _check_trainer(command: str, config: Any) -> None:
-    """Refuse what does not go with crossenc, or mend what Lightning's own defaults would have made of it.
+    """Refuse options that do not work with crossenc, and undo a default that would change what an option means.
 
     Raises:
-        UsageError: an option of the Trainer, or the seed.
+        UsageError: An option of the Trainer, or the seed, cannot be used.
     """
     trainer, seed = config.trainer, config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-        raise UsageError(f"--seed_everything {seed} is not from 0 to {2**32 - 1}, nor true or false")
+        raise UsageError(f"--seed_everything must be from 0 to {2**32 - 1}, or true or false, not {seed}")
     if trainer.overfit_batches:
         raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
     if any(way in str(trainer.strategy) for way in ("spawn", "fork", "notebook")):
-        raise UsageError("--trainer.strategy: what ddp_spawn and the like find stays in other processes; use ddp")
+        raise UsageError("--trainer.strategy: the results of ddp_spawn and the like stay in other processes; use ddp")
     for name in ("val", "test") if command == "fit" else ({"validate": "val"}.get(command, command),):
         limit = trainer[f"limit_{name}_batches"]
         if limit == 0 and command != "fit":
             raise UsageError(f"--trainer.limit_{name}_batches 0 leaves nothing to {command}")
-        if limit and not (isinstance(limit, float) and limit == 1):  # batches are of like length, the longest first
-            raise UsageError(f"--trainer.limit_{name}_batches would take the longest pairs; set --data.limit instead")
+        if limit and not (isinstance(limit, float) and limit == 1):  # batches are sorted by length, the longest first
+            raise UsageError(f"--trainer.limit_{name}_batches would take only the longest pairs; use --data.limit")
     if (every := trainer.check_val_every_n_epoch) is not None and every < 1:
-        raise UsageError(f"--trainer.check_val_every_n_epoch {every} is not at least 1, nor null")
+        raise UsageError(f"--trainer.check_val_every_n_epoch must be at least 1, or null, not {every}")
     if (trainer.gradient_clip_val or 0) < 0:
-        raise UsageError(f"--trainer.gradient_clip_val {trainer.gradient_clip_val} is not at least 0")
+        raise UsageError(f"--trainer.gradient_clip_val must be at least 0, not {trainer.gradient_clip_val}")
     if trainer.accumulate_grad_batches < 1:
         raise UsageError("--trainer.accumulate_grad_batches must be at least 1")
     if trainer.val_check_interval == 0:
-        raise UsageError("--trainer.val_check_interval must be above 0; for no validation set --data.val_size 0")
-    # The default of the one is not Lightning's, so that a share of an epoch alone says what it says there.
+        raise UsageError("--trainer.val_check_interval must be above 0; for no validation, set --data.val_size 0")
+    # Our default of check_val_every_n_epoch is not Lightning's, but a fraction alone must mean what it means there.
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float):
         trainer.check_val_every_n_epoch = 1
 
 
 def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
-    """Refuse callbacks that cannot work, before a run ends in them hours later; raises `UsageError`."""
-    # A callback of the user's own may log figures of its own.
-    known = all(type(callback).__module__.startswith("lightning.") for callback in callbacks)
+    """Refuse callbacks that would fail hours later in the run; raises `UsageError`."""
+    # A monitored metric is only checked if all callbacks are Lightning's, since others may log metrics of their own.
+    all_known = all(type(callback).__module__.startswith("lightning.") for callback in callbacks)
     for callback in callbacks:
         name = type(callback).__name__
-        if name in _UNFIT:
-            raise UsageError(f"{name} does not go with crossenc; set {_UNFIT[name]}")
+        if name in _UNSUPPORTED_CALLBACKS:
+            raise UsageError(f"{name} does not work with crossenc; use {_UNSUPPORTED_CALLBACKS[name]}")
         if isinstance(callback, WeightAveraging) and strategy == "fsdp":
-            raise UsageError(f"{name} does not go with --trainer.strategy fsdp, whose weights are shared; use ddp")
+            raise UsageError(f"{name} does not work with --trainer.strategy fsdp, which shards the weights; use ddp")
         monitor = getattr(callback, "monitor", None)
-        if not known or not monitor:
+        if not all_known or not monitor:
             continue
-        some = dict.fromkeys(("label", "score", "score_raw", "score_crossed"), np.array([0.0, 1.0]))
-        logged = [f"val/{name}" for name in ("loss", *evaluation_figures(some))]
-        counted = ("epoch", "step") if isinstance(callback, Checkpoint) else ()
-        if monitor not in (*logged, "train/loss", "train/lr", "train/pairs_per_second", *counted):
+        example = dict.fromkeys(("label", "score", "score_raw", "score_crossed"), np.array([0.0, 1.0]))
+        logged = [f"val/{name}" for name in ("loss", *evaluation_figures(example))]
+        counters = ("epoch", "step") if isinstance(callback, Checkpoint) else ()
+        if monitor not in (*logged, "train/loss", "train/lr", "train/pairs_per_second", *counters):
             raise UsageError(f"{name}: there is no metric {monitor}; choose one of {', '.join(logged)}")
 
 
 def _run_folder(config: Any) -> tuple[Path, bool]:
-    """The run's folder, and whether it is there: an earlier run is gone on with if the checkpoint lies in it."""
+    """The run's folder, and whether it is already the run's own: a run whose checkpoint is in it is resumed there."""
     home = Path(config.ckpt_path).parent if config.ckpt_path else None
     named = Path(config.output) / (config.run or DEFAULT_RUN)
     if home and (home.resolve() == named.resolve() or (config.run is None and (home / "config.yaml").is_file())):
@@ -489,7 +490,7 @@ def _run_folder(config: Any) -> tuple[Path, bool]:
 
 
 def _claim(folder: Path) -> Path:
-    """Make the first of `NAME`, `NAME-2`, `NAME-3`, ... that is free; making it is what claims it."""
+    """Create the first of `NAME`, `NAME-2`, `NAME-3`, ... that does not exist; creating it claims it for this run."""
     if getattr(rank_zero_only, "rank", 0) != 0:  # only the first rank writes
         return folder
     number, free = 1, folder
@@ -506,7 +507,7 @@ def _claim(folder: Path) -> Path:
 
 
 def _set_aside(file: Path) -> Path:
-    """Rename the log of an earlier part of the run to the first free `metrics-1.csv`, ...: CSVLogger deletes it."""
+    """Rename the log of the run so far to the first free `metrics-1.csv`, ..., because CSVLogger would delete it."""
     aside = next(name for name in (file.with_stem(f"{file.stem}-{number}") for number in count(1)) if not name.exists())
     if file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
         file.rename(aside)
@@ -515,6 +516,6 @@ def _set_aside(file: Path) -> Path:
 
 @rank_zero_only
 def discard_if_empty(folder: Path) -> None:
-    """Remove a run's folder in which nothing was written but a log's beginning, so that bad input leaves no trace."""
+    """Remove a run's folder if it is empty apart from the start of a log, so that bad input leaves no trace."""
     if folder.is_dir() and all("tfevents" in path.name or path.name == "hparams.yaml" for path in folder.iterdir()):
         shutil.rmtree(folder)

@@ -113,7 +113,7 @@ def test_what_the_hub_does_not_have_is_one_line(answers: dict[str, tuple[int, st
     assert not list((home / "bad" / "runs").iterdir())
     code, said = answers["test"]
     assert code == 2
-    assert said.endswith(f"; the options of the checkpoint's run: --config {trained / 'config.yaml'}\n")
+    assert said.endswith(f"; for the options of the checkpoint's run, add --config {trained / 'config.yaml'}\n")
 
 
 def test_an_export_is_uploaded_and_a_refused_one_stays(

@@ -168,7 +168,7 @@ def test_the_others_stop_when_a_process_dies(pairs_file: Path, tiny_backbone: Pa
     finally:
         process.kill()
     assert process.returncode not in (0, None)
-    assert "error: another process of the run ended, and this one with it" in said
+    assert "error: another process of the run ended, so this one stops too" in said
     assert launcher == "torchrun" or "Traceback" not in said
 
 
@@ -189,7 +189,7 @@ def test_a_process_ends_when_the_first_one_dies_before_they_are_joined(
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, log.read_text()
-    assert log.read_text().endswith("error: the first process of the run is gone, and this one with it\n")
+    assert log.read_text().endswith("error: the first process of the run died, so this one stops too\n")
 
 
 def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(

@@ -437,9 +437,9 @@ _OF_THE_MODEL = (
         ("dev pairs", r"trained with dev tokens \w{12} of 6 pairs of \S+ \(now \w{12} of 5 pairs of \S+dev.csv\);"),
         ("tokenizer", r"tokenizer \w{12} of \S+backbone \(now \w{12} of \S+other\)"),
         ("data.batch_size=6", r"batch_size 4 \(now 6\)"),
-        ("layers", r"which fit no \S+other, which its optimizer depends on"),
-        ("trainer.strategy=fsdp", r"go on without --trainer.strategy fsdp"),
-        *((f"model.{change}", f"the run began with model.{change.partition('=')[0]} ") for change in _OF_THE_MODEL),
+        ("layers", r"\(which do not fit \S+other\), which its optimizer depends on"),
+        ("trainer.strategy=fsdp", r"resume without --trainer.strategy fsdp"),
+        *((f"model.{change}", f"the run started with model.{change.partition('=')[0]} ") for change in _OF_THE_MODEL),
     ],
 )
 def test_a_run_goes_on_with_the_same_only(

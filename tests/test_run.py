@@ -124,7 +124,7 @@ def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pair
     config = ["--config", str(trained / "config.yaml"), "--ckpt_path", "best", "--trainer.precision", "32-true"]
     with caplog.at_level("INFO", logger="crossenc"):
         assert main(["predict", *config, "--return_predictions", "false", "--model.max_length", "8"]) == 0
-    assert "model.max_length is the checkpoint's own, None (not 8)" in caplog.messages
+    assert "model.max_length is taken from the checkpoint: None (not 8)" in caplog.messages
     with (trained / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     with pairs_file.open() as file:
@@ -217,8 +217,8 @@ def test_precision_is_what_the_hardware_does(pairs_file: Path, tiny_backbone: Pa
     words.remove("--trainer.precision=32-true")  # what is asked for is the default
     with caplog.at_level("INFO", logger="crossenc"):
         assert main(words) == 0
-    does = "multiplies" if native else "does not multiply"
-    assert f"precision {native_precision('cpu')}: this hardware {does} bf16 itself" in caplog.messages
+    has = "has" if native else "does not have"
+    assert f"precision {native_precision('cpu')}: this hardware {has} native bf16 arithmetic" in caplog.messages
 
 
 def test_the_models_options_reach_the_data(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch):
@@ -239,7 +239,7 @@ def test_a_logger_of_the_users_stands_beside_and_examples_are_scored(
     assert list((tmp_path / "own").rglob("metrics.csv"))
     assert (tmp_path / "run" / "metrics.csv").is_file()
     (score,) = score_pairs(tmp_path / "run" / "model", [("one text", "another")])
-    assert f"scores that it gives:\n  {score:.3f}  one text | another\n" in capsys.readouterr().out
+    assert f"its scores for the examples:\n  {score:.3f}  one text | another\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
 ):
     with caplog.at_level("INFO", logger="crossenc"):
         assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
-    assert "there is none to test and to export" in caplog.text
+    assert "there is nothing to test and export" in caplog.text
     assert (tmp_path / "run" / "metrics.csv").is_file() == left
     assert not (tmp_path / "run" / "model").exists()
 
@@ -338,33 +338,33 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.overfit_batches=2"], "set --data.limit instead"),
         (["--trainer.strategy=ddp_spawn"], "use ddp"),
         (["--trainer.accelerator=abacus"], "abacus"),
-        (["--trainer.limit_val_batches=2"], "would take the longest pairs; set --data.limit"),
-        (["--trainer.limit_test_batches=0.5"], "would take the longest pairs; set --data.limit"),
+        (["--trainer.limit_val_batches=2"], "would take only the longest pairs; use --data.limit"),
+        (["--trainer.limit_test_batches=0.5"], "would take only the longest pairs; use --data.limit"),
         (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1"),
         (["--trainer.val_check_interval=0"], "val_check_interval must be above 0"),
         (["--trainer.check_val_every_n_epoch=1"], "; 1.0 is the end of an epoch"),
-        (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch 0 is not at least 1, nor null"),
-        (["--trainer.gradient_clip_val=-0.5"], "gradient_clip_val -0.5 is not at least 0"),
-        (["--seed_everything=-1"], "--seed_everything -1 is not from 0 to 4294967295"),
+        (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch must be at least 1, or null, not 0"),
+        (["--trainer.gradient_clip_val=-0.5"], "gradient_clip_val must be at least 0, not -0.5"),
+        (["--seed_everything=-1"], "--seed_everything must be from 0 to 4294967295, or true or false, not -1"),
         (["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:01:00"], "cannot be written"),
         (
             ["--trainer.callbacks+=LearningRateFinder"],
-            "LearningRateFinder does not go with crossenc; set --model.learn",
+            "LearningRateFinder does not work with crossenc; use --model.learn",
         ),
-        (["--trainer.callbacks+=BackboneFinetuning"], "set --model.freeze_layers"),
+        (["--trainer.callbacks+=BackboneFinetuning"], "use --model.freeze_layers"),
         (
             ["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=x"],
-            "set --checkpoint_every_n_minutes",
+            "use --checkpoint_every_n_minutes",
         ),
         (
             [f"--trainer.callbacks{word}" for word in ("+=StochasticWeightAveraging", ".swa_lrs=1", ".device=null")],
-            "set --trainer.callbacks+=EMAWeightAveraging",
+            "use --trainer.callbacks+=EMAWeightAveraging",
         ),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
             "choose one of val/loss, val/av",
         ),
-        (["--trainer.callbacks+=EMAWeightAveraging", "--trainer.strategy=fsdp"], "whose weights are shared; use ddp"),
+        (["--trainer.callbacks+=EMAWeightAveraging", "--trainer.strategy=fsdp"], "which shards the weights; use ddp"),
         (["--trainer.val_check_interval=2.5"], "val_check_interval"),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "model.schedule cosine_with_min_lr: "),
@@ -397,7 +397,7 @@ def test_bars_profilers_and_an_early_stop_are_lightnings(
     with caplog.at_level("INFO", logger="crossenc"):
         options = [*stop, "--trainer.callbacks+=TQDMProgressBar", "--trainer.profiler=simple"]
         assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
-    assert "training ended at step 4 of 12, by max_time, a callback" in caplog.text
+    assert "training ended at step 4 of 12, due to max_time, a callback" in caplog.text
     assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
@@ -405,7 +405,7 @@ def test_bars_profilers_and_an_early_stop_are_lightnings(
 def test_a_finished_run_of_another_name_is_not_gone_on_with(small: Path, tmp_path: Path, capsys):
     config, last = ["--config", str(small / "config.yaml"), "--output", str(tmp_path)], small / "last.ckpt"
     assert main(["fit", *config, "--ckpt_path", str(last), "--run", "new"]) == 2
-    assert f"{last} has all of its training; raise max_epochs or max_steps" in capsys.readouterr().err
+    assert f"{last} is already fully trained; raise max_epochs or max_steps" in capsys.readouterr().err
     assert main(["fit", *config, "--ckpt_path", str(small)]) == 2
     assert f"is a folder; name a checkpoint in it: {small / 'best.ckpt'}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
