@@ -1,4 +1,4 @@
-"""Texts to token ids, kept in Arrow files by `datasets`; and batches of them, packed."""
+"""Texts to token ids, cached in Arrow files by `datasets`; and token ids to packed batches."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Texts that are tokenized at once: the tokenizer makes all that is cut off too, some 200 bytes for each character.
+# Tokenized at once, to limit memory: the tokenizer also keeps what it truncates, about 200 bytes per character.
 _CHARACTERS = 500_000
 
 
 class PairBatch(TypedDict, total=False):
-    """Pairs from long to short, their tokens in one row without padding, and how they lie in pieces of like length.
+    """Pairs, the longest first, with their tokens in one row without padding, and their pieces of similar length.
 
-    `input_ids`, `position_ids` and, where the backbone takes them, `token_type_ids` are (tokens,), `row` and `label`
-    (pairs,). `pieces` holds (pairs, tokens of the longest) of each piece, `starts` each pair's first place in the row,
-    `slots` each token's place among the padded pieces, and `padding` what stands in the other places there.
+    `input_ids`, `position_ids` and, if the backbone takes them, `token_type_ids` have shape (tokens,), `row` and
+    `label` (pairs,). `pieces` holds (pairs, tokens of the longest) of each piece, `starts` the position of each pair's
+    first token in the row, `slots` the position of each token among the padded pieces, and `padding` the values that
+    fill the other positions there.
 
-    In training `mean_pairs` tells how many pairs a batch of the epoch has on average: a loss summed over the batch and
-    divided by it weighs every pair of the epoch equally, however the pairs are spread over batches.
+    In training, `mean_pairs` is the mean number of pairs in a batch of the epoch: if a loss is summed over the batch
+    and divided by it, every pair of the epoch has the same weight, however the pairs are spread over batches.
     """
 
     input_ids: Tensor
@@ -52,27 +53,27 @@ class PairBatch(TypedDict, total=False):
 def encode(
     pairs: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int, num_proc: int | None = None, swap: bool = False
 ) -> Dataset:
-    """Add `input_ids`, `token_type_ids` where the backbone takes them, `length` and `cut`, and drop the texts.
+    """Add `input_ids`, `token_type_ids` if the backbone takes them, `length` and `cut`, and drop the texts.
 
-    A pair of more than `max_length` tokens loses the end of its longer text, token by token, or where the tokenizer
-    says so its beginning, and is marked in `cut`.
-    The result is cached under the pairs, the tokenizer and `max_length`. `num_proc` processes share the work; None
-    leaves it to the tokenizer's own threads. With `swap` the second text comes first, and `row` n becomes ~n.
+    A pair of more than `max_length` tokens is truncated, token by token, at the end of its longer text, or at the
+    beginning if the tokenizer says so; `cut` marks such pairs. The result is cached by pairs, tokenizer and
+    `max_length`. `num_proc` processes share the work; None leaves it to the tokenizer's own threads. With `swap`, the
+    second text comes first, and `row` n becomes ~n.
     """
     import datasets
 
     with_types = "token_type_ids" in tokenizer.model_input_names
-    kinds = {"input_ids": datasets.List(datasets.Value("int32")), "length": datasets.Value("int32")}
-    kinds |= {"cut": datasets.Value("bool")}
-    kinds |= {"token_type_ids": datasets.List(datasets.Value("int8"))} if with_types else {}
-    kept = {name: kind for name, kind in pairs.features.items() if name not in ("text_a", "text_b")}
+    added = {"input_ids": datasets.List(datasets.Value("int32")), "length": datasets.Value("int32")}
+    added |= {"cut": datasets.Value("bool")}
+    added |= {"token_type_ids": datasets.List(datasets.Value("int8"))} if with_types else {}
+    kept = {name: feature for name, feature in pairs.features.items() if name not in ("text_a", "text_b")}
     return pairs.map(
         _encode_batch,
         batched=True,
-        features=datasets.Features({**kept, **kinds}),
+        features=datasets.Features({**kept, **added}),
         remove_columns=["text_a", "text_b"],
         fn_kwargs={
-            # The rules as text and not as an object: their cache key is the same in every process.
+            # As text, not as an object: the cache key of a text is the same in every process.
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
             "max_length": max_length,
             "from_left": tokenizer.truncation_side == "left",
@@ -114,7 +115,7 @@ def _encode_batch(
 def encode_texts(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> pyarrow.Table:
-    """The table that `encode` makes, for pairs of texts in memory; their rows are their places."""
+    """The table that `encode` makes, for pairs of texts in memory; rows are numbered from 0."""
     import pyarrow
 
     rules, with_types = tokenizer.backend_tokenizer.to_str(), "token_type_ids" in tokenizer.model_input_names
@@ -135,19 +136,19 @@ def _truncating(rules: str, max_length: int, from_left: bool) -> Tokenizer:
 
 
 def tell_cut(encoded: Dataset, what: str, max_length: int) -> None:
-    """Log how many pairs were cut to `max_length` tokens, and the first few rows; nothing if none was."""
+    """Log how many pairs were truncated to `max_length` tokens, and the first few rows; nothing if none was."""
     columns = encoded.with_format("numpy", columns=["row", "cut"])[:]
     rows = columns["row"][columns["cut"]] + 1
     if len(rows):
-        some = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         count = f"{len(rows):,} of {len(encoded):,}"
-        log.info("%s %s are longer than %s tokens and are cut: rows %s", count, what, max_length, some)
+        log.info("%s %s are longer than %s tokens and are truncated: rows %s", count, what, max_length, first)
 
 
 class PairCollator:
-    """Make a `PairBatch` of encoded pairs, given as an Arrow table, padded as the tokenizer says.
+    """Makes a `PairBatch` from an Arrow table of encoded pairs, padded as the tokenizer pads.
 
-    `mean_pairs` is handed on in the batch; None in evaluation. For `piece_cost`, in tokens, see `cut_pieces`.
+    `mean_pairs` is passed on in the batch; None in evaluation. For `piece_cost`, in tokens, see `cut_pieces`.
     """
 
     def __init__(
@@ -155,8 +156,8 @@ class PairCollator:
     ) -> None:
         self.mean_pairs, self.piece_cost = mean_pairs, piece_cost
         self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-        self.left = tokenizer.padding_side == "left"
-        # Tensor cores need multiples of 8; elsewhere padding is only work.
+        self.pads_left = tokenizer.padding_side == "left"
+        # Tensor cores need multiples of 8; elsewhere, more padding is only more work.
         self.multiple = 8 if torch.cuda.is_available() else 1
 
     def __call__(self, table: pyarrow.Table) -> PairBatch:
@@ -165,18 +166,18 @@ class PairCollator:
             order = np.argsort(-lengths, kind="stable")
             table, lengths = table.take(order), lengths[order]
         starts = np.cumsum(lengths) - lengths
-        places = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
         pieces: list[tuple[int, int]] = []
-        longest: list[int] = []
+        padded: list[int] = []  # the length of each pair with its padding
         for size in cut_pieces(lengths, self.piece_cost):
-            pieces.append((size, -(-int(lengths[len(longest)]) // self.multiple) * self.multiple))
-            longest += [pieces[-1][1]] * size
-        # A pair begins where the places of those before it end; with padding on the left, its own comes first.
-        first = np.cumsum(longest) - longest + (np.array(longest) - lengths if self.left else 0)
+            pieces.append((size, -(-int(lengths[len(padded)]) // self.multiple) * self.multiple))
+            padded += [pieces[-1][1]] * size
+        # A pair starts where the slots of the pairs before it end; with padding on the left, after its own padding.
+        first_slot = np.cumsum(padded) - padded + (np.array(padded) - lengths if self.pads_left else 0)
         batch = PairBatch(
-            position_ids=torch.from_numpy(places),
+            position_ids=torch.from_numpy(positions),
             starts=torch.from_numpy(starts),
-            slots=torch.from_numpy(places + np.repeat(first, lengths)),
+            slots=torch.from_numpy(positions + np.repeat(first_slot, lengths)),
             pieces=pieces,
             padding={name: value for name, value in self.padding.items() if name in table.column_names},
             row=_tensor(table["row"]),
@@ -191,12 +192,12 @@ class PairCollator:
 
 
 def cut_pieces(lengths: NDArray[np.int32], cost: int) -> list[int]:
-    """Sizes of the pieces of a batch that take the fewest tokens: padding, and for each piece `cost`, that of starting
-    every operation once more. `lengths` are the pairs' tokens, from long to short, shape (pairs,).
+    """Sizes of the pieces that make a batch cheapest: padding counts, and `cost` tokens for each piece, which launches
+    every operation once more. `lengths` are the tokens of each pair, the longest first, shape (pairs,).
     """
-    if int(lengths[0]) * len(lengths) - int(lengths.sum()) <= cost:  # cuts save all padding at most
+    if int(lengths[0]) * len(lengths) - int(lengths.sum()) <= cost:  # cuts save at most all padding
         return [len(lengths)]
-    # Where the length changes: the only places worth a cut. tokens[j]: the fewest for the pairs before place j.
+    # Only places where the length changes are worth a cut. tokens[j] is the least for the pairs before places[j].
     places = np.concatenate([np.flatnonzero(np.diff(lengths, prepend=-1)), [len(lengths)]])
     tokens, back = np.zeros(len(places), dtype=np.int64), [0] * len(places)
     for j in range(1, len(places)):
@@ -211,4 +212,4 @@ def cut_pieces(lengths: NDArray[np.int32], cost: int) -> list[int]:
 
 
 def _tensor(column: pyarrow.Array | pyarrow.ChunkedArray) -> Tensor:
-    return torch.from_numpy(column.to_numpy().copy())  # Arrow's own memory cannot be written to
+    return torch.from_numpy(column.to_numpy().copy())  # a copy, because Arrow's memory is read-only

@@ -1,4 +1,4 @@
-"""What is trained, in which groups and at which rate: frozen layers, parameter groups, optimizer, schedule."""
+"""What is trained, and at which learning rate: frozen layers, parameter groups, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 
 def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
-    """Keep the embeddings and the first `count` layers as they are; 0 freezes nothing. Raises `BackboneError`."""
+    """Freeze the embeddings and the first `count` layers; 0 freezes nothing. Raises `BackboneError`."""
     if not count:
         return
     total = len(layers(model))
     if not 0 < count <= total:
-        raise BackboneError(f"cannot freeze {count} layers of a backbone with {total}; set --model.freeze_layers")
+        raise BackboneError(f"model.freeze_layers must be 0 to {total}, the backbone's layers, not {count}")
     for parameter, depth in _depths(model).items():
         if depth > total - count:
             parameter.requires_grad_(False)
 
 
 def share_segments(model: PreTrainedModel) -> None:
-    """Give all segments the first one's embedding, and keep it."""
+    """Give every segment the first one's embedding, and freeze it."""
     table = getattr(getattr(model.base_model, "embeddings", None), "token_type_embeddings", None)
     if table is not None:
         table.weight.requires_grad_(False).copy_(table.weight[:1].clone().expand_as(table.weight))
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The backbone's layers, from the embeddings on; none if they cannot be found."""
+    """The backbone's layers, the one next to the embeddings first; empty if they cannot be found."""
     total = model.config.num_hidden_layers
     parts = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == total)
     return list(next(parts, []))
@@ -48,34 +48,34 @@ def parameter_groups(
     model: PreTrainedModel, weight_decay: float, learning_rate: float, layer_decay: float = 1.0, head_rate: float = 1.0
 ) -> list[dict[str, Any]]:
     """Trainable parameters of each depth in two groups, the head's first: matrices, which decay, and vectors (biases,
-    layer norms), which do not. So does the Hugging Face Trainer, which the reference recipe runs on.
+    layer norms), which do not. The Hugging Face Trainer, which the reference recipe uses, does the same.
 
-    With `layer_decay` under 1 every layer learns at that share of the rate of the one above, the last one of
-    `learning_rate` (layer-wise learning-rate decay, as in BEiT, arXiv 2106.08254): what is general changes least. The
-    head learns at `head_rate` times `learning_rate`.
+    With `layer_decay` below 1, the learning rate of each layer is this fraction of that of the layer above it, and the
+    last layer's is this fraction of `learning_rate` (layer-wise learning rate decay, as in BEiT, arXiv 2106.08254):
+    the most general features change least. The head's learning rate is `head_rate` times `learning_rate`.
     """
     depths = _depths(model) if (layer_decay, head_rate) != (1, 1) else {}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        depth, vector = depths.get(parameter, 0), parameter.ndim < 2
-        start = {
+        depth, is_vector = depths.get(parameter, 0), parameter.ndim < 2
+        new_group = {
             "params": [],
-            "weight_decay": 0.0 if vector else weight_decay,
+            "weight_decay": 0.0 if is_vector else weight_decay,
             "lr": learning_rate * (layer_decay**depth if depth else head_rate),
         }
-        groups.setdefault((depth, vector), start)["params"].append(parameter)
+        groups.setdefault((depth, is_vector), new_group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
 def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
-    """How far below the head a parameter lies: its layer counted from the last one, 1, and under the first the
-    embeddings and what all layers share, such as relative positions.
+    """How far below the head each parameter lies: 1 in the last layer, 2 in the one before it, and so on; the
+    embeddings, and what all layers share, such as relative positions, lie one below the first layer.
 
-    What the backbone holds behind the part with its layers (a pooler, a last norm) belongs to the head.
+    What the backbone has after its layers (a pooler, a final norm) is left out: it counts as part of the head.
     """
     stack = layers(model)
     if not stack:
-        raise BackboneError(f"no single layers in {model.config.model_type}: leave out layer_decay and head_rate")
+        raise BackboneError(f"{model.config.model_type} has no separate layers; leave out layer_decay and head_rate")
     depths: dict[nn.Parameter, int] = {}
     for part in model.base_model.children():
         depths |= dict.fromkeys(part.parameters(), len(stack) + 1)
@@ -89,13 +89,13 @@ def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
 def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float, fused: bool = True) -> Optimizer:
     """An optimizer of `torch.optim` by its name, such as `AdamW`, `Adafactor` or `SGD`; raises `UsageError`.
 
-    Fused, where it can be: one pass over the weights in place of a dozen.
+    Fused where torch supports it: one pass over the weights instead of a dozen.
     """
-    kind = getattr(torch.optim, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+    optimizer_class = getattr(torch.optim, name, None)
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
         raise UsageError(f"model.optimizer: torch.optim has no optimizer {name!r}; try AdamW, Adafactor or SGD")
-    make: Any = kind  # every optimizer of torch takes lr, but their base class does not
-    if fused and "fused" in inspect.signature(kind).parameters:
+    make: Any = optimizer_class  # Any: every optimizer of torch takes lr, but their base class does not
+    if fused and "fused" in inspect.signature(optimizer_class).parameters:
         make = partial(make, fused=True)
     try:
         optimizer: Optimizer = make(groups, lr=learning_rate)
@@ -108,16 +108,16 @@ def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) 
     """A schedule of `transformers.get_scheduler` by its name, such as `linear`, `cosine` or `constant_with_warmup`.
 
     Args:
-        warmup: a share of all steps if under 1, else a number of steps.
+        warmup: a fraction of all steps if below 1, else a number of steps.
         steps: all optimizer steps of the run; infinity if the run has no end.
 
     Raises:
-        UsageError: no such schedule, one that needs more than the number of steps, or a run without end.
+        UsageError: there is no such schedule, it needs more than the number of steps, or the run has no end.
     """
     from transformers import get_scheduler
 
     if math.isinf(steps):
-        raise UsageError("a schedule needs the number of steps; set --trainer.max_epochs or --trainer.max_steps")
+        raise UsageError("model.schedule needs the number of steps; set --trainer.max_epochs or --trainer.max_steps")
     # Rounded up, as the Hugging Face Trainer does.
     warmup_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
     try:
@@ -125,5 +125,5 @@ def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) 
     except (TypeError, ValueError) as error:
         raise UsageError(f"model.schedule {name}: {one_line(error)}") from error
     if not isinstance(scheduler, LambdaLR):
-        raise UsageError(f"model.schedule {name} follows a metric, and not the number of steps; choose another")
+        raise UsageError(f"model.schedule {name} depends on a metric, not on the number of steps; choose another")
     return scheduler

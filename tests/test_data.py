@@ -160,7 +160,7 @@ def test_what_is_cut_is_told_and_what_cannot_be_trained_is_refused(pairs_file: P
     data = PairDataModule(str(pairs_file), max_length=16, backbone=BACKBONE)
     with caplog.at_level(logging.INFO, logger="crossenc"):
         data.setup("fit")
-    assert "train pairs are longer than 16 tokens and are cut" in caplog.text
+    assert "train pairs are longer than 16 tokens and are truncated" in caplog.text
     data.trainer = trainer(world_size=7)
     with pytest.raises(DataError, match="6 val pairs are too few for 7 devices"):
         data.val_dataloader()

@@ -103,7 +103,7 @@ def test_cut_pairs_are_counted_and_named(write, caplog: pytest.LogCaptureFixture
     assert encoded["length"][:] == [5, 16, 16]
     with caplog.at_level(logging.INFO, logger="crossenc"):
         tell_cut(encoded, "train pairs", 16)
-    assert caplog.messages == ["1 of 3 train pairs are longer than 16 tokens and are cut: rows 2"]
+    assert caplog.messages == ["1 of 3 train pairs are longer than 16 tokens and are truncated: rows 2"]
 
 
 @settings(deadline=None, max_examples=100)

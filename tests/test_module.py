@@ -62,7 +62,7 @@ def test_first_layers_are_frozen():
     assert module.model.is_gradient_checkpointing
     assert module.model.config.use_cache is False  # or transformers warns, with this attention
     for count in (7, -1):
-        with pytest.raises(BackboneError, match=f"cannot freeze {count} layers of a backbone with 6"):
+        with pytest.raises(BackboneError, match=f"freeze_layers must be 0 to 6, the backbone's layers, not {count}"):
             CrossEncoderModule(BACKBONE, freeze_layers=count)
 
 

@@ -100,7 +100,7 @@ def test_layers_that_cannot_be_told_apart_have_no_rates_of_their_own():
     small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 50}
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("albert", **small))
     assert {group["lr"] for group in parameter_groups(model, 0.1, 1)} == {1}
-    with pytest.raises(BackboneError, match="no single layers in albert"):
+    with pytest.raises(BackboneError, match="albert has no separate layers"):
         parameter_groups(model, 0.1, 1, head_rate=30)
 
 

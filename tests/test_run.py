@@ -272,7 +272,7 @@ def test_texts_that_are_cut_are_told_of_in_evaluation_too(small: Path, write, tm
         with caplog.at_level("INFO", logger="crossenc"):
             assert main([command, "--config", str(small / "config.yaml"), *where, *source]) == 0
         assert caplog.text.count("1 of 2") == 1
-        assert "pairs are longer than 512 tokens and are cut: rows 1" in caplog.text
+        assert "pairs are longer than 512 tokens and are truncated: rows 1" in caplog.text
 
 
 def test_an_output_that_leads_nowhere_is_one_line(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys):

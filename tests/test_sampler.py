@@ -122,7 +122,7 @@ def test_odd_sets_make_plans():
     assert [rows.tolist() for rows in plan_steps(same[:1], 64, by="tokens", window=9, shares=1, seed=0, epoch=0)] == [
         [0]
     ]
-    with pytest.raises(DataError, match=r"are too few for 1 \(devices x accumulated batches\); take fewer"):
+    with pytest.raises(DataError, match=r"are too few for 1 \(devices x accumulated batches\); use fewer"):
         plan_steps(same[:0], 64, by="pairs", window=1, shares=1, seed=0, epoch=0)
     assert plan_evaluation(same[:0], 100, 0, 1) == []
     long = np.array([10, 500, 10])
