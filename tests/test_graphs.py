@@ -57,7 +57,7 @@ def test_graphs_and_what_they_do_not_go_with():
     module = CrossEncoderModule(BACKBONE, cuda_graphs=True)
     assert module.graphed is None  # until a run on a GPU
     module.trainer = SimpleNamespace(accumulate_grad_batches=2)
-    with pytest.raises(UsageError, match=r"model\.cuda_graphs does not go with accumulate_grad_batches"):
+    with pytest.raises(UsageError, match=r"model\.cuda_graphs cannot be combined with accumulate_grad_batches"):
         module.on_fit_start()
 
 

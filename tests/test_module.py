@@ -246,7 +246,7 @@ def test_pairs_are_of_the_modules_tokens(tiny_backbone: Path, pairs_file: Path, 
     tokenizer.save_pretrained(tmp_path)
     shutil.copy(tiny_backbone / "config.json", tmp_path)
     data = PairDataModule("", val_source=str(pairs_file), backbone=str(tmp_path))
-    with pytest.raises(UsageError, match="the module needs PairDataModule"):
+    with pytest.raises(UsageError, match="different tokenizers; give PairDataModule"):
         Trainer(**QUIET).validate(CrossEncoderModule(tiny_backbone), data)
 
 
@@ -342,7 +342,7 @@ def test_from_python_the_data_must_have_the_modules_options(
     tiny_backbone: Path, pairs_file: Path, module: dict[str, Any], data: dict[str, Any], said: str
 ):
     pairs = PairDataModule(str(pairs_file), **{"backbone": str(tiny_backbone), **data})
-    with pytest.raises(UsageError, match=f"need PairDataModule.{said}"):
+    with pytest.raises(UsageError, match=f"different options; give PairDataModule.{said}"):
         Trainer(max_steps=1, **QUIET).fit(CrossEncoderModule(str(tiny_backbone), **module), pairs)
 
 

@@ -368,7 +368,7 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.val_check_interval=2.5"], "val_check_interval"),
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "model.schedule cosine_with_min_lr: "),
-        (["--model.weight_decay=-1"], "model.weight_decay -1.0 is not at least 0 and finite"),
+        (["--model.weight_decay=-1"], "model.weight_decay must be at least 0 and finite, not -1.0"),
         (["--data.val_size=-0.5"], "must be finite and at least 0"),
         (["--data.val_size=.inf"], "--data.val_size inf and --data.test_size None must be finite and"),
     ],
@@ -384,7 +384,7 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
 def test_training_that_diverges_ends_in_one_line(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys):
     options = ["--model.learning_rate=1e10", "--trainer.val_check_interval=2"]
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 2
-    assert re.search(r"step \d+ are no numbers: training has diverged", capsys.readouterr().err.splitlines()[-1])
+    assert re.search(r"step \d+ are NaN or infinite: training has diverged", capsys.readouterr().err.splitlines()[-1])
     assert not (tmp_path / "run" / "best.ckpt").exists()
 
 
