@@ -1,8 +1,8 @@
-"""Dropout that draws its bits cheaply on a CPU.
+"""Dropout with random bits that are cheap to draw on a CPU.
 
-torch draws one random number of 32 bits for every element, which takes a sixth of a bf16 training step on a CPU. Here a
-draw of 64 bits serves four elements, from the same generator, so that seeds and checkpoints mean what they always do.
-On other devices torch's own dropout runs. `benchmarks/README.md` has what it brings.
+torch draws a 32-bit random number for every element, which takes a sixth of a bf16 training step on a CPU. Here, 64
+bits from the same generator are enough for four elements, so that seeds and checkpoints work as usual. On other
+devices, torch's own dropout runs. `benchmarks/README.md` shows what this saves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def kept(shape: Size, p: float, dtype: torch.dtype) -> Tensor:
-    """Zeros with probability `p`, to 1 in 65,536, else 1 / (1 - p); on the CPU."""
+    """A dropout mask on the CPU: 0 with probability `p`, rounded to a multiple of 1 / 65,536, else 1 / (1 - p)."""
     count = shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
     return (bits.view(shape) >= min(round(p * 65536), 65535) - 32768).to(dtype).mul_(1 / (1 - p))
@@ -33,8 +33,8 @@ class CheapDropout(nn.Dropout):
 
 
 def use_cheap_dropout(model: PreTrainedModel) -> None:
-    """Exchange the model's `nn.Dropout` layers."""
-    for part in list(model.modules()):
-        for name, child in part.named_children():
+    """Replace the model's `nn.Dropout` layers."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
             if type(child) is nn.Dropout:
-                setattr(part, name, CheapDropout(child.p))
+                setattr(parent, name, CheapDropout(child.p))

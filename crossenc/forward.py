@@ -1,8 +1,8 @@
-"""The logits of a batch of pairs, whatever has the batch: training, evaluation, scoring.
+"""The logits of a batch of pairs, for training, evaluation and scoring.
 
-BERT, RoBERTa and DistilBERT, and what is built like them, take all pairs in one row without padding, and compute their
-last layer for the first token of each pair only, which is all that the head reads: the same logits and gradients for
-fewer operations. Other backbones, and those whose attention or layers were exchanged, take padded pieces.
+BERT, RoBERTa, DistilBERT and models built like them take all pairs in one row without padding, and compute their last
+layer only for the first token of each pair, because the head reads no other: the same logits and gradients from fewer
+operations. Other backbones, and those whose attention or layers were replaced, take padded pieces.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .sampler import cut
 
 
 def pair_logits(model: Any, batch: PairBatch) -> Tensor:
-    """Logits of a batch's pairs, shape (pairs,), in fp32 and in the batch's own order.
+    """Logits of a batch's pairs, shape (pairs,), in fp32 and in the order of the batch.
 
     Args:
-        model: a sequence-classification model of transformers with one label; peft's wrapper of one.
+        model: a sequence classification model of transformers with one label, or peft's wrapper of one.
         batch: as `PairCollator` makes it, on the model's device.
     """
     inner = base_model(model)
@@ -35,40 +35,40 @@ def pair_logits(model: Any, batch: PairBatch) -> Tensor:
     elif (
         batch["input_ids"].device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()  # which traces no threads
+        and not torch.compiler.is_compiling()  # which cannot trace threads
         and _exact(batch)
     ):
-        logits = _by_threads(inner, batch)
+        logits = _threaded_logits(inner, batch)
     else:
         logits = packed_logits(inner, batch)
-    # [:, 0] and no squeeze: a batch may be a single pair. fp32: a sigmoid in bf16 makes ties among the scores.
-    return logits[:, 0].to(torch.float32, copy=True)  # no view, of which sharded weights warn
+    # [:, 0] instead of squeeze: a batch may be a single pair. fp32: a sigmoid in bf16 gives many scores the same value.
+    return logits[:, 0].to(torch.float32, copy=True)  # a copy, because sharded weights warn of a view
 
 
 def base_model(model: Any) -> Any:
-    """The model of transformers, where it is in peft's wrapper."""
+    """The model of transformers itself, without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def can_pack(model: Any) -> bool:
-    """Whether the pairs of a batch can stand in one row for this model of transformers."""
+    """Whether this model of transformers can take the pairs of a batch in one row."""
     attention = getattr(model.config, "_attn_implementation", None)
     return model.config.model_type in _HEADS and attention == ATTENTION
 
 
-def _by_threads(model: Any, batch: PairBatch) -> Tensor:
-    """Parts of the batch for each core, which then waits for no other within an operation.
+def _threaded_logits(model: Any, batch: PairBatch) -> Tensor:
+    """`packed_logits`, with parts of the batch for each core, so that no core waits for another within an operation.
 
-    Parts of a thousand tokens stay in a core's cache, and equally many of like size for each leave none idle at the
-    end. Together this is a fifth faster than both cores on the whole.
+    Parts of a thousand tokens stay in a core's cache, and equally many parts of similar size for each core leave none
+    idle at the end. Together, this is a fifth faster than both cores on the whole batch.
     """
     threads = torch.get_num_threads()
     parts = _parts(batch, threads * math.ceil(len(batch["input_ids"]) / (1_024 * threads)))
-    mode, mixed = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-    kind = torch.get_autocast_dtype("cpu")
+    inference, autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu")
 
-    def compute(part: PairBatch) -> Tensor:  # the modes belong to a thread
-        with torch.inference_mode(mode), torch.no_grad(), torch.autocast("cpu", kind, enabled=mixed):
+    def compute(part: PairBatch) -> Tensor:  # a new thread does not inherit these modes
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
             return packed_logits(model, part)
 
     if threads == 1 or len(parts) == 1:
@@ -82,12 +82,12 @@ def _by_threads(model: Any, batch: PairBatch) -> Tensor:
 
 
 def _parts(batch: PairBatch, count: int) -> list[PairBatch]:
-    """The batch in so many parts of like many tokens, or in as many as it has pairs."""
+    """The batch in `count` parts with similarly many tokens, or in one part for each pair if it has fewer pairs."""
     starts, tokens = batch["starts"].numpy(), len(batch["input_ids"])
     lengths, parts = np.diff(starts, append=tokens), []
     for pairs in cut(np.arange(len(starts)), lengths, min(count, len(starts))):
         first, last = starts[pairs[0]], starts[pairs[-1]] + lengths[pairs[-1]]
-        pieces = [(len(list(alike)), int(length)) for length, alike in groupby(lengths[pairs])]
+        pieces = [(len(list(same)), int(length)) for length, same in groupby(lengths[pairs])]
         part = PairBatch(pieces=pieces, starts=batch["starts"][pairs[0] : pairs[-1] + 1] - first)
         for name in ("input_ids", "position_ids", "token_type_ids"):
             if name in batch:
@@ -97,12 +97,12 @@ def _parts(batch: PairBatch, count: int) -> list[PairBatch]:
 
 
 def _exact(batch: PairBatch) -> bool:
-    """Whether the pieces hold pairs of one length each, and so no padding."""
+    """Whether all pairs of each piece have the same length, so that there is no padding."""
     return sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
 
 
 def padded(batch: PairBatch) -> Iterator[dict[str, Tensor]]:
-    """What a model of transformers takes, piece by piece, each tensor of shape (pairs, tokens)."""
+    """The inputs of a model of transformers, piece by piece, each tensor of shape (pairs, tokens)."""
     packing = Packing(batch["pieces"], batch["starts"], batch["slots"])
     inputs = {"attention_mask": packing.split(torch.ones_like(batch["input_ids"]))}
     for name, padding in batch["padding"].items():
@@ -114,7 +114,7 @@ def padded(batch: PairBatch) -> Iterator[dict[str, Tensor]]:
 def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
     """Logits of shape (pairs, 1) of a model that `can_pack`, in the precision that it computes in.
 
-    With `ragged` one kernel attends all pairs, which takes a GPU the least time and python the most: for graphs.
+    With `ragged`, one kernel attends to all pairs: the least time on a GPU, but the most in Python. For CUDA graphs.
     """
     base = model.base_model
     bounds = slots = None
@@ -123,60 +123,60 @@ def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
     elif not _exact(batch):
         slots = batch["slots"]
     packing = Packing(batch["pieces"], batch["starts"], slots, bounds)
-    places = batch["position_ids"]
+    positions = batch["position_ids"]
     if hasattr(base.embeddings, "create_position_ids_from_input_ids"):
-        places = _places_of_roberta(batch["input_ids"], places, base.embeddings.padding_idx)
-    inputs = {"input_ids": batch["input_ids"], "position_ids": places}
+        positions = _roberta_positions(batch["input_ids"], positions, base.embeddings.padding_idx)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": positions}
     if "token_type_ids" in batch:
         inputs["token_type_ids"] = batch["token_type_ids"]
     hidden = base.embeddings(**{name: values[None] for name, values in inputs.items()})
     *layers, last = (base.encoder if hasattr(base, "encoder") else base.transformer).layer
     for layer in layers:
         hidden = layer(hidden, packing=packing)
-    kind = type(last).__name__
-    if kind in _LAST_LAYERS:
-        first = _LAST_LAYERS[kind](last, hidden[0], packing)
-    else:  # wrapped, as sharding does: only its own call brings its weights together
+    layer_type = type(last).__name__
+    if layer_type in _LAST_LAYERS:
+        first = _LAST_LAYERS[layer_type](last, hidden[0], packing)
+    else:  # wrapped, for example to be sharded: only a call of the layer itself gathers its weights
         first = last(hidden, packing=packing)[0, packing.starts]
     return _HEADS[model.config.model_type](model, first)
 
 
-def _places_of_roberta(ids: Tensor, places: Tensor, padding: int) -> Tensor:
-    """RoBERTa's positions of tokens that stand at these places of their pairs, each of shape (tokens,).
+def _roberta_positions(ids: Tensor, positions: Tensor, padding: int) -> Tensor:
+    """RoBERTa's position ids, from the position of each token in its pair; each of shape (tokens,).
 
-    It counts from behind its padding, and what a text itself spells as padding, as "<pad>", is not counted.
+    RoBERTa counts from `padding` + 1, and does not count padding tokens, even if a text itself spells one ("<pad>").
     """
     counted = ids != padding
-    before = counted.cumsum(0) - counted.long()  # tokens in the row, of all pairs
-    first = torch.arange(len(ids), device=ids.device) - places  # of each token's own pair
+    before = counted.cumsum(0) - counted.long()  # counted tokens before each token in the row, over all pairs
+    first = torch.arange(len(ids), device=ids.device) - positions  # where the pair of each token begins
     return padding + (before - before[first] + 1) * counted
 
 
-def _attend_first(own: Any, query: Any, key: Any, value: Any, packing: Packing) -> Tensor:
-    """What first tokens see of their pairs: (pairs, width), of queries like it and keys and values (tokens, width)."""
-    query, key, value = (part.unflatten(-1, (-1, own.attention_head_size)) for part in (query, key, value))
-    return attend_packed(query, key, value, packing, own.dropout.p if own.training else 0.0, own.scaling).flatten(1)
+def _attend_first(attn: Any, query: Any, key: Any, value: Any, packing: Packing) -> Tensor:
+    """Attention of each pair's first token, (pairs, width), as `query` is; `key` and `value` are (tokens, width)."""
+    query, key, value = (part.unflatten(-1, (-1, attn.attention_head_size)) for part in (query, key, value))
+    return attend_packed(query, key, value, packing, attn.dropout.p if attn.training else 0.0, attn.scaling).flatten(1)
 
 
-def _last_of_bert(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
+def _last_bert_layer(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
     """The layer's output for each pair's first token: (tokens, width) to (pairs, width)."""
-    attention, own, first = layer.attention, layer.attention.self, hidden[packing.starts]
-    context = _attend_first(own, own.query(first), own.key(hidden), own.value(hidden), packing)
-    attended = attention.output(context, first)
+    attn, first = layer.attention.self, hidden[packing.starts]
+    context = _attend_first(attn, attn.query(first), attn.key(hidden), attn.value(hidden), packing)
+    attended = layer.attention.output(context, first)
     output: Tensor = layer.output(layer.intermediate(attended), attended)
     return output
 
 
-def _last_of_distilbert(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
-    own, first = layer.attention, hidden[packing.starts]
-    context = _attend_first(own, own.q_lin(first), own.k_lin(hidden), own.v_lin(hidden), packing)
-    attended = layer.sa_layer_norm(own.out_lin(context) + first)
+def _last_distilbert_layer(layer: Any, hidden: Tensor, packing: Packing) -> Tensor:
+    attn, first = layer.attention, hidden[packing.starts]
+    context = _attend_first(attn, attn.q_lin(first), attn.k_lin(hidden), attn.v_lin(hidden), packing)
+    attended = layer.sa_layer_norm(attn.out_lin(context) + first)
     output: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
     return output
 
 
-_LAST_LAYERS = dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer"), _last_of_bert)
-_LAST_LAYERS["TransformerBlock"] = _last_of_distilbert
+_LAST_LAYERS = dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer"), _last_bert_layer)
+_LAST_LAYERS["TransformerBlock"] = _last_distilbert_layer
 _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "bert": lambda model, first: model.classifier(model.dropout(model.bert.pooler(first[:, None]))),
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), lambda model, first: model.classifier(first[:, None])),
@@ -185,10 +185,10 @@ _HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 def piece_cost(model_type: str, device: str, training: bool = False) -> int:
-    """What one more piece of a batch costs, in tokens that could be computed in the same time.
+    """The cost of one more piece in a batch: how many tokens could be computed in the same time.
 
-    Measured on a CPU: where only the attention is computed in pieces 16 in a training step, and nothing to speak of
-    otherwise; 75 where all of the backbone is. A GPU starts its operations one by one, and prefers padding.
+    Measured on a CPU: if only the attention is computed in pieces, 16 in a training step and next to nothing otherwise;
+    if the whole backbone is, 75. A GPU launches operations one by one, so padding is cheaper there.
     """
     if device != "cpu":
         return 4_096
