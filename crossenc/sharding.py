@@ -1,4 +1,4 @@
-"""Weights in shards, one on each device, for backbones that do not fit one: `--trainer.strategy fsdp`."""
+"""Weights sharded over all devices, for backbones that do not fit on one: `--trainer.strategy fsdp`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def shard(module: nn.Module, device: str, devices: int) -> None:
-    """Shard the weights, gradients and optimizer states of a module with a transformer in it, by `fully_shard`.
+    """Shard the weights, gradients and optimizer states of a module that contains a transformer, with `fully_shard`.
 
-    Each layer is a unit, gathered while it computes; all that is left is another, gathered while `module` does, whose
-    `__call__` must be what computes. Names and shapes stay what they were. All devices, counted over all machines, must
-    compute as many batches; a second call changes nothing.
+    Each layer is a unit, gathered while it computes. The rest is one more unit, gathered while `module` computes, which
+    therefore must do so through its `__call__`. Names and shapes stay the same. `devices` are those of all machines,
+    and all must compute the same number of batches. A second call changes nothing.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -23,6 +23,6 @@ def shard(module: nn.Module, device: str, devices: int) -> None:
         return
     mesh = init_device_mesh(device, (devices,))
     for part in module.modules():
-        if isinstance(part, GradientCheckpointingLayer):  # what each layer of transformers' models is
+        if isinstance(part, GradientCheckpointingLayer):  # the base class of all layers in transformers
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
