@@ -1,7 +1,7 @@
-"""Make scores mean probabilities: a scale and a shift of the logits, fitted on dev pairs and folded into the head.
+"""Turn scores into probabilities: a scale and a shift of the logits, fitted on dev pairs and folded into the head.
 
-Platt scaling: score = sigmoid(scale * logit + shift). A positive scale keeps the order of all pairs, and both go into
-the weights and the bias of the head's last layer, so that every reader of an export gives calibrated scores.
+Platt scaling: score = sigmoid(scale * logit + shift). A positive scale keeps the order of all pairs. Both go into the
+weights and the bias of the head's last layer, so that every reader of an export gives calibrated scores.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ FOLDS = 10
 
 
 class Calibration(NamedTuple):
-    """What a logit is multiplied by, and what is added then."""
+    """A logit is multiplied by the scale, then the shift is added."""
 
     scale: float = 1.0
     shift: float = 0.0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Calibrated logits; by default the very same numbers."""
+        """Calibrated logits; the default calibration returns the very same numbers."""
         return logits * self.scale + self.shift
 
 
 def sigmoid(logits: NDArray[Any]) -> NDArray[Any]:
     """Scores of logits, of any shape and in their precision.
 
-    torch's own gives equal numbers results that differ in the last digit by their place, which would break ties.
+    torch's own sigmoid gives equal logits scores whose last digit depends on their position, which would break ties.
     """
     from scipy.special import expit
 
@@ -40,27 +40,27 @@ def sigmoid(logits: NDArray[Any]) -> NDArray[Any]:
 
 
 def calibrate(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Calibration, Tensor]:
-    """Fit a calibration, and say what it gives to pairs that it was not fitted on.
+    """Fit a calibration, and show what it does to pairs that it was not fitted on.
 
     Args:
         logits: shape (pairs,).
-        labels: shape (pairs,), 0 to 1; from 0.5 on a duplicate.
-        shifted: whether there may be a shift; without it the scale is a temperature.
+        labels: shape (pairs,), 0 to 1; 0.5 or more is a duplicate.
+        shifted: whether to fit a shift; without it, the scale is a temperature.
 
     Returns:
         The calibration, and logits of shape (pairs,) by cross-fitting: each tenth of the pairs, drawn at random, is
-        calibrated by what the other nine give. Where that has no lower cross-entropy than the logits as they are (too
-        few pairs, scores without order, or nothing to mend), it is the calibration that changes nothing; and so where
-        the scale is no factor from 0.01 to 100: it would be of logits that hardly differ, and of their rounding.
+        calibrated by a fit on the other nine. If this does not lower the cross-entropy (too few pairs, scores without
+        order, or nothing to correct), the calibration is the one that changes nothing. The same holds if the scale is
+        not between 0.01 and 100: it would be fitted to logits that hardly differ, and to their rounding.
     """
     logits, truth = logits.double(), (labels >= 0.5).double()
-    draw = torch.Generator().manual_seed(0)
-    fold = torch.randperm(len(logits), generator=draw) % FOLDS
+    rng = torch.Generator().manual_seed(0)
+    fold_of = torch.randperm(len(logits), generator=rng) % FOLDS
     crossed = logits.clone()
     for number in range(min(FOLDS, len(logits))):
-        own = fold == number
-        crossed[own] = _fit(logits[~own], truth[~own], shifted)(logits[own])
-    before, after = (binary_cross_entropy_with_logits(some, truth) for some in (logits, crossed))
+        held_out = fold_of == number
+        crossed[held_out] = _fit(logits[~held_out], truth[~held_out], shifted)(logits[held_out])
+    before, after = (binary_cross_entropy_with_logits(values, truth) for values in (logits, crossed))
     fitted = _fit(logits, truth, shifted)
     return (fitted, crossed) if after < before and 0.01 < fitted.scale < 100 else (Calibration(), logits)
 
@@ -68,8 +68,8 @@ def calibrate(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Cal
 def _fit(logits: Tensor, truth: Tensor, shifted: bool) -> Calibration:
     """The scale and the shift with the lowest cross-entropy.
 
-    Labels are drawn a little towards 1/2, as Platt (1999) does, so that pairs which can be told apart without error
-    do not ask for an infinite scale.
+    Labels are moved slightly towards 1/2, as in Platt (1999): otherwise the scale would be infinite if the logits
+    separate the labels without error.
     """
     from scipy.optimize import minimize
 
@@ -77,29 +77,29 @@ def _fit(logits: Tensor, truth: Tensor, shifted: bool) -> Calibration:
     negatives = len(truth) - positives
     if not positives or not negatives:
         return Calibration()
-    wanted = torch.where(truth > 0, (positives + 1) / (positives + 2), 1 / (negatives + 2)).numpy()
-    given = logits.numpy()
+    targets = torch.where(truth > 0, (positives + 1) / (positives + 2), 1 / (negatives + 2)).numpy()
+    raw = logits.numpy()
 
     def loss(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Cross-entropy and its gradient at the logarithm of a scale, which keeps it positive, and a shift."""
-        scaled = given * np.exp(x[0])
-        values = scaled + x[1]
-        slope = sigmoid(values) - wanted
-        gradient = np.array([(slope * scaled).mean(), slope.mean() * shifted])
-        return float((np.logaddexp(0, values) - wanted * values).mean()), gradient
+        """Cross-entropy and its gradient. `x` is the logarithm of the scale, which keeps it positive, and the shift."""
+        scaled = raw * np.exp(x[0])
+        calibrated = scaled + x[1]
+        residuals = sigmoid(calibrated) - targets
+        gradient = np.array([(residuals * scaled).mean(), residuals.mean() * shifted])
+        return float((np.logaddexp(0, calibrated) - targets * calibrated).mean()), gradient
 
     log_scale, shift = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B").x
     return Calibration(float(np.exp(log_scale)), float(shift))
 
 
 def last_layer(model: nn.Module) -> nn.Linear | None:
-    """The layer that gives the logit: the last linear one with a single output; None where there is none."""
+    """The layer that computes the logit: the last linear layer with a single output; None if there is none."""
     found = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == 1]
     return found[-1] if found else None
 
 
 def fold(model: nn.Module, calibration: Calibration) -> None:
-    """Change the head's last layer so that the model gives calibrated logits."""
+    """Change the weights of the head's last layer so that the model gives calibrated logits."""
     layer = last_layer(model)
     if calibration == Calibration() or layer is None:
         return

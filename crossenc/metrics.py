@@ -1,7 +1,7 @@
-"""Metrics of one evaluation: ranking, and decisions at a threshold.
+"""Metrics of one evaluation: ranking, decisions at a threshold, and calibration.
 
-Names mean what they mean in sentence-transformers' `CrossEncoderClassificationEvaluator`: a pair is called a duplicate
-if its score is at or above the threshold, equal scores are one group, and thresholds lie midway between groups.
+Names mean the same as in sentence-transformers' `CrossEncoderClassificationEvaluator`: a pair is called a duplicate if
+its score is at or above the threshold, equal scores are one group, and thresholds lie midway between groups.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .calibration import Calibration, sigmoid
 
 
 class Scored(NamedTuple):
-    """What an evaluation knows of each pair of a data set, in the order of their rows; each of shape (pairs,).
+    """What an evaluation knows about each pair of a data set, ordered by row; each of shape (pairs,).
 
-    Logits are as the model gives them, in double precision, in which the sigmoid keeps their order. `swapped` are those
-    of the same pairs with their texts in the other order, or None.
+    Logits are the model's own, in double precision, in which the sigmoid keeps their order. `swapped` holds the logits
+    of the same pairs with their texts swapped, or None.
     """
 
     rows: Tensor
@@ -40,10 +40,10 @@ class Scored(NamedTuple):
 
 
 class PairMetrics(Metric):
-    """Collects what `Scored` and the loss are made of, over the batches and the ranks of an evaluation.
+    """Collects what `Scored` and the loss are made of, over the batches and ranks of an evaluation.
 
-    Rows, logits, labels and losses are of shape (pairs,); row ~n is the pair of row n in the other order. Under DDP the
-    shares of all ranks are gathered once, by torchmetrics.
+    Rows, logits, labels and losses have shape (pairs,); row ~n is the pair of row n with its texts swapped. Under DDP,
+    torchmetrics gathers what all ranks have collected, once.
     """
 
     full_state_update = False
@@ -59,18 +59,18 @@ class PairMetrics(Metric):
 
     def gather(self) -> tuple[Scored, float]:
         """All pairs, and their mean loss."""
-        # torchmetrics makes a number of a single pair.
+        # torchmetrics makes a scalar of a single pair.
         rows, logits, labels, losses = (part.cpu().reshape(-1) for part in self.compute())
         order = rows.argsort()
-        backward = order[rows[order] < 0].flip(0)  # ~0 is the last of them
-        forward = order[rows[order] >= 0]
-        both = torch.equal(~rows[backward], rows[forward])  # not where `limit_test_batches` ends an evaluation early
-        swapped = logits[backward].double() if both else None
-        scored = Scored(rows[forward], labels[forward].float(), logits[forward].double(), swapped)
-        return scored, losses[forward].mean().item()
+        swapped = order[rows[order] < 0].flip(0)  # ~0 is the last of them
+        plain = order[rows[order] >= 0]
+        both = torch.equal(~rows[swapped], rows[plain])  # False if `limit_test_batches` ended the evaluation early
+        swapped_logits = logits[swapped].double() if both else None
+        scored = Scored(rows[plain], labels[plain].float(), logits[plain].double(), swapped_logits)
+        return scored, losses[plain].mean().item()
 
     def compute(self) -> tuple[Tensor, ...]:
-        """What was collected, as it came; `gather` is what to call."""
+        """What was collected, in the order in which it came; call `gather` instead."""
         return tuple(dim_zero_cat(getattr(self, name)) for name in ("rows", "logits", "labels", "losses"))
 
 
@@ -80,13 +80,13 @@ Columns = Mapping[str, NDArray[Any]]
 def score_columns(
     scored: Scored, applied: Calibration, fitted: Calibration | None = None, crossed: Tensor | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Columns of shape (pairs,): `row`, `label`, `score`, `score_raw` before calibration, `score_crossed`, calibrated
-    without knowing the pair's own label, and `score_swapped` of the texts in the other order, where that was scored.
+    """Columns of shape (pairs,): `row`, `label`, `score`, `score_raw` (before calibration), `score_crossed` (calibrated
+    without using the pair's own label), and, if swapped pairs were scored, `score_swapped`.
 
     Args:
         applied: the calibration of `score`.
-        fitted: what was fitted on dev pairs, if it is another.
-        crossed: logits by cross-fitting, where it was fitted on these very pairs.
+        fitted: the calibration that was fitted on the dev pairs, if it is another one.
+        crossed: cross-fitted logits, if it was fitted on these very pairs.
     """
     logits = {"score": applied(scored.logits), "score_raw": scored.logits}
     logits["score_crossed"] = (fitted or applied)(scored.logits) if crossed is None else crossed
@@ -97,24 +97,25 @@ def score_columns(
 
 
 def evaluation_figures(columns: Columns, threshold: float | None = None) -> dict[str, float]:
-    """Figures of the columns of `score_columns`: those of `pair_figures`, and what calibration and order of texts do.
+    """Figures from the columns of `score_columns`: those of `pair_figures`, of calibration, and of swapped texts.
 
-    `brier` (mean squared distance of score and label, 0 or 1) and `calibration_error` of `score_crossed`, both with
-    `_raw` of `score_raw`, and the error that chance alone shows, `calibration_error_chance`. Where no calibration goes
-    into the scores, both are of these, and `_if_calibrated` of `score_crossed`, if that is another. And of the distance
-    of a pair's scores in both orders its mean `swap_gap_mean`, its 99th percentile `swap_gap_p99`, and `swap_flips`,
-    the number of pairs whose decision at the threshold the order changes.
+    `brier` (mean squared difference between score and label, 0 or 1) and `calibration_error` are those of
+    `score_crossed`; with `_raw`, those of `score_raw`. `calibration_error_chance` is the error to expect by chance. If
+    the scores are not calibrated, the names without a suffix, too, are those of `score_raw`, and `_if_calibrated` those
+    of `score_crossed`, if that differs. `swap_gap_mean` and `swap_gap_p99` are the mean and the 99th percentile of the
+    difference between a pair's scores in both orders; `swap_flips` is the number of pairs whose decision at the
+    threshold depends on the order.
 
     `threshold` comes from other data; None takes the one with the best F1 here.
     """
     scores, labels = torch.from_numpy(columns["score"]), torch.from_numpy(columns["label"])
     figures = pair_figures(scores, labels, threshold)
-    named = {"": "score_crossed", "_raw": "score_raw"}
+    suffixes = {"": "score_crossed", "_raw": "score_raw"}
     if not is_calibrated(columns) and not np.array_equal(columns["score_crossed"], columns["score_raw"]):
-        named = {"": "score_raw", "_raw": "score_raw", "_if_calibrated": "score_crossed"}
-    for name, column in named.items():
-        figures[f"brier{name}"] = float(((columns[column] - (columns["label"] >= 0.5)) ** 2).mean())
-        figures[f"calibration_error{name}"] = calibration_error(torch.from_numpy(columns[column]), labels)
+        suffixes = {"": "score_raw", "_raw": "score_raw", "_if_calibrated": "score_crossed"}
+    for suffix, column in suffixes.items():
+        figures[f"brier{suffix}"] = float(((columns[column] - (columns["label"] >= 0.5)) ** 2).mean())
+        figures[f"calibration_error{suffix}"] = calibration_error(torch.from_numpy(columns[column]), labels)
     figures["calibration_error_chance"] = chance_calibration_error(columns["score"])
     if "score_swapped" in columns:
         gaps, at = np.abs(columns["score"] - columns["score_swapped"]), figures["threshold"]
@@ -133,14 +134,14 @@ BINS = 10
 
 
 def bin_numbers(scores: NDArray[Any]) -> NDArray[np.int64]:
-    """The bin of each score, shape (pairs,): `BINS` of equal width, the last with its upper end."""
+    """The bin of each score, shape (pairs,): `BINS` bins of equal width, the last including its upper end."""
     return np.minimum((scores * BINS).astype(np.int64), BINS - 1)
 
 
 def calibration_error(scores: Tensor, labels: Tensor) -> float:
-    """Expected calibration error: how far the mean score of a bin lies from its share of duplicates, over all pairs.
+    """Expected calibration error: how far a bin's mean score is from its share of duplicates, averaged over all pairs.
 
-    In ten bins of equal width, as Naeini et al. (2015) have it.
+    Ten bins of equal width, as in Naeini et al. (2015).
     """
     # A score of exactly 1 would get a bin of its own.
     below = torch.nextafter(torch.ones((), dtype=scores.dtype), torch.zeros((), dtype=scores.dtype))
@@ -148,10 +149,10 @@ def calibration_error(scores: Tensor, labels: Tensor) -> float:
 
 
 def chance_calibration_error(scores: NDArray[Any]) -> float:
-    """What `calibration_error` shows by chance, on average, where the scores are true probabilities.
+    """The mean `calibration_error` that chance causes if the scores are true probabilities.
 
-    The sum of a bin's labels is then all but normally distributed around that of its scores p, with the variance
-    sum(p (1 - p)); and the mean distance of a normal distribution from its centre is sqrt(2 / pi) deviations.
+    The sum of a bin's labels is then almost normally distributed around the sum of its scores p, with variance
+    sum(p (1 - p)), and the mean absolute deviation of a normal distribution is sqrt(2 / pi) standard deviations.
     """
     variances = np.bincount(bin_numbers(scores), weights=scores * (1 - scores))
     return float(np.sqrt(2 / np.pi * variances).sum() / len(scores))
@@ -163,15 +164,15 @@ RESAMPLES = 1_000
 def intervals(columns: Columns, threshold: float) -> dict[str, float]:
     """95 % bootstrap intervals of average precision, and of F1 and accuracy at a fixed threshold: `f1_low`, `f1_high`.
 
-    Pairs are drawn with replacement, as many as there are (Efron's plain percentile method; seeded). Empty where all
+    Pairs are drawn with replacement, as many as there are (Efron's plain percentile method; seeded). Empty if all
     labels are the same.
     """
     truth = columns["label"] >= 0.5
     if truth.all() or not truth.any():
         return {}
-    draw, size = np.random.default_rng(0), 50  # so many at once, for memory's sake
+    rng, size = np.random.default_rng(0), 50  # resamples at a time, to save memory
     chances = np.full(len(truth), 1 / len(truth))
-    draws = (draw.multinomial(len(truth), chances, size=size).astype(np.float64) for _ in range(RESAMPLES // size))
+    draws = (rng.multinomial(len(truth), chances, size=size).astype(np.float64) for _ in range(RESAMPLES // size))
     found = [resampled_figures(columns["score"], truth, threshold, times) for times in draws]
     ends = np.nanquantile(np.concatenate(found, axis=1), [0.025, 0.975], axis=1)
     names = ("average_precision", "f1", "accuracy")
@@ -185,15 +186,14 @@ def intervals(columns: Columns, threshold: float) -> dict[str, float]:
 def resampled_figures(
     scores: NDArray[np.float64], truth: NDArray[np.bool_], threshold: float, times: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Average precision (NaN without a duplicate), F1 and accuracy, shape (3, resamples), where a pair stands `times`
-    in a resample.
+    """Average precision (NaN without a duplicate), F1 and accuracy of each resample, shape (3, resamples).
 
-    `scores` and `truth` are of shape (pairs,), `times` (resamples, pairs).
+    `scores` and `truth` have shape (pairs,); `times`, (resamples, pairs), says how often a resample contains a pair.
     """
     order = np.argsort(-scores, kind="stable")
     scores, truth, times = scores[order], truth[order], times[:, order]
     ends = np.flatnonzero(np.diff(scores, append=-np.inf))  # equal scores are one group
-    hits, drawn = (np.cumsum(some, axis=1)[:, ends] for some in (times * truth, times))
+    hits, drawn = (np.cumsum(counts, axis=1)[:, ends] for counts in (times * truth, times))
     positives = hits[:, -1]
     precisions = (np.diff(hits, axis=1, prepend=0) * hits / np.maximum(drawn, 1)).sum(1)
     average_precision = np.where(positives > 0, precisions / np.maximum(positives, 1), np.nan)
@@ -205,24 +205,24 @@ def resampled_figures(
 def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None) -> dict[str, float]:
     """Figures of a set of pairs, by name.
 
-    `average_precision` and `roc_auc` (NaN where all labels are the same); `accuracy`, `f1`, `precision` and `recall` at
-    `threshold`; the same with `_best` at the set's own best threshold: the one for accuracy, and the one for F1, which
-    precision and recall share; `rows`, `duplicates` (their share).
+    `average_precision` and `roc_auc` (NaN if all labels are the same); `accuracy`, `f1`, `precision` and `recall` at
+    `threshold`; the same with `_best` at the set's own best threshold: one for accuracy, and one for F1, which is also
+    used for precision and recall; `rows`; `duplicates` (their share).
 
     Args:
         scores: shape (pairs,), probabilities in fp32 or fp64.
-        labels: shape (pairs,), 0 to 1; from 0.5 on a duplicate.
+        labels: shape (pairs,), 0 to 1; 0.5 or more is a duplicate.
         threshold: from other data; None takes the one with the best F1 here.
     """
     truth = (labels >= 0.5).long()
     best_accuracy, accuracy_threshold = best_accuracy_and_threshold(scores, truth)
     f1_best, f1_threshold = best_f1_and_threshold(scores, truth)
     threshold = f1_threshold if threshold is None else threshold
-    ranked = bool(truth.any()) and not bool(truth.all())
+    both_labels = bool(truth.any()) and not bool(truth.all())
     best = decision_figures(scores, truth, f1_threshold)
     return {
-        "average_precision": binary_average_precision(scores, truth).item() if ranked else math.nan,
-        "roc_auc": binary_auroc(scores, truth).item() if ranked else math.nan,
+        "average_precision": binary_average_precision(scores, truth).item() if both_labels else math.nan,
+        "roc_auc": binary_auroc(scores, truth).item() if both_labels else math.nan,
         **decision_figures(scores, truth, threshold),
         "threshold": threshold,
         "accuracy_best": best_accuracy,
@@ -238,7 +238,7 @@ def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None)
 
 def decision_figures(scores: Tensor, truth: Tensor, threshold: float) -> dict[str, float]:
     """Accuracy, F1, precision and recall of calling every pair a duplicate whose score is at or above the threshold."""
-    # Compared in double precision: the threshold may lie between two neighbouring fp32 scores.
+    # In double precision, because the threshold may lie between two adjacent fp32 scores.
     called = (scores.double() >= threshold).long()
     tp, fp, tn, fn, _ = (count.item() for count in binary_stat_scores(called, truth))
     return {
@@ -250,7 +250,7 @@ def decision_figures(scores: Tensor, truth: Tensor, threshold: float) -> dict[st
 
 
 def best_accuracy_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The best accuracy and its threshold; calling no pair a duplicate is allowed, just above the highest score."""
+    """The best accuracy and its threshold, which may be just above the highest score: then no pair is a duplicate."""
     values, called, hits = _groups(scores, truth)
     negatives = len(truth) - hits[-1]
     correct = torch.cat([negatives[None], hits + negatives - (called - hits)])
@@ -262,7 +262,7 @@ def best_accuracy_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, f
 
 
 def best_f1_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The best F1 and its threshold; (0, 0) when there is no duplicate."""
+    """The best F1 and its threshold; (0, 0) if there are no duplicates."""
     values, called, hits = _groups(scores, truth)
     if not hits[-1]:
         return 0.0, 0.0
@@ -272,14 +272,14 @@ def best_f1_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def _groups(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct scores from high to low, and for each how many pairs, and how many duplicates, lie at or above it."""
+    """Distinct scores, the highest first, and for each how many pairs and how many duplicates are at or above it."""
     values, group, counts = torch.unique(scores, return_inverse=True, return_counts=True)
     duplicates = torch.zeros_like(counts).scatter_add_(0, group, truth)
     return values.flip(0).double(), counts.flip(0).cumsum(0).double(), duplicates.flip(0).cumsum(0).double()
 
 
 def _midpoint(values: Tensor, group: int) -> float:
-    """The threshold below a group: midway to the next lower one, or the lowest score itself."""
-    upper, lower = (float(values[min(place, len(values) - 1)]) for place in (group, group + 1))
+    """The threshold below a group: midway to the next lower score, or for the lowest group its own score."""
+    upper, lower = (float(values[min(index, len(values) - 1)]) for index in (group, group + 1))
     middle = (upper + lower) / 2
-    return upper if middle == lower else middle  # of two neighbouring numbers it is one of them
+    return upper if middle == lower else middle  # between adjacent numbers, rounding makes it one of them
