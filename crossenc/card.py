@@ -1,4 +1,4 @@
-"""The model card: facts of a checkpoint in, README.md out."""
+"""The model card, `README.md` of an export, from the facts in a checkpoint; and the report of an evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TITLES = {
     "test": "test",
     "test_unseen": "test, unseen questions",
 }
-# The rows of the metric table, and how their figures are written.
+# The rows of the metric table, and the format of their figures.
 SHOWN = {
     "rows": ("pairs", "{:,.0f}"),
     "duplicates": ("share of duplicates", "{:.3f}"),
@@ -65,17 +65,17 @@ def write_card(
     dev: Mapping[str, Any] | None = None,
     onnx: dict[str, float] | None = None,
 ) -> None:
-    """Write `README.md` into an export, with the pictures that are in its `figures/`.
+    """Write `README.md` into an export, with the plots in its `figures/`.
 
     Args:
-        name: what the model is called in the card; where it is a Hub id, the card loads it from there.
-        checkpoint: the Lightning checkpoint that was exported; its hyper-parameters and data facts are told.
-        figures: metrics such as `val/f1` and `test/f1_best`, of that very checkpoint.
-        max_length: of a pair, in tokens.
-        sources: of a split whose figures may be of other pairs than the run's, what these were read from.
-        dev: the columns of the dev pairs, of which the worst errors are shown.
-        onnx: None without ONNX files, and empty without 8-bit weights; else the dev pairs' `rows`, the average
-            precision of `onnx` and `onnx-int8` on them, and the largest `difference` of scores.
+        name: the model's name; if it is a Hub id, the card loads the model from there.
+        checkpoint: the Lightning checkpoint that was exported; the card shows its hyperparameters and data.
+        figures: metrics of this very checkpoint, such as `val/f1` and `test/f1_best`.
+        max_length: maximum length of a pair, in tokens.
+        sources: for each split whose figures may belong to other pairs than the run's, what these were read from.
+        dev: the columns of the dev pairs, for the most confident errors.
+        onnx: None without ONNX files, and empty without 8-bit weights; else the number of dev pairs (`rows`), the
+            average precision of `onnx` and `onnx-int8` on them, and the largest `difference` between scores.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -118,10 +118,10 @@ def write_report(
     sources: Mapping[str, str],
     dev: Mapping[str, Any] | None,
 ) -> None:
-    """Write `README.md` with an evaluation's metrics, pictures and errors; arguments as in `write_card`."""
+    """Write `README.md` with an evaluation's metrics, plots and errors; arguments as in `write_card`."""
     text = _report(folder, figures, threshold, dev, folded=False)
-    told = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())
-    parts = [f"# Evaluation of {_shown_path(name)}", f"By crossenc {__version__}; {told}.", _summary(figures), text]
+    data = ", ".join(f"{TITLES[split]} pairs from `{_shown_path(source)}`" for split, source in sources.items())
+    parts = [f"# Evaluation of {_shown_path(name)}", f"By crossenc {__version__}; {data}.", _summary(figures), text]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -132,24 +132,24 @@ def _report(
     dev: Mapping[str, Any] | None,
     folded: bool = True,
 ) -> str:
-    """Metrics, pictures and errors in Markdown."""
+    """Metrics, plots and errors in Markdown."""
     from jinja2 import Template
 
     splits, rows = metric_table(figures, folded)
     shown = [(name, text) for name, text in _PICTURES.items() if (folder / "figures" / f"{name}.png").is_file()]
     template = Template((_TEMPLATES / "report.md").read_text(encoding="utf-8"))
     errors = worst_errors(dev, 0.5 if threshold is None else threshold) if dev else []
-    # An evaluation's dev pairs choose none where all have one label.
+    # In an evaluation, dev pairs with one label choose no threshold, and the model keeps its own.
     kept = not folded and not 0 < figures.get("val/duplicates", 0) < 1
-    told = template.render(
+    report = template.render(
         splits=splits, metric_rows=rows, threshold=threshold, kept=kept, pictures=shown, errors=errors
     )
-    return str(told).strip()
+    return str(report).strip()
 
 
 def metric_table(figures: dict[str, float], folded: bool = True) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table of metrics, with intervals; without `folded`, of a model that is as it is, and
-    that no calibration goes into."""
+    """The header and the rows of the metric table, with intervals. `folded` is whether a calibration may be part of the
+    scores; without it, these are the model's own."""
     splits = [split for split in TITLES if f"{split}/rows" in figures]
     rows = [
         [
@@ -163,7 +163,7 @@ def metric_table(figures: dict[str, float], folded: bool = True) -> tuple[list[s
 
 
 def _summary(figures: dict[str, float]) -> str:
-    """What can be expected of the model, in a few sentences; empty without figures."""
+    """What to expect of the model, in a few sentences; empty without figures."""
     split = next((split for split in ("test", "val") if f"{split}/rows" in figures), None)
     if split is None:
         return ""
@@ -182,7 +182,7 @@ def _summary(figures: dict[str, float]) -> str:
             "calls duplicates are duplicates"
         )
     text += "."
-    if not math.isnan(figures[f"{split}/average_precision"]):  # as where all labels are the same
+    if not math.isnan(figures[f"{split}/average_precision"]):  # NaN if all labels are the same
         text += f" Its average precision is {share('average_precision')}."
     if (flips := figures.get(f"{split}/swap_flips")) is not None:
         text += f" Swapping the two texts changes {flips:,.0f} of the decisions."
@@ -190,7 +190,7 @@ def _summary(figures: dict[str, float]) -> str:
 
 
 def worst_errors(columns: Mapping[str, Any], threshold: float) -> list[list[str]]:
-    """The ten wrong decisions that the model was surest of: score, label and both texts, for a Markdown table.
+    """The ten most confident wrong decisions: score, label and both texts, for a Markdown table.
 
     `columns` are `label`, `score`, `text_a` and `text_b` of an evaluated split.
     """
@@ -201,29 +201,29 @@ def worst_errors(columns: Mapping[str, Any], threshold: float) -> list[list[str]
 
 
 def _quote(text: str) -> str:
-    """A text in a Markdown table, as it stands, on one line and of at most 200 characters."""
+    """A text for a Markdown table: escaped, on one line, and of at most 200 characters."""
     text = one_line(text)
     text = text if len(text) <= 200 else text[:199] + "…"
     return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be an id on the Hub (`owner/name`) and is no path of this machine."""
-    path = Path(name)  # which may be gone, or of another folder
+    """Whether a name looks like a Hub id (`owner/name`) and not like a path on this machine."""
+    path = Path(name)  # it may be gone by now, or relative to another folder
     local = path.exists() or path.suffix.lower() in SUFFIXES or name[0] in "./"
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", name)) and not local
 
 
 def _shown_path(name: str) -> str:
-    """A Hub id or a package as it is, and of a path its last name: no more of a machine is told."""
+    """A Hub id or a package unchanged, and the last name of a path: a card must not reveal more of the machine."""
     if is_hub_id(name) or name.startswith("package:"):
         return name
-    own = Path(name).name in ("model", "best.ckpt", "last.ckpt")  # in a run's folder, whose name tells more
-    return "/".join(Path(name).absolute().parts[-1 - own :])
+    in_run = Path(name).name in ("model", "best.ckpt", "last.ckpt")  # then the name of the run's folder says more
+    return "/".join(Path(name).absolute().parts[-1 - in_run :])
 
 
 def _cell(figures: dict[str, float], key: str, form: str, scale: float = 1, unit: str = "") -> str:
-    """A figure with its interval, if it has one; empty where it is not known."""
+    """A figure with its interval, if it has one; empty if the figure is unknown."""
     value, low, high = (scale * figures.get(f"{key}{end}", math.nan) for end in ("", "_low", "_high"))
     if math.isnan(value):
         return ""
@@ -239,7 +239,7 @@ def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
             task_type="cross-encoder-classification",
             task_name="Cross Encoder Classification",
             dataset_type=_source_of(split, data).partition(":")[0],
-            # Which is the training pairs' own.
+            # The subset is that of the training pairs' source.
             dataset_config=data.get("subset") if _source_of(split, data) == _source_of("train", data) else None,
             dataset_name=f"{_source_of(split, data)} ({TITLES[split]})",
             dataset_split=split,
@@ -249,22 +249,22 @@ def _eval_results(figures: dict[str, float], data: dict[str, Any]) -> list[Any]:
         )
         for split in TITLES
         for metric in _ON_HUB
-        if not math.isnan(figures.get(f"{split}/{metric}", math.nan))  # NaN stands where a set has one label only
+        if not math.isnan(figures.get(f"{split}/{metric}", math.nan))  # NaN if all labels are the same
     ]
 
 
 def _measured(data: dict[str, Any], sources: Mapping[str, str], figures: dict[str, float]) -> dict[str, Any]:
-    """A run's data facts, with those of the pairs that the figures were measured on in place of the run's own."""
+    """A run's data facts, changed to those of the pairs that the figures were measured on."""
     for split, source in sources.items():
-        of = {"rows": int(figures[f"{split}/rows"]), "duplicates": figures[f"{split}/duplicates"], "sources": source}
-        data = data | {name: data.get(name, {}) | {split: value} for name, value in of.items()}
+        facts = {"rows": int(figures[f"{split}/rows"]), "duplicates": figures[f"{split}/duplicates"], "sources": source}
+        data = data | {name: data.get(name, {}) | {split: value} for name, value in facts.items()}
     return data
 
 
 def _source_of(split: str, data: dict[str, Any]) -> str:
-    """What the pairs of a split were read from, as a card may name it."""
-    own = data.get("sources", {}).get(split.partition("_")[0])
-    return _shown_path(str(own or data.get("source", "unknown data")))
+    """The source of a split's pairs, in the form that a card may show."""
+    source = data.get("sources", {}).get(split.partition("_")[0])
+    return _shown_path(str(source or data.get("source", "unknown data")))
 
 
 def _data_text(data: dict[str, Any]) -> str:
@@ -278,12 +278,12 @@ def _data_text(data: dict[str, Any]) -> str:
         if split in data["rows"]
     ]
     subset = f", subset `{data['subset']}`" if data["subset"] else ""
-    split = f", split by {data['split']}" if data["split"] else ""  # else every split has a source of its own
+    split = f", split by {data['split']}" if data["split"] else ""  # None if every split has its own source
     return f"`{source}`{subset}{split}: {'; '.join(parts)}."
 
 
 def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """All that is set: the model's arguments, the loader's, the Trainer's."""
+    """All settings: those of the model, of the data and of the Trainer, and what the training took."""
     ours = {name: value for name, value in settings.items() if value is not None and name != "backbone"}
     return {
         **ours,
@@ -292,13 +292,13 @@ def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[s
         **checkpoint["crossenc"]["training"],
         **_cost(checkpoint.get("callbacks", {}).get("Cost", {})),
         "steps": checkpoint["global_step"],
-        # Those that were begun: `epoch` is counted on when the last one ends, and not before its validation.
+        # The epochs that were begun: `epoch` does not count the last one before its validation.
         "epochs": checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"],
     }
 
 
 def _cost(cost: dict[str, float]) -> dict[str, str]:
-    """What the training took, as the callback `Cost` counted it."""
+    """Duration and energy of the training, from the callback `Cost`."""
     texts = {}
     if cost.get("seconds"):
         texts["duration"] = f"{cost['seconds'] / 60:.1f} minutes"

@@ -1,4 +1,4 @@
-"""The whole report of an evaluation, of a run's checkpoint or of any model that gives one logit for a pair."""
+"""The full report of an evaluation, for a run's checkpoint or any model that gives one logit for a pair."""
 
 from __future__ import annotations
 
@@ -45,19 +45,21 @@ def evaluate(
         The figures, as `metrics.json` has them.
 
     Raises:
-        BackboneError: The model cannot be loaded, or has another number of labels than one.
+        BackboneError: The model cannot be loaded, or does not have exactly one label.
         CheckpointError: The checkpoint is missing or was not written by crossenc.
-        OutputError: The output holds something else than an earlier evaluation, or cannot be written.
+        DataError: The source has neither dev nor test pairs.
+        OutputError: The output exists and is not an earlier evaluation, or cannot be written.
+        UsageError: There are no pairs, or accelerator, devices or precision cannot be used.
     """
     sources = [arguments.get(name) for name in ("source", "val_source", "test_source")]
-    if all(source is None or str(source) == "" for source in sources):  # a DataFrame is for PairDataModule to refuse
+    if all(source is None or str(source) == "" for source in sources):  # PairDataModule refuses a DataFrame
         raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
     folder = Path(output)
     if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):
-        raise OutputError(f"{output} is there and holds no earlier evaluation; name another folder with --output")
+        raise OutputError(f"{output} exists and is not an earlier evaluation; choose another folder with --output")
     module = load_module(model)
-    of_the_model = {name: module.hparams[name] for name in ("backbone", "revision")}
-    data = PairDataModule(**{"source": "", **arguments, **of_the_model, "max_length": module.max_length})
+    tokenizer_of = {name: module.hparams[name] for name in ("backbone", "revision")}
+    data = PairDataModule(**{"source": "", **arguments, **tokenizer_of, "max_length": module.max_length})
     try:
         trainer = Trainer(
             accelerator=accelerator,
@@ -72,7 +74,7 @@ def evaluate(
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
     splits = data.splits()
     if not {"val", "test"} & splits:
-        raise DataError(f"{data.source} leaves no dev and no test pairs; set --data.val_source or --data.test_source")
+        raise DataError(f"{data.source} has neither dev nor test pairs; set --data.val_source or --data.test_source")
     with writing(output):
         folder.mkdir(parents=True, exist_ok=True)
     if "val" in splits:
@@ -82,7 +84,7 @@ def evaluate(
     if trainer.is_global_zero:
         with writing(output):
             columns = finish(module, data, folder, None)
-            shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had others
+            shutil.rmtree(folder / "figures", ignore_errors=True)  # an earlier evaluation may have had other plots
             save(draw(columns, module.threshold), folder / "figures")
             read_from = data.read_from(columns)
             write_report(folder, str(model), module.figures, module.threshold, read_from, columns.get("val"))
@@ -90,13 +92,13 @@ def evaluate(
 
 
 def load_module(model: str | Path) -> CrossEncoderModule:
-    """The module of an export, a Hub id or a checkpoint, which scores as the model itself does."""
+    """The module of an export, a Hub id or a checkpoint; its scores are the model's own."""
     path = find(model)
     if path.is_file():
         module = load_checkpoint(path)[1]
-        module.model = plain_model(module)  # its calibration in its weights, as in its export
+        module.model = plain_model(module)  # with its calibration in its weights, as in its export
         module.fitted, module.folds, module.figures = Calibration(), False, {}
-        module.hparams["calibrate"] = True  # to tell what it would bring
+        module.hparams["calibrate"] = True  # so that the report says what a calibration would bring
         return module
     require_head(str(model), path)
     module = CrossEncoderModule(str(path), longest_pair(path))
@@ -107,10 +109,10 @@ def load_module(model: str | Path) -> CrossEncoderModule:
 def finish(
     module: CrossEncoderModule, data: PairDataModule, folder: Path, owner: str | None
 ) -> dict[str, dict[str, NDArray[Any]]]:
-    """Add to the module's figures what is worth the time only once, and write them with every pair's scores.
+    """Add the figures that are worth their time only once to the module's, and write all, with the scores of each pair.
 
-    That is 95 % intervals, and under `val_unseen/...` and `test_unseen/...` the figures of the pairs that share no
-    question with the training pairs, unless that is all of them or none. Returns what is kept of every pair, by split.
+    These are 95 % intervals, and as `val_unseen/...` and `test_unseen/...` the figures of the pairs that share no
+    question with the training pairs, unless these are all pairs or none. Returns the columns of each split as written.
     """
     figures = dict(module.figures)
     for split, columns in module.scored.items():
@@ -125,16 +127,16 @@ def finish(
     module.figures = figures
     folder.mkdir(parents=True, exist_ok=True)
     sources = data.read_from(module.scored)
-    # Not those of other splits, which the checkpoint knows too: they may have been evaluated anew on others.
-    own = {name: value for name, value in figures.items() if split_of(name) in sources}
-    write_figures(folder, owner, own, sources)
+    # Without the checkpoint's figures of other splits: the file may have newer ones, measured on other pairs.
+    measured = {name: value for name, value in figures.items() if split_of(name) in sources}
+    write_figures(folder, owner, measured, sources)
     evaluated = {split: columns | data.texts(split, columns["row"]) for split, columns in module.scored.items()}
     write_scores(folder, owner, evaluated)
     return evaluated
 
 
 def print_figures(figures: dict[str, float], folded: bool = True) -> None:
-    """Print the card's table of metrics; arguments as in `metric_table`."""
+    """Print the card's metric table; arguments as in `metric_table`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

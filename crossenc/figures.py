@@ -1,4 +1,4 @@
-"""Pictures of an evaluation and of a run, as matplotlib figures: readable 600 pixels wide, on white in any theme."""
+"""Plots of an evaluation and of a run, as matplotlib figures: readable at 600 pixels width, on white in any theme."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d1690e", "#666666"
 
 
 def draw(evaluated: Mapping[str, Columns], threshold: float | None) -> dict[str, Figure]:
-    """The pictures of an evaluation by name; empty where every pair has the same label.
+    """The plots of an evaluation by name; empty if all pairs have the same label.
 
     Args:
-        evaluated: for `val` or `test` or both the columns `label`, `score` (calibrated, if the model is), `score_raw`
-            (before) and `score_crossed` (calibrated by what other pairs gave), each of shape (pairs,).
-        threshold: from which score on a pair is called a duplicate.
+        evaluated: for `val`, `test` or both, the columns `label`, `score` (calibrated, if the model is), `score_raw`
+            (before calibration) and `score_crossed` (calibrated by a fit on other pairs), each of shape (pairs,).
+        threshold: the score at or above which a pair is called a duplicate.
     """
     evaluated = {split: columns for split, columns in evaluated.items() if len(set(columns["label"] >= 0.5)) == 2}
     if not evaluated:
         return {}
-    last = list(evaluated)[-1]  # the test pairs, where there are any
+    last = list(evaluated)[-1]  # the test pairs, if there are any
     return {
         "precision_recall": _precision_recall(evaluated, threshold),
         "reliability": _reliability(evaluated[last], _NAMES[last]),
@@ -51,7 +51,7 @@ def _precision_recall(evaluated: Mapping[str, Columns], threshold: float | None)
             axes.plot(at["recall"], at["precision"], "o", color=colour, markersize=9)
     if threshold is not None:
         axes.plot([], [], "o", color=_GREY, markersize=9, label=f"at threshold {threshold:.3f}")
-    axes.set(xlabel="recall (share of duplicates found)", ylabel="precision (share of calls right)")
+    axes.set(xlabel="recall (share of duplicates found)", ylabel="precision (share of calls that are right)")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), title="Precision and recall")
     axes.legend()
     return figure
@@ -85,7 +85,7 @@ def _reliability(columns: Columns, name: str) -> Figure:
 def _scores(columns: Columns, name: str, threshold: float | None) -> Figure:
     figure, (axes,) = _figure(1)
     scores, truth = columns["score"], columns["label"] >= 0.5
-    for which, label, colour, hatch in ((~truth, "no duplicate", _ORANGE, "//"), (truth, "duplicate", _BLUE, "")):
+    for which, label, colour, hatch in ((~truth, "not a duplicate", _ORANGE, "//"), (truth, "duplicate", _BLUE, "")):
         axes.hist(scores[which], 20, range=(0, 1), color=colour, alpha=0.55, label=label, hatch=hatch, ec="white")
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3f}")
@@ -96,7 +96,7 @@ def _scores(columns: Columns, name: str, threshold: float | None) -> Figure:
 
 
 def draw_learning(run: Path) -> Figure | None:
-    """Loss and average precision over the steps, from a run's `metrics.csv` and those set aside; None without them."""
+    """Loss and average precision over the steps, from the `metrics*.csv` of all parts of a run; None without a loss."""
     points: dict[str, list[tuple[int, float]]] = {}
     for file in sorted(run.glob("metrics*.csv")):
         with file.open(newline="", encoding="utf-8") as lines:
@@ -137,7 +137,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def save(pictures: Mapping[str, Figure], folder: Path) -> None:
-    """Write `NAME.png` of each, 1,200 pixels wide, with a white margin."""
+    """Write each picture to `NAME.png`, 1,200 pixels wide, with a white margin."""
     for name, figure in pictures.items():
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.png")

@@ -128,7 +128,7 @@ def test_what_cannot_be_evaluated_is_one_line(pairs_file: Path, tmp_path: Path, 
 @pytest.mark.parametrize("where", ["model", "."])
 def test_nothing_but_an_earlier_evaluation_is_replaced(trained: Path, pairs_file: Path, where: str):
     before = {path: path.read_bytes() for path in (trained / where).iterdir() if path.is_file()}
-    with pytest.raises(OutputError, match="holds no earlier evaluation"):
+    with pytest.raises(OutputError, match="is not an earlier evaluation"):
         evaluate(trained / "model", {"val_source": str(pairs_file)}, str(trained / where))
     assert {path: path.read_bytes() for path in (trained / where).iterdir() if path.is_file()} == before
 

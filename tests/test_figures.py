@@ -54,7 +54,7 @@ def test_pictures_show_what_was_found():
     (axes,) = pictures["scores"].axes
     assert axes.get_title() == "Scores by label, 4 test pairs"
     bars = {part[0].get_label(): np.flatnonzero(part.datavalues).tolist() for part in axes.containers}
-    assert bars == {"no duplicate": [2, 14], "duplicate": [12, 18]}  # of twenty
+    assert bars == {"not a duplicate": [2, 14], "duplicate": [12, 18]}  # of twenty
     assert axes.get_lines()[0].get_xdata() == [0.55, 0.55]
 
 
