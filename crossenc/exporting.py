@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ACTIVATION = "torch.nn.modules.activation.Sigmoid"
-# From this version on sentence-transformers reads its three files.
+# The first version of sentence-transformers that reads the three files below.
 _ST_VERSION = "6.2.0"
 TOLERANCE = 1e-5
-# onnxruntime fuses and orders sums in its own way.
+# onnxruntime fuses operations and orders sums in its own way.
 ONNX_TOLERANCE = 1e-4
 _PROBES = (
     ("How do I learn to swim?", "What is the best way to learn swimming?"),
@@ -82,23 +82,23 @@ def export(
     Raises:
         CheckpointError: The file is missing or was not written by crossenc.
         DataError, HubError: The dev pairs cannot be read.
-        ExportError: The folder is there already, or the export does not score as the checkpoint does.
-        HubError: The upload was refused; the folder stays.
-        UsageError: `int8`, and there are no dev pairs; `private` without `push_to_hub`, or for one that is public;
-            `dev` without `int8`; `push_to_hub` is no repository's name.
+        ExportError: The folder exists already, or the export does not score as the checkpoint does.
+        HubError: The upload failed; the folder stays.
+        UsageError: `int8` without dev pairs; `private` without `push_to_hub`, or for a repository that is public; `dev`
+            without `int8`; `push_to_hub` is not the name of a repository.
     """
     if private and push_to_hub is None:
-        raise UsageError("--private is of the upload; give --push_to_hub REPO too")
+        raise UsageError("--private applies only to an upload; give --push_to_hub REPO too")
     if push_to_hub is not None:
         _require_repository(push_to_hub)
     if dev is not None and not int8:
-        raise UsageError("--dev is what 8-bit weights are measured on; give --int8 too")
+        raise UsageError("--dev names the pairs that 8-bit weights are measured on; give --int8 too")
     target = Path(output)
     if target.exists():
         if not overwrite:
-            raise ExportError(f"{target} is there already; choose another folder, or give --overwrite")
+            raise ExportError(f"{target} already exists; choose another folder, or give --overwrite")
         if not (target / "modules.json").is_file():
-            raise ExportError(f"{target} is there and is no export, so it is not overwritten; choose another folder")
+            raise ExportError(f"{target} exists and is not an export, so it is not overwritten; choose another folder")
     try_writing(target)
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
     measured, evaluated, sources = _evaluated(loaded, Path(checkpoint))
@@ -111,7 +111,7 @@ def export(
         with writing(target):
             _write(unfinished, module, tokenizer)
         _compare(f"the export of {checkpoint}", expected, score_pairs(unfinished, _PROBES), TOLERANCE)
-        # An export named `model` is a run's own; the run's name tells more.
+        # A folder named `model` is in a run's folder, whose name says more.
         name = push_to_hub or (target.resolve().parent.name if target.name == "model" else target.name)
         added = _add_onnx(unfinished, expected, pairs) if onnx or int8 else None
         with writing(target):
@@ -120,8 +120,9 @@ def export(
                 pictures["learning"] = learning
             figures.save(pictures, unfinished / "figures")
             write_card(unfinished, name, loaded, measured, module.max_length, sources, evaluated.get("val"), added)
-            if not (unfinished / "modules.json").is_file():  # and what is there, the card's maker has made anew
-                raise ExportError(f"another export to {target} has begun meanwhile, and this one is dropped")
+            # If another export removed the folder, plots and card have made it anew, without this file.
+            if not (unfinished / "modules.json").is_file():
+                raise ExportError(f"another export to {target} has begun in the meantime, so this one was dropped")
             if target.exists():
                 target.rename(space / "old")
             unfinished.rename(target)
@@ -138,16 +139,16 @@ def _require_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UsageError(f"--push_to_hub {name}: {one_line(error)}") from error
-    if "/" not in name:  # the card tells how to load the model from there
-        raise UsageError(f"--push_to_hub {name}: name its owner too, as in owner/{name}")
+    if "/" not in name:  # the card says how to load the model from there
+        raise UsageError(f"--push_to_hub {name}: name the owner too, as in owner/{name}")
 
 
 def upload(folder: Path, repository: str, private: bool = False) -> str:
     """Upload an export to the Hub; returns the repository's address.
 
     Raises:
-        HubError: it was refused; the message says how to repeat it.
-        UsageError: it was to be private, and the repository is there already and public.
+        HubError: the upload failed; the message says how to repeat it.
+        UsageError: it should be private, but the repository exists already and is public.
     """
     from huggingface_hub import HfApi
 
@@ -160,28 +161,28 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
                 folder_path=folder,
                 repo_id=address.repo_id,
                 commit_message="Upload by crossenc",
-                delete_patterns=["onnx/*", "figures/*"],  # those of an earlier model that this one has not
+                delete_patterns=["onnx/*", "figures/*"],  # an earlier model may have had more of them
             )
-    except Exception as error:  # the HTTP library's own too, which is another from version to version of the client
+    except Exception as error:  # the HTTP library's own too, and which library it is depends on the client's version
         command = ["hf", "upload", repository, str(folder), *["--private"] * private]
         raise HubError(
-            f"{folder} is written, but its upload to {repository} was refused ({one_line(error)}); log in with "
+            f"{folder} is written, but its upload to {repository} failed ({one_line(error)}); log in with "
             f"`hf auth login` or set HF_TOKEN, and repeat it with: {shlex.join(command)}"
         ) from error
     if exposed:
-        raise UsageError(f"{folder} is written and not uploaded: {repository} is there, and public; make it private")
+        raise UsageError(f"{folder} is written, but not uploaded: {repository} exists and is public; make it private")
     return str(address)
 
 
 def _compare(what: str, expected: Sequence[float], found: Sequence[float], tolerance: float) -> None:
-    """Raise `ExportError` where scores differ by more, or one is NaN, which Python's `max` could pass over."""
-    worst = np.abs(np.subtract(expected, found)).max()
+    """Raise `ExportError` if scores differ by more than `tolerance`, or one of them is NaN."""
+    worst = np.abs(np.subtract(expected, found)).max()  # Python's max could miss a NaN
     if not worst <= tolerance:
         raise ExportError(f"{what} gives scores that differ by {worst:.2g} from the checkpoint's")
 
 
 def _add_onnx(folder: Path, expected: list[float], dev: Mapping[str, Any] | None) -> dict[str, float]:
-    """Write the ONNX files, compare them with the checkpoint, and return what the card tells of them."""
+    """Write the ONNX files, compare them with the checkpoint, and return what the card says about them."""
 
     def score(backend: Backend, pairs: Sequence[tuple[str, str]]) -> Any:
         ((_, logits),) = score_chunks(Scoring(str(folder), backend=backend), [(0, list(pairs))])
@@ -193,19 +194,19 @@ def _add_onnx(folder: Path, expected: list[float], dev: Mapping[str, Any] | None
         return {}
     pairs, truth = list(zip(dev["text_a"], dev["text_b"], strict=True)), (torch.tensor(dev["label"]) >= 0.5).long()
     exact, rounded = score("onnx", pairs), score("onnx-int8", pairs)
-    before, after = (binary_average_precision(torch.from_numpy(some), truth).item() for some in (exact, rounded))
+    before, after = (binary_average_precision(torch.from_numpy(scores), truth).item() for scores in (exact, rounded))
     difference = float(abs(exact - rounded).max())
-    said = "average precision on %s dev pairs: %.4f, with 8-bit weights %.4f; scores differ by up to %.3f"
-    log.info(said, f"{len(pairs):,}", before, after, difference)
+    message = "average precision on %s dev pairs: %.4f, with 8-bit weights %.4f; scores differ by up to %.3f"
+    log.info(message, f"{len(pairs):,}", before, after, difference)
     return {"rows": len(pairs), "onnx": before, "onnx-int8": after, "difference": difference}
 
 
 def _evaluated(loaded: dict[str, Any], checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """Figures, scores and sources of a checkpoint, but for those of a `validate` on dev pairs that are not its own."""
-    kept = (checkpoint.parent, owner(checkpoint))
-    (known, sources), evaluated = read_figures(*kept), read_scores(*kept)
-    own = loaded.get("PairDataModule") or {}
-    dev, rows = own.get("sources", {}).get("val"), own.get("rows", {}).get("val")
+    """Figures, scores and sources of a checkpoint, without those of a `validate` on other dev pairs than its run's."""
+    location = (checkpoint.parent, owner(checkpoint))
+    (known, sources), evaluated = read_figures(*location), read_scores(*location)
+    data = loaded.get("PairDataModule") or {}
+    dev, rows = data.get("sources", {}).get("val"), data.get("rows", {}).get("val")
     if "val" in sources and (Path(sources["val"]) != Path(dev or "") or known.get("val/rows") != rows):
         known = {name: value for name, value in known.items() if split_of(name) != "val"}
         del sources["val"]
@@ -214,20 +215,20 @@ def _evaluated(loaded: dict[str, Any], checkpoint: Path) -> tuple[dict[str, Any]
 
 
 def _dev_pairs(own: Mapping[str, Any] | None, checkpoint: Path, dev: str | None) -> Mapping[str, Any]:
-    """The columns of labelled pairs: of `dev`, or the run's own dev pairs, if the checkpoint was evaluated on some."""
+    """The columns of labelled pairs: of `dev`, or of the run's dev pairs, if the checkpoint was evaluated on them."""
     pairs = own if dev is None else read(dev)[:]
     if pairs is None:
         raise UsageError(
-            f"--int8 is measured on dev pairs, and {checkpoint} was evaluated on none of its own; give --dev FILE, or "
+            f"--int8 is measured on dev pairs, but {checkpoint} was not evaluated on its own; give --dev FILE, or "
             f"evaluate it with: crossenc validate --config {checkpoint.parent / 'config.yaml'} --ckpt_path {checkpoint}"
         )
     if len({label >= 0.5 for label in pairs["label"]}) < 2:
-        raise ExportError("what 8 bits cost cannot be measured: all dev labels are the same; give --dev FILE")
+        raise ExportError("the cost of 8-bit weights cannot be measured: all dev labels are the same; give --dev FILE")
     return pairs
 
 
 def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """Scores (after the sigmoid, fp32) that an export gives to a few pairs of texts, on the CPU."""
+    """Scores (after the sigmoid, in fp32) that an export gives to a few pairs of texts, on the CPU."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     with quiet_transformers():
@@ -242,7 +243,7 @@ def score_pairs(folder: str | Path, pairs: Sequence[tuple[str, str]]) -> list[fl
 def _module_scores(
     module: CrossEncoderModule, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> list[float]:
-    """The module's own scores, over the path that training takes: token ids, collate, forward."""
+    """The module's own scores, computed as in training: token ids, collator, forward."""
     table = encode_texts(pairs, tokenizer, module.max_length)
     with torch.inference_mode():
         found = module.predict_step(PairCollator(tokenizer)(table), 0)
@@ -256,18 +257,18 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
     model.config.sentence_transformers = {"activation_fn": ACTIVATION, "version": _ST_VERSION}
     if module.threshold is not None:
         model.config.crossenc = {"threshold": module.threshold}
-    elif hasattr(model.config, "crossenc"):  # of a backbone that was an export itself
+    elif hasattr(model.config, "crossenc"):  # if the backbone was an export itself
         del model.config.crossenc
     with quiet_transformers():
         model.save_pretrained(folder)
-    # As the other files; safetensors keeps it to its owner.
+    # Give the weights the other files' permissions; safetensors makes them readable for their owner only.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    # Readers cut at this length; without it RoBERTa's positions overflow.
+    # Readers truncate at this length; without it, RoBERTa's positions overflow.
     tokenizer.model_max_length = module.max_length
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
-    # sentence-transformers' three files go together: with one of them missing it drops the classifier.
+    # sentence-transformers needs all three files: if one is missing, it drops the classifier.
     files: dict[str, Any] = {
         "modules.json": [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}

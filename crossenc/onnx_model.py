@@ -1,4 +1,4 @@
-"""The ONNX form of an export: `onnx/model.onnx` in fp32, and `onnx/model_qint8.onnx` with the weights in 8 bits.
+"""An export's ONNX files: `onnx/model.onnx` in fp32, and `onnx/model_qint8.onnx` with 8-bit weights.
 
 sentence-transformers (`backend="onnx"`, `model_kwargs={"file_name": ...}`) and text-embeddings-inference look there.
 """
@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from .errors import BackboneError, ExportError, one_line, require
 
 FILES = {"onnx": "onnx/model.onnx", "onnx-int8": "onnx/model_qint8.onnx"}
-# A protocol buffer ends at 2 GiB; larger weights go to a file beside it.
+# A protocol buffer holds at most 2 GiB; larger weights go to a file beside it.
 _ONE_FILE = 1_900_000_000
 
 
 def write_onnx(folder: Path, int8: bool) -> None:
-    """Add the ONNX files to an export, by torch's own exporter: logits of a batch of any size and length.
+    """Add the ONNX files to an export with torch's own exporter: logits of a batch of any size and length.
 
     Args:
-        folder: the export, whose weights are read anew: the graph is the plain one of transformers.
-        int8: write the file with 8-bit weights too; activations are quantised while it runs.
+        folder: the export; its weights are read anew, so that the graph is transformers' own.
+        int8: also write the file with 8-bit weights; activations are quantised while it runs.
 
     Raises:
         ExportError: torch cannot export this kind of model.
@@ -44,19 +44,19 @@ def write_onnx(folder: Path, int8: bool) -> None:
     with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    model.config.use_cache = False  # decoders give back the keys and values too, which are no outputs of a graph
-    # Two pairs of unlike length: a size of one would be taken for a constant.
+    model.config.use_cache = False  # decoders would also return keys and values, which are not outputs of the graph
+    # Two pairs of different lengths: a size of one would be taken for a constant.
     inputs = dict(tokenizer([["one", "two"], ["one and two", "three"]], padding=True, return_tensors="pt"))
     file = folder / FILES["onnx"]
     file.parent.mkdir(exist_ok=True)
-    # Of operators in packages that are not installed; and where a graph breaks off, of places in the code.
-    notes = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
-    levels = [log.level for log in notes]
-    for log in notes:
+    # They warn of operators in packages that are not installed, and of places in the code where a graph breaks off.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
         log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # to which torch prints the broken graph
-            # The exporter's own notes: on pytrees that it calls in an old way, on axes that share a name.
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # torch prints a broken graph to stderr
+            # The exporter warns of its own deprecated calls of pytree, and of axes that share a name.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 model.eval(),
@@ -74,14 +74,14 @@ def write_onnx(folder: Path, int8: bool) -> None:
             f"torch cannot export {model.config.model_type} to ONNX: {one_line(error.__cause__ or error)[:300]}"
         ) from error
     finally:
-        for log, level in zip(notes, levels, strict=True):
+        for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
     if int8:
         with tempfile.TemporaryDirectory(dir=folder) as space:
             prepared = Path(space) / "prepared.onnx"
-            # The weights go into a file beside it, without which it takes no model of more than 2 GiB.
-            beside = {"save_as_external_data": True, "all_tensors_to_one_file": True}
-            quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True, **beside)
+            # With the weights in a file beside it, or models of more than 2 GiB would fail.
+            external = {"save_as_external_data": True, "all_tensors_to_one_file": True}
+            quantization.quant_pre_process(file, prepared, skip_symbolic_shape=True, **external)
             quantization.quantize_dynamic(
                 prepared, folder / FILES["onnx-int8"], weight_type=quantization.QuantType.QInt8, per_channel=True
             )
@@ -90,18 +90,18 @@ def write_onnx(folder: Path, int8: bool) -> None:
 def find_onnx(folder: Path, backend: str) -> Path:
     """The file of `onnx` or `onnx-int8` in an export.
 
-    Raises `BackboneError` if there is none, and `MissingExtraError` if there is no onnxruntime to read it.
+    Raises `BackboneError` if there is none, and `MissingExtraError` if onnxruntime is not installed.
     """
     require("onnxruntime", "onnx")
     file = folder / FILES[backend]
     if not file.is_file():
-        how = "--onnx --int8" if backend == "onnx-int8" else "--onnx"
-        raise BackboneError(f"there is no {file}; write it with: crossenc export CHECKPOINT FOLDER {how}")
+        options = "--onnx --int8" if backend == "onnx-int8" else "--onnx"
+        raise BackboneError(f"there is no {file}; write it with: crossenc export CHECKPOINT FOLDER {options}")
     return file
 
 
 class OnnxModel:
-    """One ONNX file of an export, `onnx` or `onnx-int8`, on GPU number `rank` or so many `threads` of the CPU."""
+    """An ONNX file of an export, `onnx` or `onnx-int8`, on GPU number `rank`, or on the CPU with `threads` threads."""
 
     def __init__(self, folder: Path, backend: str, rank: int, threads: int) -> None:
         file = find_onnx(folder, backend)
@@ -113,7 +113,7 @@ class OnnxModel:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": rank}))
         try:
             self.session = runtime.InferenceSession(str(file), options, providers=providers)
-        except Exception as error:  # onnxruntime's own have no class in common
+        except Exception as error:  # onnxruntime's own exceptions have no common base class
             raise BackboneError(f"{file} cannot be read by onnxruntime: {one_line(error)[:300]}") from error
         self.inputs = [item.name for item in self.session.get_inputs()]
 

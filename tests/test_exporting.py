@@ -105,13 +105,13 @@ def test_an_export_is_refused_where_something_stands(trained: Path, tmp_path: Pa
         os.umask(mask)
     modes = {path.stat().st_mode & 0o777 for path in target.iterdir() if path.is_file()}
     assert modes == {0o640}  # whoever may read one may read all, the weights too, and no one else
-    with pytest.raises(ExportError, match="is there already"):
+    with pytest.raises(ExportError, match="already exists"):
         export(str(trained / "last.ckpt"), str(target))
     before = load_tokenizer(str(target))
     assert main(["export", str(trained / "best.ckpt"), str(target), "--overwrite"]) == 0
     assert load_tokenizer(str(target)) is not before  # which may have been another one
     (tmp_path / "other").mkdir()
-    with pytest.raises(ExportError, match="is no export"):
+    with pytest.raises(ExportError, match="is not an export"):
         export(str(trained / "last.ckpt"), str(tmp_path / "other"), overwrite=True)
     monkeypatch.chdir(target)
     with pytest.raises(OutputError, match=r"^\. cannot be written"):  # where a process stands nothing can be put
@@ -127,7 +127,7 @@ def test_an_export_that_another_one_dropped_is_none(trained: Path, tmp_path: Pat
             write_card(*given)
 
     monkeypatch.setattr(exporting, "write_card", late)
-    with pytest.raises(ExportError, match=r"another export to .*model has begun meanwhile"):
+    with pytest.raises(ExportError, match=r"another export to .*model has begun in the meantime"):
         export(str(trained / "last.ckpt"), str(tmp_path / "model"))
     assert not list(tmp_path.iterdir())
 
@@ -154,7 +154,7 @@ def test_options_that_need_others_are_named(trained: Path, write, tmp_path: Path
         export(str(trained / "best.ckpt"), str(tmp_path / "model"), private=True)
     with pytest.raises(UsageError, match="give --int8 too"):
         export(str(trained / "best.ckpt"), str(tmp_path / "model"), dev="gone.csv")
-    for name, said in (("bad//name", "Repo id must"), ("name", "name its owner too, as in owner/name")):
+    for name, said in (("bad//name", "Repo id must"), ("name", "name the owner too, as in owner/name")):
         with pytest.raises(UsageError, match=said):
             export(str(trained / "best.ckpt"), str(tmp_path / "model"), push_to_hub=name)
     one = write("one.csv", "question1,question2,is_duplicate\na,b,1\nc,d,1\n")

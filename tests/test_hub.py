@@ -135,7 +135,7 @@ def test_an_export_is_uploaded_and_a_refused_one_stays(
     with serve({"models/owner/mine": old.parents[1]}) as server:
         server.uploads = tmp_path / "hub"
         line = refused(server.endpoint, "wrong")
-        assert f"{tmp_path / 'mine'} is written, but its upload to owner/mine was refused" in line
+        assert f"{tmp_path / 'mine'} is written, but its upload to owner/mine failed" in line
         assert line.endswith(f"hf upload owner/mine {tmp_path / 'mine'} --private")
         assert (tmp_path / "mine" / "modules.json").is_file()
         known = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": TOKEN}
@@ -168,7 +168,7 @@ def test_an_upload_goes_to_what_is_there_too_and_leaves_the_visibility_to_its_ow
         assert server.visibility == {"owner/model": None}
         server.visibility["owner/model"] = "public"
         uploads = len(server.requests)
-        with pytest.raises(UsageError, match="owner/model is there, and public; make it private"):
+        with pytest.raises(UsageError, match="owner/model exists and is public; make it private"):
             upload(tmp_path / "model", "owner/model", private=True)
         assert not [line for line in server.requests[uploads:] if "commit" in line]
         server.visibility["owner/model"] = "private"
