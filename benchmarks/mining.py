@@ -190,7 +190,7 @@ def scale(data: Path, counts: list[int], options: list[str]) -> dict[str, Any]:
             phases, said = watch(command, Path(space) / f".{count}-out.csv.parts")
             for name, (seconds, memory) in phases.items():
                 print(f"| {count:,} | {name} | {seconds:.1f} | {memory:,.0f} |", flush=True)
-            told = ("memory", "index", "copies", "to score", "groups", "a second")
+            told = ("memory", "index", "copies", "to score", "groups", "per second")
             record[str(count)] = {
                 "phases": {name: {"seconds": seconds, "peak_mb": memory} for name, (seconds, memory) in phases.items()},
                 "log": [line for line in said if any(word in line for word in told)],

@@ -1,4 +1,4 @@
-"""Arrays kept on disk one by one, each written whole or not at all, so that a broken run goes on with them."""
+"""Arrays that are kept on disk one by one, each whole or not at all, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ FACTS_FILE = "facts.json"
 
 
 class Parts:
-    """Numbered arrays of one piece of work: files in a folder, or without a folder in memory.
+    """Numbered arrays of one piece of work: files in a folder, or in memory if there is no folder.
 
     Args:
-        folder: where they lie; made for the first of them. Parts that lie there already are taken over.
+        folder: where they are kept; it is made for the first one. Parts that are there already are reused.
         facts: what the arrays depend on, in plain types; parts of other facts are refused.
         overwrite: drop parts of other facts instead.
 
     Raises:
-        OutputError: the folder holds the parts of other work; or, when a part is kept, it cannot be written.
+        OutputError: the folder holds the parts of other work; or, when a part is set, it cannot be written.
     """
 
     def __init__(self, folder: Path | None, facts: dict[str, Any], overwrite: bool = False) -> None:
         self.folder, self.facts, self.begun = folder, dict(facts), False
         self.kept: dict[int, NDArray[Any]] = {}
-        # In each part's name, so that runs of other facts that begin at once do not take each other's parts.
+        # Part of each file's name, so that runs with other facts that start at the same time do not mix their parts.
         self.mark = sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:8]
         if folder is None:
             return
@@ -49,15 +49,15 @@ class Parts:
             shutil.rmtree(folder)
 
     def _is_begun(self, folder: Path) -> bool:
-        """Whether the folder tells of these facts; raises `OutputError` where it tells of others."""
+        """Whether the folder holds these facts; raises `OutputError` if it holds others."""
         if not (folder / FACTS_FILE).is_file():
             return False
         known = read_json(folder / FACTS_FILE)
         if known != self.facts:
             differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
             raise OutputError(
-                f"{folder} holds kept work with other {', '.join(differing)}; "
-                "go on with the same, or drop it with --overwrite"
+                f"{folder} holds work that differs in {', '.join(differing)}; "
+                "continue with the same, or drop it with --overwrite"
             )
         return True
 
@@ -77,7 +77,7 @@ class Parts:
         with writing(self.folder):
             if not self.begun:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._is_begun(self.folder)  # by another run meanwhile
+                self._is_begun(self.folder)  # another run may have begun it in the meantime
                 _write(self.folder / FACTS_FILE, (json.dumps(self.facts, indent=2) + "\n").encode())
                 self.begun = True
             _write(self._file(number), content.getbuffer())
@@ -88,19 +88,19 @@ class Parts:
 
 
 def _write(file: Path, content: bytes | memoryview) -> None:
-    # A mark of its own for each process: an earlier run that was thought dead may still be writing.
+    # Each process has its own mark: an earlier run that was thought dead may still be writing.
     with replacing(file, mark=str(os.getpid())) as unfinished:
         unfinished.write_bytes(content)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; raises `DataError` where it is damaged."""
+    """The object that a JSON file holds; raises `DataError` if the file is damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it holds no JSON object")
     except ValueError as error:
-        raise DataError(f"{file} is damaged: {one_line(error)}; remove it, or put a whole one in its place") from error
+        raise DataError(f"{file} is damaged: {one_line(error)}; delete it, or replace it with an intact one") from error
     return content
 
 
@@ -115,12 +115,12 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
-    """The name to write a file under, which takes the file's place when it is whole and is gone if something fails."""
+    """A temporary name to write a file under. At the end it replaces the file; if something fails, it is removed."""
     unfinished = file.with_name(f".{file.name}-{mark}")
     try:
         yield unfinished
         with unfinished.open("rb") as written:
-            os.fsync(written.fileno())  # or the name may outlive a crash of the machine, and the content not
+            os.fsync(written.fileno())  # or a crash of the machine may leave the name without the content
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -128,9 +128,9 @@ def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
 
 @contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
-    """An empty hidden folder to make in what takes the target's place; one that a killed process left is dropped.
+    """An empty hidden folder to build the target's replacement in; one that a killed process left is dropped.
 
-    So is that of another process which is still at work, but it never finds the new one in its place.
+    So is that of another process which is still at work, but that process never finds the new folder in its place.
     """
     target = target.absolute()  # "." has no name
     space = target.with_name(f".{target.name}-unfinished")
@@ -142,19 +142,19 @@ def folder_beside(target: Path) -> Iterator[Path]:
         yield Path(own)
     finally:
         shutil.rmtree(own, ignore_errors=True)
-        with suppress(OSError):  # gone, or the other's
+        with suppress(OSError):  # it is gone, or holds another process's folder
             space.rmdir()
 
 
 def try_writing(path: Path) -> None:
-    """Raise `OutputError` where nothing could be written under this name, without making its folders."""
+    """Raise `OutputError` if nothing can be written under this name, without making its folders."""
     with writing(path), tempfile.TemporaryFile(dir=next(f for f in path.absolute().parents if f.exists())):
         pass
 
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """Turn a full disk, a read-only one and the like into one line: what could not be written, and what is kept."""
+    """Turn errors such as a full or read-only disk into one line: what could not be written, and what is kept."""
     from safetensors import SafetensorError
 
     try:
@@ -163,7 +163,7 @@ def writing(what: object) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        again = "; what is whole is kept: free some space and give the same command again (fit: with --ckpt_path last)"
+        hint = "; finished work is kept: free some space and run the same command again (fit: with --ckpt_path last)"
         raise OutputError(
-            f"{what} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}{again * full}"
+            f"{what} cannot be written: {getattr(error, 'strerror', None) or one_line(error)}{hint * full}"
         ) from error

@@ -1,8 +1,8 @@
-"""Score chunks of pairs on one device or many: the engine under `score`, `rerank` and `mine`.
+"""Score chunks of pairs on one device or several: the engine of `score`, `rerank` and `mine`.
 
-1 prepare   token ids of a chunk, its batches by length, in a thread of its own while the chunk before is computed
-2 compute   logits, by torch or onnxruntime
-3 share     with several devices one process each, which takes the next chunk when it is done with its last: none waits
+1 prepare   tokenize a chunk and batch it by length, in a thread of its own, while the previous chunk is computed
+2 compute   the logits, with torch or onnxruntime
+3 share     several devices have a process each, which takes the next chunk when it has finished its last: none waits
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Precision: TypeAlias = Literal["32-true", "bf16-mixed", "bf16-true"]
 Backend: TypeAlias = Literal["torch", "onnx", "onnx-int8"]
 Texts: TypeAlias = list[tuple[str, str]]
 Logits: TypeAlias = NDArray[np.float32]
-# Tokens in a batch, padding included: as in evaluation, and few where a graph holds all of a batch's attention at once.
+# Tokens in a batch, padding included: as in evaluation, and few for ONNX, whose graph holds all attention at once.
 _TOKENS = {"onnx": 4_096, "cpu": 16_384, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What decides a pair's score: the model and how it is computed; and on how many devices."""
+    """What decides a pair's score, the model and how it is computed; and the number of devices."""
 
     model: str | Path
     precision: Precision = "32-true"
@@ -53,21 +53,21 @@ class Scoring:
         require_choice("precision", self.precision, Precision)
         require_choice("backend", self.backend, Backend)
         if self.devices < 1:
-            raise UsageError(f"devices {self.devices} is not at least 1")
+            raise UsageError(f"devices must be at least 1, not {self.devices}")
         if self.backend != "torch" and self.precision != "32-true":
-            raise UsageError(f"precision {self.precision} is torch's; backend {self.backend} has its own")
+            raise UsageError(f"precision {self.precision} needs backend torch; {self.backend} has its own precision")
 
     def find(self) -> Path:
-        """The model's folder or checkpoint, for a look before any work; its weights are not read.
+        """The model's folder or checkpoint, checked before any work; its weights are not read.
 
         Raises:
-            BackboneError, CheckpointError, HubError: as `loading.find`; or there is no head of one label, or no file of
-                the backend.
+            BackboneError, CheckpointError, HubError: as in `loading.find`; or the model has no head with one label, or
+                no file for the backend.
             MissingExtraError: onnxruntime is not installed.
         """
         path = find(self.model, onnx=self.backend != "torch")
         if path.is_file():
-            from .checkpoints import read_checkpoint  # and with it Lightning, which takes seconds
+            from .checkpoints import read_checkpoint  # imports Lightning, which takes seconds
 
             read_checkpoint(path, mmap=True)
             return path
@@ -79,7 +79,7 @@ class Scoring:
         return path
 
     def facts(self) -> dict[str, Any]:
-        """What finished parts depend on, in plain types; the number of devices is none of it."""
+        """What finished parts depend on, in plain types; this does not include the number of devices."""
         return {
             "model": fingerprint(self.find()),
             "precision": self.precision,
@@ -89,7 +89,7 @@ class Scoring:
 
 
 def score_chunks(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
-    """Logits of numbered chunks of pairs, each of shape (pairs,), in the order in which they are done."""
+    """Logits of numbered chunks of pairs, each of shape (pairs,), in the order in which they are finished."""
     if scoring.devices == 1:
         yield from _overlapped(Scorer(scoring), chunks)
     else:
@@ -97,7 +97,7 @@ def score_chunks(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Itera
 
 
 class Scorer:
-    """One model on one device; the `rank`th of those that there are."""
+    """A model on one device, that of number `rank`."""
 
     def __init__(self, scoring: Scoring, rank: int = 0) -> None:
         self.scoring = scoring
@@ -118,18 +118,18 @@ class Scorer:
         self.collate = PairCollator(self.tokenizer, piece_cost=cost)
 
     def prepare(self, texts: Texts) -> tuple[int, list[Any]]:
-        """The number of rows to compute, and their batches: those of a chunk, or twice as many in both orders."""
+        """The number of rows to compute, and their batches: the pairs of a chunk, and if asked for, swapped ones."""
         both = texts + [(b, a) for a, b in texts] if self.scoring.both_orders else texts
         table = encode_texts(both, self.tokenizer, self.max_length)
         plan = plan_evaluation(table["length"].to_numpy(), self.tokens, rank=0, ranks=1)
         return len(both), [self.collate(table.take(rows)) for rows in plan]
 
     def logits(self, prepared: tuple[int, list[Any]]) -> Logits:
-        """The logits of a chunk, in its order; the mean of both orders where both were asked for."""
+        """The logits of a chunk, in its order; the mean over both orders of the texts if both were asked for."""
         logits = self.compute(*prepared)
         if not np.isfinite(logits).all():
             raise BackboneError(
-                f"{self.scoring.model} gives some pairs no number: its weights are damaged, or too large for "
+                f"{self.scoring.model} gives NaN or infinity for some pairs: its weights are damaged, or too large for "
                 f"{self.scoring.backend} in {self.scoring.precision}"
             )
         return logits.reshape(2, -1).mean(0) if self.scoring.both_orders else logits
@@ -139,11 +139,11 @@ class Scorer:
         mixed = self.scoring.precision == "bf16-mixed"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             for batch in batches:
-                there: Any = {
+                on_device: Any = {
                     name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                     for name, value in batch.items()
                 }
-                found[there["row"]] = pair_logits(self.model, there)
+                found[on_device["row"]] = pair_logits(self.model, on_device)
         logits: Logits = found.cpu().numpy()
         return logits
 
@@ -156,30 +156,30 @@ class Scorer:
 
 
 def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
-    """A thread prepares the next chunk while the model computes the last; tokenizing leaves Python's lock."""
+    """A thread prepares the next chunk while the model computes the last; tokenizing releases Python's lock."""
     with ThreadPoolExecutor(1) as pool:
-        prepared = ((number, pool.submit(scorer.prepare, texts)) for number, texts in chunks)
-        coming = next(prepared, None)
-        while coming:
-            (number, own), coming = coming, next(prepared, None)
-            yield number, scorer.logits(own.result())
+        submitted = ((number, pool.submit(scorer.prepare, texts)) for number, texts in chunks)
+        upcoming = next(submitted, None)
+        while upcoming:
+            (number, prepared), upcoming = upcoming, next(submitted, None)
+            yield number, scorer.logits(prepared.result())
 
 
 def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
     if scoring.backend == "torch" and torch.cuda.is_available() and scoring.devices > torch.cuda.device_count():
-        raise UsageError(f"devices {scoring.devices} is more than the GPUs here, {torch.cuda.device_count()}")
-    context = multiprocessing.get_context("spawn")  # a process that was forked cannot use a GPU
+        raise UsageError(f"devices is {scoring.devices}, but this machine has {torch.cuda.device_count()} GPUs")
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
     tasks, results = context.Queue(), context.Queue()
     workers = [
         context.Process(target=_work, args=(scoring, rank, tasks, results), daemon=True)
         for rank in range(scoring.devices)
     ]
-    coming = chain(chunks, [None] * scoring.devices)  # None ends a process
+    upcoming = chain(chunks, [None] * scoring.devices)  # None ends a process
 
     def hand_out(count: int) -> int:
-        """Put the next so many tasks into the queue, and say how many of them are chunks."""
+        """Put up to `count` further tasks into the queue, and return how many of them are chunks."""
         given = 0
-        for task in islice(coming, count):
+        for task in islice(upcoming, count):
             tasks.put(task)
             given += task is not None
         return given
@@ -187,17 +187,17 @@ def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[t
     try:
         for worker in workers:
             worker.start()
-        # Each process computes one chunk and prepares the next; as many wait, and no more are read ahead.
+        # Each process computes one chunk and prepares the next; as many wait in the queue, and no more are read ahead.
         underway = hand_out(4 * scoring.devices)
         while underway:
             yield _next_result(results, workers)
             underway += hand_out(1) - 1
     finally:
-        tasks.cancel_join_thread()  # after an error nobody takes what is left, and the end would wait for that
-        begun = [worker for worker in workers if worker.pid]
-        for worker in begun:
+        tasks.cancel_join_thread()  # after an error, the exit would wait for somebody to take the remaining tasks
+        started = [worker for worker in workers if worker.pid]
+        for worker in started:
             worker.kill()
-        for worker in begun:  # or it stays in the table of processes, and a GPU's memory may be held for a moment
+        for worker in started:  # or they stay in the process table, and may hold a GPU's memory for a moment
             worker.join(10)
 
 
@@ -207,10 +207,10 @@ def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
             number, found = results.get(timeout=1)
         except queue.Empty:
             if dead := [worker for worker in workers if worker.exitcode]:
-                cause = ", perhaps for want of memory" if dead[0].exitcode < 0 else ""
+                cause = ", perhaps because memory ran out" if dead[0].exitcode < 0 else ""
                 raise LostProcessError(
-                    f"a scoring process ended by itself (exit code {dead[0].exitcode}){cause}; "
-                    "finished parts are kept: give the same command again, or fewer devices"
+                    f"a scoring process died (exit code {dead[0].exitcode}){cause}; "
+                    "finished parts are kept: run the same command again, or with fewer devices"
                 ) from None
             continue
         if isinstance(found, Exception):
@@ -219,8 +219,8 @@ def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
 
 
 def _work(scoring: Scoring, rank: int, tasks: Any, results: Any) -> None:
-    """One device's process: takes chunks until its parent ends it, or ends by itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
+    """The process of one device: it takes chunks until its parent ends it or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # left to the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         for number, logits in _overlapped(Scorer(scoring, rank), iter(tasks.get, None)):

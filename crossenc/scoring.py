@@ -1,10 +1,10 @@
 """`score`: a score for every pair of a file of any size, a list or a DataFrame.
 
-1 check   every row is read once, so that a broken one is known before anything is scored
+1 check   read every row once, to report a broken one before anything is scored
 2 score   chunk by chunk; the logits of each are one part in `.OUTPUT.parts/`, written whole or not at all
-3 join    the input's rows are read again, get their scores, and go to the output in the input's order
+3 join    read the input's rows again, and write them with their scores to the output, in the input's order
 
-What a broken run leaves are its parts: the same command goes on with them. Memory holds a few chunks, whatever the
+An interrupted run leaves its parts, and the same command continues with them. Memory holds a few chunks, whatever the
 size of the input.
 """
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 SIDES = ("text_a", "text_b")
 OnError: TypeAlias = Literal["stop", "skip"]
-_Make: TypeAlias = Callable[[Logits], NDArray[Any]]  # what makes a new column of the logits
+_Make: TypeAlias = Callable[[Logits], NDArray[Any]]  # makes a new column from the logits
 
 
 def score(
@@ -88,8 +88,8 @@ def score(
     Raises:
         BackboneError, CheckpointError, HubError: The model cannot be loaded.
         DataError: The input cannot be read, or a row is broken.
-        OutputError: The output is there already, or cannot be written.
-        UsageError: Options do not go together, or a decision is asked for and the model has stored no threshold.
+        OutputError: The output exists already, or cannot be written.
+        UsageError: Options do not go together, or `decision` needs a threshold and the model has none.
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
     require_choice("on_error", on_error, OnError)
@@ -98,24 +98,24 @@ def score(
     if decision is not None:
         threshold = read_threshold(model)
         if threshold is None:
-            raise UsageError(f"{model} has stored no threshold, which a decision needs")
+            raise UsageError(f"{model} has no stored threshold, which a decision needs; leave out --decision")
         named.append((decision, lambda logits: reaches(sigmoid(logits), threshold)))
     new = dict(named)
     if not all(new) or len(new) < len(named):
-        raise UsageError(f"the new columns cannot be called {list(new)}; name each otherwise: --column, --decision")
+        raise UsageError(f"the new columns cannot be named {list(new)}; give each another name: --column, --decision")
     if columns and "label" in columns:
-        raise UsageError("columns: no label is read here; name text_a and text_b")
+        raise UsageError("columns: labels are not read here; name only text_a and text_b")
     with open_table(pairs, SIDES) as table:
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
         if (decision is not None or logit) and output is None and isinstance(table.source, Path | list):
-            raise UsageError("a decision or a logit stands beside its pair; give a DataFrame, or name an output")
-        of_the_model = scoring.facts()  # before the input is read, which may take long: there may be no such model
+            raise UsageError("a decision or a logit needs a table as output; give a DataFrame, or name an output")
+        model_facts = scoring.facts()  # first, because the model may not exist, and reading the input may take long
         with _for_parquet(table.where):
             checked = _check(table, columns or {}, list(new), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
-        parts = Parts(folder, facts | of_the_model, overwrite)
+        parts = Parts(folder, facts | model_facts, overwrite)
         a, b = checked.names["text_a"], checked.names["text_b"]
         texts = ((row[a], row[b]) for _, row in _good_rows(table, checked.names))
         if output is None:
@@ -129,7 +129,7 @@ def score(
 
 
 def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> None:
-    """Score `total` pairs of texts, one part for each chunk, except what `parts` has already."""
+    """Score `total` pairs of texts, one part for each chunk, except those that `parts` already has."""
     done = sum(min(CHUNK, total - start) for start in range(0, total, CHUNK) if start // CHUNK in parts)
     if done:
         log.info("%s of %s pairs are scored already", f"{done:,}", f"{total:,}")
@@ -141,7 +141,7 @@ def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]],
         for number, logits in score_chunks(scoring, chunks):
             parts[number] = logits
             advance(len(logits))
-    log.info("%s pairs scored, %.0f a second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
+    log.info("%s pairs scored, %.0f per second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
 
 
 def score_all(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> Logits:
@@ -152,26 +152,26 @@ def score_all(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], 
 
 
 def reaches(scores: Logits, threshold: float) -> NDArray[np.bool_]:
-    """Which scores call a pair a duplicate."""
+    """Which scores make a pair a duplicate."""
     single = np.float32(threshold)
-    if decimals(np.array([single])) == [threshold]:  # such as a score that a file tells
+    if decimals(np.array([single])) == [threshold]:  # such as a score that was copied from a file
         return scores >= single
-    # In double precision: it may lie between two neighbouring fp32 scores.
+    # In double precision: the threshold may lie between two adjacent fp32 scores.
     return scores.astype(np.float64) >= threshold
 
 
 def decimals(values: Logits) -> list[float]:
-    """Each number with as few digits as tell it from other fp32 numbers, so that files hold no meaningless ones."""
+    """Each number with only the digits that tell it from other fp32 numbers, so that files hold no meaningless ones."""
     return [float(text) for text in values.astype(str)]
 
 
 @dataclass
 class _Checked:
-    """What one reading of the input found."""
+    """What the first reading of the input found."""
 
-    names: dict[str, str] = field(default_factory=dict)  # the input's own, of text_a and text_b
+    names: dict[str, str] = field(default_factory=dict)  # the input's names of the columns text_a and text_b
     columns: dict[str, None] = field(default_factory=dict)  # in the order of their first appearance
-    broken: list[tuple[int, str]] = field(default_factory=list)  # the first ten: row from 1, what is wrong
+    broken: list[tuple[int, str]] = field(default_factory=list)  # the first ten: row number from 1, what is wrong
     rows: int = 0
     good: int = 0
     schema: pyarrow.Schema | None = None
@@ -182,10 +182,10 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
     found = _Checked(schema=table.schema() if infer else None)
     infer = infer and found.schema is None
     for chunk in chunked(table):
-        whole = [row for row in chunk if not isinstance(row, str)]
-        if whole and not found.names:
-            given = dict.fromkeys(name for row in whole for name in row)  # a row of jsonl may lack some
-            found.names = match_columns(list(given), table.where, columns, labelled=False)
+        parsed = [row for row in chunk if not isinstance(row, str)]
+        if parsed and not found.names:
+            names = dict.fromkeys(name for row in parsed for name in row)  # of all rows: one of jsonl may lack some
+            found.names = match_columns(list(names), table.where, columns, labelled=False)
         good = []
         for row in chunk:
             found.rows += 1
@@ -196,29 +196,29 @@ def _check(table: Table, columns: dict[str, str], new: list[str], on_error: str,
                 good.append(row)
             elif len(found.broken) < 10:
                 found.broken.append((found.rows, wrong))
-        if infer and good:  # a broken row's values go into no file, and may be of other types
+        if infer and good:  # broken rows are not written, and their values may have other types
             found.schema = _widen(found.schema, good)
     if found.schema is not None:
-        # Without rows: what parquet cannot hold shows before the work, and not after it.
+        # Without rows, to find a type that parquet cannot hold before the work and not after it.
         pyarrow.parquet.write_table(found.schema.empty_table(), pyarrow.BufferOutputStream())
     if found.broken and on_error == "stop":
         row, wrong = found.broken[0]
         others = f" (and {found.rows - found.good - 1:,} more)" if found.rows - found.good > 1 else ""
-        raise DataError(f"{table.where}, row {row}: {wrong}{others}; --on_error skip leaves out such rows")
+        raise DataError(f"{table.where}, row {row}: {wrong}{others}; --on_error skip leaves such rows out")
     if not found.good:
         first = "".join(f"; row {row}: {wrong}" for row, wrong in found.broken[:1])
         raise DataError(f"{table.where} has no rows that can be scored{first}")
     if taken := [name for name in new if name in found.columns]:
         raise DataError(
-            f"{table.where} has a column {taken[0]} already; rename it, or the new one with --column or --decision"
+            f"{table.where} already has a column {taken[0]}; rename it, or the new one with --column or --decision"
         )
     return found
 
 
 def _widen(schema: pyarrow.Schema | None, rows: list[Row]) -> pyarrow.Schema:
     names = dict.fromkeys(name for row in rows for name in row)
-    more = pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
-    return more if schema is None else pyarrow.unify_schemas([schema, more], promote_options="permissive")
+    found = pyarrow.table({name: [row.get(name) for row in rows] for name in names}).schema
+    return found if schema is None else pyarrow.unify_schemas([schema, found], promote_options="permissive")
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def _for_parquet(where: str) -> Iterator[None]:
 
 
 def _good_rows(table: Table, names: dict[str, str], skip: Any = None) -> Iterator[tuple[int, Row]]:
-    """The rows that can be scored, with their number from 0; `skip` takes a row for each of the others."""
+    """The rows that can be scored, with their number from 0; `skip` is called with a row for each of the others."""
     for number, row in enumerate(table):
         wrong = row if isinstance(row, str) else what_is_wrong(row, names.values())
         if wrong is None:
@@ -240,7 +240,7 @@ def _good_rows(table: Table, names: dict[str, str], skip: Any = None) -> Iterato
 
 
 def parts_folder(output: str) -> Path:
-    """Where the finished parts of an output lie until it is whole."""
+    """Where the finished parts of an output are kept until it is complete."""
     return Path(output).with_name(f".{Path(output).name}.parts")
 
 
@@ -252,7 +252,7 @@ def _in_memory(table: Table, checked: _Checked, found: Logits, new: Mapping[str,
     frame = table.source.copy()  # type: ignore[union-attr]
     for name, make in new.items():
         frame[name] = make(logits)
-        if frame[name].dtype == bool and np.isnan(logits).any():  # of broken rows there is no decision
+        if frame[name].dtype == bool and np.isnan(logits).any():  # broken rows have no decision
             frame[name] = frame[name].astype("boolean").mask(np.isnan(logits))
     return frame
 
@@ -264,17 +264,17 @@ def _join(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make
         kinds = {name: pyarrow.from_numpy_dtype(make(none).dtype) for name, make in new.items()}
         schema = pyarrow.schema([*schema, *kinds.items()], metadata=schema.metadata)
     with _for_parquet(table.where), ExitStack() as stack:
-        take = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
+        write = stack.enter_context(write_table(output, [*checked.columns, *new], schema))
         skip = None
         if checked.good < checked.rows and output == STANDARD:
-            some = "; ".join(f"row {row}: {wrong}" for row, wrong in checked.broken)
-            log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", some)
+            first = "; ".join(f"row {row}: {wrong}" for row, wrong in checked.broken)
+            log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", first)
         elif checked.good < checked.rows:
             skip = stack.enter_context(write_table(str(skipped_file(output)), ["row", "error"]))
             log.warning("%s broken rows are left out: %s", f"{checked.rows - checked.good:,}", skipped_file(output))
         for number, chunk in enumerate(chunked(_good_rows(table, checked.names, skip))):
             columns = [make(parts[number]) for make in new.values()]
             values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns]
-            take([{**row, **dict(zip(new, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)])
-    if not skip and output != STANDARD:  # an output that was in its place may have had some
+            write([{**row, **dict(zip(new, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)])
+    if not skip and output != STANDARD:  # an earlier output of this name may have left such a list
         skipped_file(output).unlink(missing_ok=True)

@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     other = shutil.copytree(locate(BACKBONE), tmp_path / "other")
     settings = json.loads((other / "sentence_bert_config.json").read_text())
     (other / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 8}))
-    with pytest.raises(OutputError, match="holds kept work with other retriever"):
+    with pytest.raises(OutputError, match="holds work that differs in retriever"):
         mine(str(tiny), str(questions), str(tmp_path / "out.csv"), retriever=str(other), top_k=5, min_similarity=0.5)
     assert main(command[3:]) == 0
     said = capsys.readouterr().err
@@ -227,9 +227,9 @@ def test_kept_work_serves_another_threshold_and_no_other_work(tiny: Path, tmp_pa
     assert pd.read_parquet(second.groups)["representative"].dtype == bool
     others = {"top_k": 6, "min_similarity": 0.4, "index": "hnsw", "both_orders": True}
     for name, other in (others | {"column": "text", "on_error": "skip"}).items():
-        with pytest.raises(OutputError, match=f"kept work with other {name};"):
+        with pytest.raises(OutputError, match=f"work that differs in {name};"):
             mine(str(tiny), QUESTIONS, **(options | {name: other}))
-    with pytest.raises(OutputError, match="kept work with other questions;"):
+    with pytest.raises(OutputError, match="work that differs in questions;"):
         mine(str(tiny), [*QUESTIONS, "What else?"], **options)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.npy")} == stamps
 

@@ -19,9 +19,9 @@ def test_parts_are_for_the_same_work_only(tmp_path: Path):
     assert not folder.exists()  # there is nothing to go on with yet
     one[0] = np.arange(3)
     same[1] = np.arange(4)
-    with pytest.raises(OutputError, match="kept work with other model"):  # they began at the same time
+    with pytest.raises(OutputError, match="work that differs in model"):  # they began at the same time
         other[0] = np.zeros(3)
-    with pytest.raises(OutputError, match="kept work with other model"):
+    with pytest.raises(OutputError, match="work that differs in model"):
         Parts(folder, {"model": "b"})
     again = Parts(folder, {"model": "a"})
     assert [again[number].tolist() for number in (0, 1)] == [[0, 1, 2], [0, 1, 2, 3]]
@@ -54,7 +54,7 @@ def test_a_part_that_cannot_be_written_whole_is_none(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OutputError, match="No space left on device; what is whole is kept: free some"):
+    with pytest.raises(OutputError, match="No space left on device; finished work is kept: free some"):
         parts[1] = np.arange(4)
     assert (0 in parts, 1 in parts) == (True, False)
     with pytest.raises(BrokenPipeError), writing("out"):  # a reader that has enough is no error of the disk

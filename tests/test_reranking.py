@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(UsageError, "top_k and retrieve_k", top_k=0)
     refused(UsageError, "top_k and retrieve_k", retriever=BACKBONE, retrieve_k=0)
     refused(UsageError, "precision 'best' is not one of", precision="best")
-    refused(UsageError, "devices 0", devices=0)
+    refused(UsageError, "devices must be at least 1, not 0", devices=0)
     refused(BackboneError, r"there is no .*model\.onnx", backend="onnx", retriever="./neither")
     refused(DataError, "there are no candidates", candidates=str(write("i.run", "\n")))
     refused(UsageError, "cannot hold the id 'q 1'", queries=[{"id": "q 1", "text": "a"}])

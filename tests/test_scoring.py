@@ -98,7 +98,7 @@ def test_lists_frames_and_checkpoints_give_the_same(trained, frame, expected):
     assert list(found) == [*frame, "logit", "same"]
     assert found["same"].to_numpy() == pytest.approx(expected, abs=1e-5)
     assert "same" not in frame
-    with pytest.raises(UsageError, match="a logit stands beside its pair"):  # for which a list has no place
+    with pytest.raises(UsageError, match="a logit needs a table as output"):  # for which a list has no place
         score(str(trained / "model"), PAIRS, logit=True)
 
 
@@ -118,15 +118,15 @@ def test_a_decision_is_by_the_threshold_that_the_model_stored(trained, frame, ex
     assert found["same"].isna().tolist() == [True] + [False] * (len(PAIRS) - 1)
     assert found["same"].tolist()[1:] == called[1:]
     for column in ("score", ""):
-        with pytest.raises(UsageError, match=r"the new columns cannot be called .* --decision"):
+        with pytest.raises(UsageError, match=r"the new columns cannot be named .* --decision"):
             score(trained / "model", frame, decision=column)
-    with pytest.raises(UsageError, match="a decision or a logit stands beside its pair"):
+    with pytest.raises(UsageError, match="a decision or a logit needs a table as output"):
         score(trained / "model", PAIRS, decision="same")
     bare = shutil.copytree(trained / "model", tmp_path / "bare")
     settings = json.loads((bare / "config.json").read_text())
     del settings["crossenc"]
     (bare / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UsageError, match="has stored no threshold"):
+    with pytest.raises(UsageError, match="has no stored threshold"):
         score(bare, frame, decision="same")
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_model_is_one_line(tiny, tmp_path, capsys):
     path = str(write_frame(pd.DataFrame({"text1": ["a"], "text2": ["b"]}), tmp_path / "p.csv"))
     for name, content, said in (
         ("config.json", b'{"model_type": ', "config.json is damaged"),
-        ("config.json", b"[]", "config.json is damaged: it holds no object"),
+        ("config.json", b"[]", "config.json is damaged: it holds no JSON object"),
         ("model.safetensors", (tiny / "model.safetensors").read_bytes()[:5_000], "cannot be loaded"),
         ("tokenizer.json", None, "has no vocabulary: tokenizer.json is missing"),
         ("onnx/model.onnx", b"junk", "cannot be read by onnxruntime"),
@@ -252,7 +252,7 @@ def test_an_error_of_a_device_is_told_and_ends_all(tmp_path: Path):
 def test_a_scoring_process_that_is_killed_ends_the_run(tiny: Path):
     command = on_two_devices(tiny, "[child.kill() for child in active_children()]")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert "LostProcessError: a scoring process ended by itself (exit code -9)" in done.stderr
+    assert "LostProcessError: a scoring process died (exit code -9)" in done.stderr
 
 
 def test_scoring_processes_end_with_a_parent_that_is_killed(tiny: Path):
@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(many, tiny, scored, t
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not output.exists()
-    with pytest.raises(OutputError, match="kept work with other both_orders"):
+    with pytest.raises(OutputError, match="work that differs in both_orders"):
         score(str(tiny), str(many), str(output), both_orders=True)
     assert main(command[3:]) == 0
     said = capsys.readouterr().err
@@ -321,7 +321,7 @@ def test_parts_of_another_reading_are_not_taken_over(tiny, write, monkeypatch, n
             score(str(tiny), str(path), output)
     if name == "input":
         path.write_text("question1,question2,other\na,b,c\nd,x,f\n")
-    with pytest.raises(OutputError, match=f"kept work with other {name};"):
+    with pytest.raises(OutputError, match=f"work that differs in {name};"):
         score(str(tiny), str(path), output, **given)
     score(str(tiny), str(path), output, overwrite=True, **given)
     found = score(str(tiny), str(path), **given)
@@ -453,7 +453,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tiny, many):
         ("p.tsv", 'question1\tquestion2\n"a" b\tc\n', "row 1: text follows a closing quote; double the quotes inside"),
         ("p.csv.gz", "", r"unknown file format; the name must end in \.csv, \.tsv"),
         ("p.csv", "question1,question1,question2\na,b,c\n", "more than one column 'question1'"),
-        ("p.csv", "text1,text2,score\na,b,1\n", "has a column score already; rename it, or the new one with --c"),
+        ("p.csv", "text1,text2,score\na,b,1\n", "already has a column score; rename it, or the new one with --c"),
         ("p.jsonl", '{"text1": "a", "text2": "\\ud800"}\n', "row 1: not UTF-8"),
         ("p.jsonl", '{"text1": "a", "text2": 3}\n', "row 1: text2 is not text but int"),
         ("p.jsonl", f'{{"text1": "a", "text2": {"1" * 5_000}}}\n', "row 1: not a JSON object"),
@@ -493,7 +493,7 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
         score(str(tiny), path, path)
     with pytest.raises(OutputError, match="cannot be written"):
         score(str(tiny), path, f"{path}/out.csv")
-    with pytest.raises(UsageError, match="columns: no label is read here"):
+    with pytest.raises(UsageError, match="columns: labels are not read here"):
         score(str(tiny), path, columns={"label": "question1"})
     with pytest.raises(DataError, match=r"columns: .'texta'. is not one of"):
         score(str(tiny), path, columns={"texta": "question1"})
@@ -502,12 +502,12 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
     with pytest.raises(DataError, match="text_a and text_b are both the column 'question1'; name two"):
         score(str(tiny), path, columns={"text_b": "question1"})
     for column in ("logit", ""):
-        with pytest.raises(UsageError, match="the new columns cannot be called"):
+        with pytest.raises(UsageError, match="the new columns cannot be named"):
             score(str(tiny), path, column=column, logit=True)
     for name in ("precision", "backend", "on_error"):
         with pytest.raises(UsageError, match=f"{name} 'best' is not one of"):
             score(str(tiny), path, **{name: "best"})
-    with pytest.raises(UsageError, match="devices 0"):
+    with pytest.raises(UsageError, match="devices must be at least 1, not 0"):
         score(str(tiny), path, devices=0)
     with pytest.raises(UsageError, match="precision"):
         score(str(tiny), path, backend="onnx", precision="bf16-true")
@@ -561,7 +561,7 @@ def test_pairs_are_cut_as_sentence_transformers_cuts_them(side: str, tiny: Path,
 
 def test_a_path_names_a_model_and_missing_values_are_null(tiny, tmp_path):
     frame = pd.DataFrame({"text1": ["a", "b"], "text2": ["c", "d"], "n": [1.5, None], "at": [pd.Timestamp(0), pd.NaT]})
-    with pytest.raises(DataError, match="has a column n already"):
+    with pytest.raises(DataError, match="already has a column n"):
         score(tiny, frame, decision="n")
     score(tiny, frame, tmp_path / "out.jsonl")
     assert [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1.5, None]
