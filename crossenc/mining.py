@@ -1,12 +1,12 @@
-"""`mine`: the duplicates within a large set of questions.
+"""`mine`: find the duplicates in a large set of questions.
 
-1 copies      questions that are the same except for case and white space, without any model
+1 copies      questions that are equal apart from case and white space, without a model
 2 vectors     of the others, by a bi-encoder
-3 neighbours  pairs of questions with like vectors, by faiss; each pair once
+3 neighbours  pairs of questions with similar vectors, by faiss; each pair once
 4 scores      of these pairs, by the cross-encoder
-5 groups      of questions that ask the same, with one that stands for them
+5 groups      of questions that ask the same thing, with one that represents them
 
-2, 3 and 4 leave parts on the disk as they go, and a broken run goes on with them.
+2, 3 and 4 keep their parts on disk, and an interrupted run continues with them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _PAIR_COLUMNS = {"a": "", "b": "", "text_a": "string", "text_b": "string", "score": "float32", "similarity": "float32"}
 _PAIR_COLUMNS |= {"found_by": "string"}
 _GROUP_COLUMNS = {"group": "int64", "id": "", "text": "string", "representative": "bool_"}
-# A component's table of distances between all its questions: 20,000 take 1.6 GB.
+# Complete linkage needs the distances between all questions of a component: those of 20,000 take 1.6 GB.
 _LARGEST_COMPONENT = 20_000
 
 
@@ -48,10 +48,10 @@ Linkage: TypeAlias = Literal["components", "complete"]
 
 
 class Mined(NamedTuple):
-    """The duplicates of a set of questions, in the order of their rows; or the two files that hold them.
+    """The duplicates in a set of questions, ordered by row; or the two files that hold them.
 
     `pairs`: `a`, `b` (ids, or row numbers from 0), `text_a`, `text_b`, `score`, `similarity` (of the vectors), and
-    `found_by`: `copy` or `model`. A copy is paired with the first question that it is a copy of.
+    `found_by`: `copy` or `model`. A copy is paired only with the first question that it copies.
     `groups`: a row for each question that has a duplicate: `group`, `id`, `text`, `representative`.
     """
 
@@ -60,7 +60,7 @@ class Mined(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What counts for a pair's score: by default the cross-encoder's logit alone."""
+    """How a pair is scored: by default, by the cross-encoder's logit alone."""
 
     logit: float = 1.0
     similarity: float = 0.0
@@ -131,7 +131,7 @@ def mine(
         BackboneError, CheckpointError, HubError: A model cannot be loaded.
         DataError: The input or the dev pairs cannot be read, or a row is broken.
         MissingExtraError: sentence-transformers or faiss is not installed.
-        OutputError: The output is there already or cannot be written, or work of another retriever lies in its place.
+        OutputError: The output exists already or cannot be written, or there is kept work that does not match.
         UsageError: A number is out of its range, or the model has no threshold and none is given.
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
@@ -141,17 +141,17 @@ def mine(
     if top_k < 1 or not -1 <= min_similarity <= 1 or not 0 <= (threshold or 0) <= 1:
         raise UsageError("top_k must be at least 1, min_similarity from -1 to 1, and threshold from 0 to 1")
     if output == STANDARD:
-        raise UsageError("mine writes two files; name the one of the pairs")
+        raise UsageError("mine writes two files, so output cannot be -; name the file of the pairs")
     if output is not None:
         claim_output(output, SUFFIXES, overwrite)
         claim_output(_groups_file(output), SUFFIXES, overwrite)
     if threshold is None and dev is None:
         threshold = read_threshold(model)
         if threshold is None:
-            raise UsageError(f"{model} has stored no threshold; give --threshold or --dev")
+            raise UsageError(f"{model} has no stored threshold; give --threshold or --dev")
     if work and not Path(work).is_dir():
         try_writing(Path(work) / "vectors")
-    scoring.find()  # what is missing is to be known before vectors are computed
+    scoring.find()  # fail before vectors are computed
     require("faiss", "mine")
     labelled = None if dev is None else read(dev)
     with open_table(questions, ["text"]) as table:
@@ -159,17 +159,15 @@ def mine(
         facts: dict[str, Any] = {"questions": table.digest(), "column": column, "on_error": on_error}
     first = first_copies(texts)
     distinct = np.flatnonzero(first == np.arange(len(texts)))
-    log.info("questions: %s, of them copies: %s", f"{len(texts):,}", f"{len(texts) - len(distinct):,}")
+    log.info("%s questions, %s of them copies", f"{len(texts):,}", f"{len(texts) - len(distinct):,}")
     bi_encoder, config = find_retriever(retriever)
     _tell_memory(texts, len(distinct), config, top_k, kind_of_index(len(distinct), index))
-
-    home = Path(work) if work else None if output is None else parts_folder(output)
-
+    folder = Path(work) if work else None if output is None else parts_folder(output)
     judge, best = (Judgement(), 0.5) if labelled is None else fit_judgement(labelled, scoring, retriever)
     threshold = best if threshold is None else threshold
 
     def parts(name: str) -> Parts:
-        return Parts(home and home / name, facts, overwrite)
+        return Parts(folder and folder / name, facts, overwrite)
 
     facts |= {"retriever": fingerprint(bi_encoder)}
     vectors = embed([texts[row] for row in distinct], retriever, parts("vectors"))
@@ -184,54 +182,54 @@ def mine(
     pairs = _duplicates(candidates, judge(logits, candidates["similarity"]), first, threshold)
     groups, representatives = group(pairs, len(texts), linkage)
     log.info("%s duplicate pairs, %s groups", f"{len(pairs):,}", f"{len(representatives):,}")
-    kind = "int64" if all(type(item) is int and abs(item) < 2**63 for item in ids) else "string"
-    if kind == "string" and str(output).lower().endswith(".parquet"):
+    id_type = "int64" if all(type(item) is int and abs(item) < 2**63 for item in ids) else "string"
+    if id_type == "string" and str(output).lower().endswith(".parquet"):
         ids = [str(item) for item in ids]
     rows = (_pair_row(pair, score, ids, texts) for pair, score in zip(pairs, decimals(pairs["score"]), strict=True))
     members = _group_rows(groups, representatives, ids, texts)
     if output is None:
         if skipped:
-            log.warning("%s broken rows are left out, the first of them row %s: %s", len(skipped), *skipped[0].values())
+            log.warning("%s broken rows are left out; the first is row %s: %s", len(skipped), *skipped[0].values())
         return Mined(list(rows), members)
-    with ExitStack() as stack:  # an error in one leaves neither
+    with ExitStack() as stack:  # after an error in one file, neither is left
         for file, content, columns in ((output, rows, _PAIR_COLUMNS), (_groups_file(output), members, _GROUP_COLUMNS)):
-            schema = pyarrow.schema({name: getattr(pyarrow, of or kind)() for name, of in columns.items()})
-            take = stack.enter_context(write_table(file, list(columns), schema))
+            schema = pyarrow.schema({name: getattr(pyarrow, kind or id_type)() for name, kind in columns.items()})
+            write = stack.enter_context(write_table(file, list(columns), schema))
             for chunk in chunked(content):
-                take(chunk)
+                write(chunk)
     tell_skipped(skipped, output)
-    if home and not work:
-        shutil.rmtree(home)
+    if folder and not work:
+        shutil.rmtree(folder)
     return Mined(Path(output), Path(_groups_file(output)))
 
 
 def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judgement, float]:
     """Weigh the cross-encoder's logit and the bi-encoder's cosine by logistic regression (stacked generalisation,
-    Wolpert 1992): trained on different pairs, they err on different ones. With the threshold of its scores that has the
-    best F1 on these pairs. Raises `DataError` where all labels are the same.
+    Wolpert 1992): trained on different pairs, they err on different ones. Also returns the threshold for these scores
+    that has the best F1 on the dev pairs. Raises `DataError` if all labels are the same.
     """
     from .metrics import best_f1_and_threshold
 
     truth = np.asarray(dev["label"]) >= 0.5
     if truth.all() or not truth.any():
-        raise DataError("the labels of --dev are all the same; give pairs that ask the same, and others")
+        raise DataError("the labels of --dev are all the same; give both duplicates and other pairs")
     ((_, logits),) = score_chunks(scoring, [(0, list(zip(dev["text_a"], dev["text_b"], strict=True)))])
     rows = {text: row for row, text in enumerate(dict.fromkeys([*dev["text_a"], *dev["text_b"]]))}
     vectors = embed(list(rows), retriever, Parts(None, {}), "embed dev pairs")
     a, b = (vectors[[rows[text] for text in dev[side]]] for side in ("text_a", "text_b"))
-    seen = np.column_stack([logits, similarities := (a * b).sum(1)]).astype(np.float64)
-    spread = np.maximum(seen.std(0), 1e-9)  # of one size, so that the regression's penalty means the same for both
-    fitted = require("sklearn.linear_model", "mine").LogisticRegression().fit(seen / spread, truth)
+    features = np.column_stack([logits, similarities := (a * b).sum(1)]).astype(np.float64)
+    spread = np.maximum(features.std(0), 1e-9)  # one scale, so that the regression's penalty means the same for both
+    fitted = require("sklearn.linear_model", "mine").LogisticRegression().fit(features / spread, truth)
     weights = (fitted.coef_[0] / spread).tolist()
     judge = Judgement(weights[0], weights[1], float(fitted.intercept_[0]))
     scores = torch.from_numpy(judge(logits, similarities))
     _, threshold = best_f1_and_threshold(scores, torch.from_numpy(truth).long())
-    log.info("by %s dev pairs: score = sigmoid(%.2f x logit + %.2f x similarity %+.2f)", f"{len(truth):,}", *judge)
+    log.info("from %s dev pairs: score = sigmoid(%.2f x logit + %.2f x similarity %+.2f)", f"{len(truth):,}", *judge)
     return judge, threshold
 
 
 def first_copies(texts: list[str]) -> NDArray[np.int64]:
-    """For each text the first that is the same except for case and white space, shape (texts,)."""
+    """For each text, the first one that is equal apart from case and white space, shape (texts,)."""
     seen: dict[str, int] = {}
     return np.array([seen.setdefault(normalized(text), row) for row, text in enumerate(texts)])
 
@@ -244,23 +242,23 @@ DUPLICATE = np.dtype(
 def _duplicates(
     candidates: NDArray[Any], scores: NDArray[np.float32], first: NDArray[np.int64], threshold: float
 ) -> NDArray[Any]:
-    """The pairs that count, of copies and of the model, in order."""
+    """The duplicate pairs, copies and those that the model found, in order."""
     kept = reaches(scores, threshold)
-    copies = np.flatnonzero(first != np.arange(len(first)))
-    pairs = np.empty(int(kept.sum()) + len(copies), dtype=DUPLICATE)
-    found, same = pairs[: int(kept.sum())], pairs[int(kept.sum()) :]
+    rows = np.flatnonzero(first != np.arange(len(first)))
+    pairs = np.empty(int(kept.sum()) + len(rows), dtype=DUPLICATE)
+    found, copies = pairs[: int(kept.sum())], pairs[int(kept.sum()) :]
     found["a"], found["b"] = candidates["a"][kept], candidates["b"][kept]
     found["similarity"], found["score"], found["copy"] = candidates["similarity"][kept], scores[kept], False
-    same["a"], same["b"], same["similarity"], same["score"], same["copy"] = first[copies], copies, 1, 1, True
+    copies["a"], copies["b"], copies["similarity"], copies["score"], copies["copy"] = first[rows], rows, 1, 1, True
     return pairs[np.lexsort((pairs["b"], pairs["a"]))]
 
 
 def group(pairs: NDArray[Any], count: int, linkage: Linkage) -> tuple[NDArray[np.int64], dict[int, int]]:
-    """The group of each of `count` rows, shape (rows,), -1 for a row without duplicates; groups are numbered by their
-    first row. And the row that stands for each group: the one with the highest sum of scores with others of the group;
-    of several, the first.
+    """The group of each of `count` rows, shape (rows,), -1 for a row without duplicates; groups are numbered in the
+    order of their first rows. And the row that represents each group: the one with the highest sum of scores with
+    others of the group, or the first of several such.
 
-    `pairs` is an array of `DUPLICATE`, of all that count as such; pairs that are not among them do not.
+    `pairs` is an array of `DUPLICATE` with all duplicate pairs; any other pair is not a duplicate.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -270,7 +268,7 @@ def group(pairs: NDArray[Any], count: int, linkage: Linkage) -> tuple[NDArray[np
     if linkage == "complete":
         labels = _split_components(pairs, labels)
     _, first, labels, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    order = np.argsort(first)  # of the labels, by their first rows
+    order = np.argsort(first)  # labels in the order of their first rows
     order = order[sizes[order] > 1]
     number = np.full(len(first), -1)
     number[order] = np.arange(len(order))
@@ -284,7 +282,7 @@ def group(pairs: NDArray[Any], count: int, linkage: Linkage) -> tuple[NDArray[np
 
 
 def _split_components(pairs: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Cut every component into clusters of which all pairs are duplicates; copies go with their first."""
+    """Split every component into clusters in which all pairs are duplicates; copies join the question they copy."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
 
@@ -297,9 +295,9 @@ def _split_components(pairs: NDArray[Any], labels: NDArray[np.int64]) -> NDArray
             continue
         if len(members) > _LARGEST_COMPONENT:
             raise UsageError(
-                f"{len(members):,} questions hang together, too many for --linkage complete; give a higher --threshold"
+                f"{len(members):,} questions are connected, too many for --linkage complete; give a higher --threshold"
             )
-        distances = np.full((len(members), len(members)), 2.0)  # of duplicates 1 at most
+        distances = np.full((len(members), len(members)), 2.0)  # those of duplicates are at most 1
         np.fill_diagonal(distances, 0)
         one, other = places[: len(part)], places[len(part) :]
         distances[one, other] = distances[other, one] = 1 - part["score"].astype(np.float64)
@@ -334,14 +332,13 @@ def _groups_file(output: str) -> str:
 
 
 def _tell_memory(texts: list[str], count: int, config: dict[str, Any], top_k: int, index: str) -> None:
-    """Say about how much memory the run will take at its fullest, models apart."""
+    """Log roughly how much memory the run needs at its peak, without models."""
     vectors = 4 * count * int(config.get("hidden_size", 768))
-    own = {"exact": 0, "ivf": vectors + 8 * count, "hnsw": vectors + 4 * 64 * count}[index]
-    held = {
+    sizes = {
         "questions": sum(60 + 2 * len(text) for text in texts),
         "vectors": vectors,
-        f"index ({index})": own,
+        f"index ({index})": {"exact": 0, "ivf": vectors + 8 * count, "hnsw": vectors + 4 * 64 * count}[index],
         "pairs, at most": PAIR_BYTES * top_k * count,
     }
-    shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in held.items())
-    log.info("memory: up to %.2f GB beside libraries and models: %s", sum(held.values()) / 1e9, shares)
+    shares = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
+    log.info("memory: up to %.2f GB besides libraries and models: %s", sum(sizes.values()) / 1e9, shares)

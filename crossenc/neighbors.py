@@ -1,4 +1,4 @@
-"""Vectors of texts by a bi-encoder, and the nearest of them by faiss: what may be worth a cross-encoder's look."""
+"""Vectors of texts by a bi-encoder, and their nearest neighbours by faiss: candidates for the cross-encoder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DEFAULT_RETRIEVER = "sentence-transformers/all-MiniLM-L6-v2"
 Index: TypeAlias = Literal["auto", "exact", "ivf", "hnsw"]
 Vectors: TypeAlias = NDArray[np.float32]
 Search: TypeAlias = Callable[[Vectors, int], tuple[Vectors, NDArray[np.int64]]]
-# Texts that are embedded, and rows whose neighbours are looked for, together: one part each.
+# How many texts are embedded, and how many rows get their neighbours, at once; each block is one part on disk.
 BLOCK = 2_000
-# Every vector with every other: 200,000 of them take minutes on two cores, and four times as long for twice as many.
+# Comparing every vector with every other takes minutes for 200,000 on two cores, and four times as long for 400,000.
 EXACT_LIMIT = 100_000
 
 
@@ -34,11 +34,11 @@ def embed(
 ) -> Vectors:
     """Vectors of length one, shape (texts, dimensions); those that `parts` has are not computed again.
 
-    `what` is what the progress is called, and `encode` the bi-encoder's own method: `encode_query` or `encode_document`
-    where it treats the two unlike.
+    `what` is the name that the progress is shown under, and `encode` the bi-encoder's method: `encode_query` or
+    `encode_document` for one that treats queries and documents differently.
 
     Raises:
-        BackboneError, HubError: it cannot be loaded.
+        BackboneError, HubError: the bi-encoder cannot be loaded.
         MissingExtraError: sentence-transformers is not installed.
     """
     starts = range(0, len(texts), BLOCK)
@@ -58,10 +58,10 @@ def embed(
 
 
 def find_retriever(retriever: str) -> tuple[Path, dict[str, Any]]:
-    """A bi-encoder's folder and its `config.json`, empty where only its layers have one.
+    """A bi-encoder's folder and its `config.json`; empty if only the folders of its layers have one.
 
     Raises:
-        BackboneError, HubError: it cannot be found, or is a cross-encoder.
+        BackboneError, HubError: the bi-encoder cannot be found, or is a cross-encoder.
     """
     try:
         folder = find(retriever)
@@ -71,7 +71,7 @@ def find_retriever(retriever: str) -> tuple[Path, dict[str, Any]]:
         raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: it is a cross-encoder's checkpoint")
     config = read_config(folder)
     if has_head(config.get("architectures")):
-        raise BackboneError(f"{retriever} is a cross-encoder, which makes no vectors; name a bi-encoder")
+        raise BackboneError(f"{retriever} is a cross-encoder, which computes no vectors; name a bi-encoder")
     return folder, config
 
 
@@ -88,20 +88,20 @@ def _load(retriever: str) -> Any:
 
 
 def kind_of_index(count: int, index: Index) -> Index:
-    """What `auto` stands for: every vector with every other up to `EXACT_LIMIT`, and lists of like vectors above.
+    """What `auto` stands for: every vector with every other up to `EXACT_LIMIT`, and lists of similar vectors above.
 
-    Not a graph (HNSW) by itself: two builds of it by several threads differ, so that a broken run would not end as an
-    unbroken one.
+    Never a graph (HNSW): two graphs built by several threads differ, so an interrupted run would not end like an
+    uninterrupted one.
     """
     return index if index != "auto" else "exact" if count <= EXACT_LIMIT else "ivf"
 
 
 def make_search(vectors: Vectors, index: Index) -> Search:
-    """A function that gives the similarities (cosines) and the row numbers of the k vectors next to each query.
+    """A function that returns the similarities (cosines) and the row numbers of the k vectors nearest to each query.
 
-    Both are of shape (queries, k), from the nearest on; -1 stands where fewer were found. `vectors` are of shape
-    (rows, dimensions) and of length one. `exact` looks at every row; `ivf` at those lists of like vectors that are
-    nearest to the query, 1 in 32 and at least 16; `hnsw` goes along a graph of neighbours, fast and in more memory.
+    Both have shape (queries, k), the nearest first; row -1 means that fewer were found. `vectors` have shape
+    (rows, dimensions) and length one. `exact` searches all rows; `ivf` searches the lists of similar vectors that are
+    nearest to the query, one in 32 and at least 16; `hnsw` follows a graph of neighbours, fast but in more memory.
     """
     faiss = require("faiss", "mine")
     count, dimensions = vectors.shape
@@ -115,9 +115,9 @@ def make_search(vectors: Vectors, index: Index) -> Search:
         # faiss's guidelines: between 4 and 16 sqrt(n) lists.
         lists = max(1, min(round(4 * math.sqrt(count)), count // 40))
         made = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimensions), dimensions, lists, faiss.METRIC_INNER_PRODUCT)
-        made.cp.min_points_per_centroid = 1  # so that few questions are no warning
+        made.cp.min_points_per_centroid = 1  # or faiss warns of too few questions
         made.nprobe = max(16, lists // 32)
-        log.info("index: lists of like questions: %s, looked at: %s", f"{lists:,}", min(made.nprobe, lists))
+        log.info("index: %s lists of similar questions, %s searched", f"{lists:,}", min(made.nprobe, lists))
         made.train(vectors)
     with progress("fill the index", count) as advance:
         for start in range(0, count, 10 * BLOCK):
@@ -127,15 +127,15 @@ def make_search(vectors: Vectors, index: Index) -> Search:
 
 
 CANDIDATE = np.dtype([("a", np.int64), ("b", np.int64), ("similarity", np.float32)])
-# What `find_candidates` holds of a pair at its fullest, beside its parts: it twice, and four numbers to sort it by.
+# Bytes for each pair at the peak of `find_candidates`, besides its parts: the pair twice, and four numbers for sorting.
 PAIR_BYTES = 2 * CANDIDATE.itemsize + 4 * 8
 
 
 def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: Index, parts: Parts) -> NDArray[Any]:
-    """Pairs of rows of which one is among the `top_k` next to the other: a before b, each once, in order.
+    """Pairs of rows of which one is among the `top_k` nearest to the other: a before b, each once, in order.
 
-    An array of `CANDIDATE`, shape (pairs,), without those of a cosine below `min_similarity`; `parts` gets the
-    neighbours of `BLOCK` rows each. For `vectors` and `index` see `make_search`.
+    An array of `CANDIDATE`, shape (pairs,), without pairs whose cosine is below `min_similarity`; each part holds the
+    neighbours of `BLOCK` rows. For `vectors` and `index`, see `make_search`.
     """
     starts = range(0, len(vectors), BLOCK)
     missing = [number for number in range(len(starts)) if number not in parts]
@@ -144,7 +144,7 @@ def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: 
         with progress("find neighbours", len(vectors), BLOCK * (len(starts) - len(missing))) as advance:
             for number in missing:
                 block = vectors[starts[number] : starts[number] + BLOCK]
-                similarities, rows = search(block, top_k + 1)  # a row is next to itself
+                similarities, rows = search(block, top_k + 1)  # the nearest is the row itself
                 own = np.arange(starts[number], starts[number] + len(block))[:, None]
                 kept = (similarities >= min_similarity) & (rows != own) & (rows >= 0)
                 pairs = np.empty(int(kept.sum()), dtype=CANDIDATE)
@@ -153,6 +153,6 @@ def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: 
                 parts[number] = pairs
                 advance(len(block))
     pairs = np.concatenate([parts[number] for number in range(len(starts))])
-    # A pair stands there twice where each is next to the other.
+    # A pair is found twice if each is near the other.
     _, first = np.unique(pairs["a"] * len(vectors) + pairs["b"], return_index=True)
     return pairs[first]

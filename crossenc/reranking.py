@@ -1,6 +1,6 @@
-"""`rerank`: order the candidates of each query by the cross-encoder, and say what that gains.
+"""`rerank`: order the candidates of each query by the cross-encoder's score, and measure what that gains.
 
-Candidates come from a run file, or from a bi-encoder; without either every text of the corpus is one for every query.
+Candidates come from a run file or a bi-encoder; without either, every text of the corpus is a candidate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tables import STANDARD, Row, Table, claim_output, open_table, read_texts, 
 log = logging.getLogger(__name__)
 
 RUN_SUFFIXES = (".run", ".trec", ".txt")
-# For each query, texts of the corpus with a score, the best first; by their places in the input.
+# For each query, pairs of (position of a text in the corpus, score), the best first.
 Ranking: TypeAlias = list[list[tuple[int, float]]]
 
 
@@ -73,26 +73,26 @@ def rerank(
 
     Raises:
         BackboneError, CheckpointError, HubError: A model cannot be loaded.
-        DataError: A file cannot be read, or names a query or a text that there is not.
+        DataError: A file cannot be read, or names a query or a text that does not exist.
         MissingExtraError: The package for the retriever or the metrics is not installed.
-        OutputError: The output is there already, or cannot be written.
+        OutputError: The output exists already, or cannot be written.
         UsageError: Options do not go together.
     """
     scoring = Scoring(model, precision, backend, both_orders, devices)
     if candidates is not None and retriever is not None:
-        raise UsageError("give candidates, or a retriever that finds them, and not both")
+        raise UsageError("give either candidates, or a retriever that finds them, not both")
     if retriever is None and retrieve_k is not None:
-        raise UsageError("retrieve_k is the retriever's; name it with --retriever")
+        raise UsageError("retrieve_k needs a retriever; name one with --retriever")
     retrieve_k = 100 if retrieve_k is None else retrieve_k
-    if [of for of in (queries, corpus, candidates, qrels) if isinstance(of, str)].count(STANDARD) > 1:
-        raise UsageError("only one of queries, corpus, candidates and qrels can be -")
+    if [source for source in (queries, corpus, candidates, qrels) if isinstance(source, str)].count(STANDARD) > 1:
+        raise UsageError("only one of queries, corpus, candidates and qrels can be - (standard input)")
     if top_k < 1 or retrieve_k < 1:
         raise UsageError("top_k and retrieve_k must be at least 1")
     if qrels is not None:
-        require("ir_measures", "rank")  # known before the work is done
+        require("ir_measures", "rank")  # fail before the work, not after it
     if output is not None:
         claim_output(output, (*RUN_SUFFIXES, ".jsonl"), overwrite)
-    scoring.find()  # what is missing is to be known before candidates are searched
+    scoring.find()  # fail before candidates are searched
     if retriever is not None:
         require("sentence_transformers", "mine")
     with open_table(queries, ["text"]) as table:
@@ -101,13 +101,13 @@ def rerank(
         corpus_ids, corpus_texts, _ = read_texts(table, None, titled=True)
     spaced = [item for item in [*query_ids, *corpus_ids] if len(str(item).split()) != 1]
     if spaced and output is not None and Path(output).suffix.lower() != ".jsonl":
-        raise UsageError(f"a TREC run cannot hold the id {spaced[0]!r}; write .jsonl")
+        raise UsageError(f"a TREC run cannot hold the id {spaced[0]!r}; write a .jsonl file")
     relevant = None if qrels is None else read_qrels(qrels)
-    if relevant is not None:  # ir-measures would count queries that nobody asked, or with nothing to find, as zero
+    if relevant is not None:  # ir-measures would count a query that is not asked, or has nothing to find, as zero
         asked = set(map(str, query_ids))
-        relevant = {query: of for query, of in relevant.items() if query in asked and max(of.values()) > 0}
+        relevant = {query: grades for query, grades in relevant.items() if query in asked and max(grades.values()) > 0}
         if not relevant:
-            raise DataError("the qrels tell of nothing relevant to any of the queries; look at the ids of both")
+            raise DataError("the qrels mark nothing as relevant to any of the queries; check the ids of both")
     if candidates is not None:
         before = _read_candidates(candidates, query_ids, corpus_ids)
     elif retriever is not None:
@@ -116,8 +116,8 @@ def rerank(
         before = [[(place, 0.0) for place in range(len(corpus_texts))] for _ in query_texts]
     after = _score(before, query_texts, corpus_texts, scoring)
     if relevant is not None:
-        ordered = {"after": after} if candidates is None and retriever is None else {"before": before, "after": after}
-        figures = {when: evaluate(found, relevant, query_ids, corpus_ids) for when, found in ordered.items()}
+        rankings = {"after": after} if candidates is None and retriever is None else {"before": before, "after": after}
+        figures = {when: evaluate(found, relevant, query_ids, corpus_ids) for when, found in rankings.items()}
         for name in figures["after"]:
             log.info("%-8s%s", name, ",".join(f" {when} {found[name]:.4f}" for when, found in figures.items()))
     rows: list[list[Row]] = [
@@ -131,11 +131,11 @@ def rerank(
 
 
 def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int) -> Ranking:
-    """The k texts whose vectors are next to each query's, with the cosine."""
+    """The k texts whose vectors are nearest to each query's, with their cosine similarity."""
     search = require("sentence_transformers.util", "mine").semantic_search
-    texts = embed(corpus, retriever, Parts(None, {}), "embed the corpus", "encode_document")
-    asked = embed(queries, retriever, Parts(None, {}), "embed the queries", "encode_query")
-    return [[(hit["corpus_id"], hit["score"]) for hit in hits] for hits in search(asked, texts, top_k=k)]
+    text_vectors = embed(corpus, retriever, Parts(None, {}), "embed the corpus", "encode_document")
+    query_vectors = embed(queries, retriever, Parts(None, {}), "embed the queries", "encode_query")
+    return [[(hit["corpus_id"], hit["score"]) for hit in hits] for hits in search(query_vectors, text_vectors, top_k=k)]
 
 
 def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scoring) -> Ranking:
@@ -145,14 +145,14 @@ def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scor
     for found in before:
         own = logits[start : start + len(found)]
         start += len(found)
-        # By the logits: the scores of two that are both nearly sure can be equal.
+        # By logit, because two logits that are both large can have the same score.
         order = np.argsort(-own, kind="stable").tolist()
         after.append([(found[i][0], score) for i, score in zip(order, decimals(sigmoid(own)[order]), strict=True)])
     return after
 
 
 def _read_candidates(candidates: Any, query_ids: list[Any], corpus_ids: list[Any]) -> Ranking:
-    """Candidates in the order of their scores; raises `DataError` for a query or text that is not there."""
+    """Candidates in the order of their scores; raises `DataError` for a query or a text that does not exist."""
     places = {str(item): place for place, item in enumerate(corpus_ids)}
     numbers = {str(item): number for number, item in enumerate(query_ids)}
     found: list[dict[int, float]] = [{} for _ in query_ids]
@@ -163,30 +163,30 @@ def _read_candidates(candidates: Any, query_ids: list[Any], corpus_ids: list[Any
             raise DataError(f"{where}: there is no text {item!r} in the corpus")
         found[numbers[query]][places[item]] = score
     if not any(found):
-        raise DataError("there are no candidates")
+        raise DataError("there are no candidates; give some, or leave them out to score every text of the corpus")
     return [sorted(own.items(), key=lambda pair: -pair[1]) for own in found]
 
 
 def read_qrels(qrels: Any) -> dict[str, dict[str, int]]:
-    """For each query what is how relevant, from TREC qrels, a table with such columns, or rows."""
+    """For each query, the grades of its relevant texts, from TREC qrels, a table with such columns, or rows."""
     relevant: dict[str, dict[str, int]] = {}
     for where, query, item, grade in _triples(qrels, _QRELS_FIELDS):
         if grade != int(grade):
-            raise DataError(f"{where}: the grade {grade} is no whole number")
+            raise DataError(f"{where}: the grade {grade} is not a whole number")
         relevant.setdefault(query, {})[item] = int(grade)
     return relevant
 
 
 _QUERY, _ITEM = ("query_id", "query-id", "qid"), ("corpus_id", "corpus-id", "doc_id", "docid", "pid")
 _NUMBER = ("score", "relevance", "rel", "label")
-# Of TREC's files, which name none.
+# The fields of TREC's files, which have no header.
 _RUN_FIELDS = ("query_id", "Q0", "corpus_id", "rank", "score", "tag")
 _QRELS_FIELDS = ("query_id", "iteration", "corpus_id", "relevance")
 
 
 def _triples(source: Any, fields: Sequence[str]) -> Iterator[tuple[str, str, str, float]]:
-    """What to call each row, its query, text and number: of a TREC file with these fields, or a table."""
-    # A file that is no table is TREC's, whose names have any end: qrels.dl19-passage, bm25.res.
+    """A name for each row, its query, text and number, from a TREC file with these fields, or from a table."""
+    # A file that is not a table is a TREC file, whose name can have any suffix: qrels.dl19-passage, bm25.res.
     trec = isinstance(source, str | Path) and Path(source).suffix.lower() not in SUFFIXES and str(source) != STANDARD
     if trec and not is_local(str(source)):
         raise DataError(f"{source}: no such file")
@@ -200,7 +200,7 @@ def _triples(source: Any, fields: Sequence[str]) -> Iterator[tuple[str, str, str
             place = f"{where}, row {number}"
             if isinstance(row, str):
                 raise DataError(f"{place}: {row}")
-            names = [next((name for name in of if name in row), "") for of in (_QUERY, _ITEM, _NUMBER)]
+            names = [next((name for name in known if name in row), "") for known in (_QUERY, _ITEM, _NUMBER)]
             if not all(names):
                 raise DataError(f"{where} needs the columns query_id, corpus_id and score; it has {list(row)}")
             query, item, given = (row[name] for name in names)
@@ -209,7 +209,7 @@ def _triples(source: Any, fields: Sequence[str]) -> Iterator[tuple[str, str, str
             except (TypeError, ValueError):
                 value = math.nan
             if not math.isfinite(value):
-                raise DataError(f"{place}: {given!r} is no number")
+                raise DataError(f"{place}: {given!r} is not a finite number")
             yield place, str(query), str(item), value
 
 
@@ -224,7 +224,7 @@ def _trec_rows(file: Path, fields: Sequence[str]) -> Iterator[Row | str]:
                 yield dict(zip(fields, values, strict=True))
             elif values:
                 wrong = f"{len(values)} fields where a TREC file has {len(fields)}"
-                yield f"{wrong}; a table is named {', '.join(SUFFIXES)}"
+                yield f"{wrong}; the name of a table ends in {', '.join(SUFFIXES)}"
 
 
 def evaluate(
@@ -232,7 +232,7 @@ def evaluate(
 ) -> dict[str, float]:
     """MRR@10, nDCG@10 and MAP over the queries that have something relevant, by ir-measures.
 
-    The order of a ranking counts, and not its scores, which may be equal.
+    What counts is the order of a ranking, not its scores, which may be equal.
     """
     measures = require("ir_measures", "rank")
     run = {
@@ -244,8 +244,8 @@ def evaluate(
     return {name: float(found[measure]) for name, measure in wanted.items()}
 
 
-def _falling(rows: list[Row]) -> Iterator[np.float32]:
-    """The scores, of which readers of a run make the order: equal ones differ in the last digit of fp32."""
+def _strictly_falling(rows: list[Row]) -> Iterator[np.float32]:
+    """The scores, with equal ones lowered by the last digit of fp32: readers of a run sort it by score."""
     last = np.float32(np.inf)
     for row in rows:
         last = min(np.float32(row["score"]), np.nextafter(last, np.float32(-np.inf)))
@@ -254,14 +254,14 @@ def _falling(rows: list[Row]) -> Iterator[np.float32]:
 
 def _write(output: str, rows: list[list[Row]]) -> None:
     if Path(output).suffix.lower() == ".jsonl":
-        with write_table(output, []) as take:
+        with write_table(output, []) as write:
             for own in rows:
-                take(own)
+                write(own)
         return
     lines = [
         f"{row['query_id']} Q0 {row['corpus_id']} {rank} {score:.9g} crossenc\n"
         for own in rows
-        for rank, (row, score) in enumerate(zip(own, _falling(own), strict=True), start=1)
+        for rank, (row, score) in enumerate(zip(own, _strictly_falling(own), strict=True), start=1)
     ]
     if output == STANDARD:
         print(*lines, sep="", end="")

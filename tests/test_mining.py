@@ -288,7 +288,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     settings = json.loads((shutil.copytree(tiny, tmp_path / "bare") / "config.json").read_text())
     del settings["crossenc"]
     (tmp_path / "bare" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UsageError, match="has stored no threshold; give --threshold or --dev"):
+    with pytest.raises(UsageError, match="has no stored threshold; give --threshold or --dev"):
         mine(tmp_path / "bare", QUESTIONS, retriever=BACKBONE)
     with pytest.raises(BackboneError, match=r"\./gone: there is no folder"):  # known before the retriever is looked for
         mine("./gone", QUESTIONS, threshold=0.5, retriever="./neither")
@@ -297,7 +297,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     with pytest.raises(BackboneError, match=r"there is no .*model\.onnx"):
         mine(str(tiny), QUESTIONS, backend="onnx", retriever="./neither")
     refused(UsageError, "linkage 'best' is not one of", linkage="best")
-    with pytest.raises(UsageError, match="name the one"):
+    with pytest.raises(UsageError, match="name the file of the pairs"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)
     options = {"retriever": BACKBONE, "on_error": "skip", "threshold": 0.9}
     found = mine(str(tiny), str(tmp_path / "q.csv"), str(tmp_path / "out.csv"), **options)
@@ -329,7 +329,7 @@ def test_ids_of_any_kind_and_a_broken_first_row(
     options = {"retriever": BACKBONE, "index": "ivf", "on_error": "skip"}
     with caplog.at_level("INFO"):
         found = mine(tiny, tmp_path / "q.jsonl", tmp_path / "out.parquet", **options)
-    assert {"questions: 2, of them copies: 1", "index: lists of like questions: 1, looked at: 1"} < {*caplog.messages}
+    assert {"2 questions, 1 of them copies", "index: 1 lists of similar questions, 1 searched"} < {*caplog.messages}
     assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["1", "x"]]
     assert json.loads((tmp_path / "out.parquet.skipped.jsonl").read_text())["row"] == 1
     assert "WARNING" not in capfd.readouterr().err  # faiss's, of few questions

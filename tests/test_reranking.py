@@ -154,9 +154,9 @@ def test_queries_that_nobody_asked_do_not_count(tiny: Path, caplog):
     with caplog.at_level(logging.INFO):
         rerank(tiny, [queries[0], queries[2]], corpus, qrels=rows)
     assert "MRR@10   after 1.0000" in caplog.messages
-    with pytest.raises(DataError, match="nothing relevant to any of the queries"):
+    with pytest.raises(DataError, match="nothing as relevant to any of the queries"):
         rerank(tiny, [queries[2]], corpus, qrels=rows)
-    with pytest.raises(DataError, match=r"row 1: the grade 0\.9 is no whole number"):
+    with pytest.raises(DataError, match=r"row 1: the grade 0\.9 is not a whole number"):
         rerank(tiny, queries, corpus, qrels=[("q0", "d0", 0.9)])
 
 
@@ -178,20 +178,20 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "row 1: there is no query 'q99'", candidates=str(write("a.run", "q99 Q0 d0 1 0.5 x\n")))
     refused(DataError, "row 1: there is no text 'd99'", candidates=str(write("b.run", "q0 Q0 d99 1 0.5 x\n")))
     refused(DataError, "row 1: 3 fields where a TREC file has 6", candidates=str(write("c.run", "q0 d0 1\n")))
-    refused(DataError, "'high' is no number", candidates=str(write("d.run", "q0 Q0 d0 1 high x\n")))
+    refused(DataError, "'high' is not a finite number", candidates=str(write("d.run", "q0 Q0 d0 1 high x\n")))
     refused(DataError, "needs the columns query_id", candidates=str(write("e.jsonl", '{"q": 1}\n')))
     refused(DataError, "no such file", candidates="gone.run")
     refused(DataError, "refers to a folder", candidates=str(tmp_path))
-    refused(DataError, "'nan' is no number", candidates=str(write("f.run", "q0 Q0 d0 1 nan x\n")))
+    refused(DataError, "'nan' is not a finite number", candidates=str(write("f.run", "q0 Q0 d0 1 nan x\n")))
     (tmp_path / "g.run").write_bytes(b"q0 Q0 d\xe9 1 1 x\n")
     refused(DataError, "row 1: not UTF-8", candidates=tmp_path / "g.run")
-    refused(DataError, "tell of nothing relevant to any", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
+    refused(DataError, "mark nothing as relevant to any", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
     refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
     refused(DataError, r"row 1: id is null or not a single value$", corpus=[{"id": [1], "text": "a"}])
     refused(DataError, r"row 1: text is null; remove the row or fill it in$", queries=[{"id": 1, "text": None}])
     refused(DataError, r"row 1: text is not UTF-8", queries=["x\ud800"])
-    refused(UsageError, "is the retriever's", retrieve_k=100)
-    refused(BackboneError, "is a cross-encoder, which makes no vectors", retriever=str(tiny))
+    refused(UsageError, "retrieve_k needs a retriever", retrieve_k=100)
+    refused(BackboneError, "is a cross-encoder, which computes no vectors", retriever=str(tiny))
     refused(UsageError, "not both", candidates=str(tmp_path / "a.run"), retriever=BACKBONE)
     refused(UsageError, "only one of queries, corpus, .* can be -", queries="-", corpus="-")
     refused(DataError, r"has no column 'text' or .* it has \['a'\]; rename one$", corpus=[{"a": "b"}])
