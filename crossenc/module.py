@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Callable
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -117,6 +118,9 @@ class CrossEncoderModule(LightningModule):
         super().__init__()
         backbone = str(backbone)  # from Python, it may be a Path
         self.save_hyperparameters()
+        # A LightningCLI knows only the arguments of a subclass itself.
+        given = {name: value for name, value in locals().items() if name in signature(CrossEncoderModule).parameters}
+        self.hparams.update({**given, **self.hparams})
         for name, value in self.hparams.items():
             if isinstance(value, np.generic):  # from Python; in a checkpoint, `weights_only` could not load it
                 self.hparams[name] = value.item()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import T5Config, T5ForSequenceClassification
@@ -180,6 +181,20 @@ def test_a_subclass_is_exported_unless_it_scores_in_a_way_of_its_own(
     quick_fit(OwnForward(tiny_backbone), data, tmp_path)
     with pytest.raises(CheckpointError, match="the forward of a subclass, OwnForward, which an export cannot contain"):
         export(tmp_path / "last.ckpt", tmp_path / "other")
+
+
+class OwnSettings(CrossEncoderModule):
+    def __init__(self, backbone: str, gamma: float = 2.0):
+        super().__init__(backbone, learning_rate=1e-3)
+
+
+def test_a_lightning_cli_makes_a_subclass_with_settings_of_its_own(
+    tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["train.py", f"--model.backbone={tiny_backbone}"])
+    more: dict[str, Any] = {"save_config_callback": None, "seed_everything_default": False, "trainer_defaults": QUIET}
+    made = LightningCLI(OwnSettings, run=False, **more).model.hparams
+    assert (made["backbone"], made["gamma"], made["learning_rate"]) == (str(tiny_backbone), 2.0, 1e-3)
 
 
 def test_numbers_from_numpy_are_plain_in_a_checkpoint(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
