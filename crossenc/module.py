@@ -383,8 +383,13 @@ class CrossEncoderModule(LightningModule):
                 "export it with the version that wrote it"
             )
         if type(self) is CrossEncoderModule:  # drop what a subclass has besides the model: no export has it either
-            weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in weights.items() if name.startswith("model.")}
+            weights = {name: part for name, part in checkpoint["state_dict"].items() if name.startswith("model.")}
+            if others := weights.keys() ^ self.state_dict().keys():
+                raise CheckpointError(
+                    f"the checkpoint and {self.hparams['backbone']} differ in their layers, such as {min(others)}; "
+                    "load it with the class that was trained"
+                )
+            checkpoint["state_dict"] = weights
         self.threshold = kept["threshold"]
         self.fitted = Calibration(*kept["calibration"])
         self.figures, self.evaluated_step = dict(kept["figures"]), checkpoint["global_step"]

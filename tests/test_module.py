@@ -163,6 +163,12 @@ class OwnLoss(CrossEncoderModule):
         return self.criterion(logits, labels)
 
 
+class OwnHead(CrossEncoderModule):
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.model.classifier = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+
+
 class OwnForward(CrossEncoderModule):
     def forward(self, batch: Any) -> torch.Tensor:
         return 4 * super().forward(batch)
@@ -180,6 +186,9 @@ def test_a_subclass_is_exported_unless_it_scores_in_a_way_of_its_own(
     assert score(tmp_path / "model", pairs_file) == pytest.approx(expected.numpy(), abs=1e-6)
     quick_fit(OwnForward(tiny_backbone), data, tmp_path)
     with pytest.raises(CheckpointError, match="the forward of a subclass, OwnForward, which an export cannot contain"):
+        export(tmp_path / "last.ckpt", tmp_path / "other")
+    quick_fit(OwnHead(tiny_backbone), data, tmp_path)
+    with pytest.raises(CheckpointError, match=r"differ in their layers, such as model\.classifier\.0\.bias"):
         export(tmp_path / "last.ckpt", tmp_path / "other")
 
 
