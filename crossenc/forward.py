@@ -21,16 +21,20 @@ from .attention import ATTENTION, Packing, attend_packed
 from .encode import PairBatch
 from .sampler import cut
 
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives
+
 
 def pair_logits(model: Any, batch: PairBatch) -> Tensor:
     """Logits of a batch's pairs, shape (pairs,), in fp32 and in the order of the batch.
 
     Args:
         model: a sequence classification model of transformers with one label, or peft's wrapper of one.
-        batch: as `PairCollator` makes it, on the model's device.
+        batch: as `PairCollator` makes it, or a tokenizer's own padded output, on the model's device.
     """
     inner = base_model(model)
-    if not can_pack(inner):
+    if "pieces" not in batch:
+        logits: Tensor = model(**{name: values for name, values in batch.items() if name in _INPUTS}).logits
+    elif not can_pack(inner):
         logits = torch.cat([model(**inputs).logits for inputs in padded(batch)])
     elif (
         batch["input_ids"].device.type == "cpu"

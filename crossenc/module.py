@@ -231,9 +231,14 @@ class CrossEncoderModule(LightningModule):
         self.graphed = None  # graphs hold the addresses of the weights, which move now
 
     def forward(self, batch: PairBatch) -> Tensor:
-        """Logits of shape (pairs,), in fp32."""
-        if self.graphed and self.training and self.trainer.accumulate_grad_batches == 1:  # a callback can change it
-            return self.graphed(batch)[:, 0].float()
+        """Logits of shape (pairs,), in fp32.
+
+        A DataLoader of your own can give a tokenizer's padded output, with `label` beside it for training, and `row`
+        too, a number for each pair, for evaluation; both of shape (pairs,).
+        """
+        graphs = self.graphed if self.training and "pieces" in batch else None
+        if graphs and self.trainer.accumulate_grad_batches == 1:  # a callback can change it
+            return graphs(batch)[:, 0].float()
         return pair_logits(self.model, batch)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import T5Config, T5ForSequenceClassification
 
 from crossenc import PairDataModule, export, score
@@ -368,6 +369,20 @@ def test_from_python_the_data_must_have_the_modules_options(
     pairs = PairDataModule(str(pairs_file), **{"backbone": str(tiny_backbone), **data})
     with pytest.raises(UsageError, match=f"different options; give PairDataModule.{said}"):
         Trainer(max_steps=1, **QUIET).fit(CrossEncoderModule(str(tiny_backbone), **module), pairs)
+
+
+def test_a_loader_of_ones_own_gives_what_a_tokenizer_makes(tiny_backbone: Path):
+    tokenizer, module = load_tokenizer(str(tiny_backbone)), CrossEncoderModule(tiny_backbone)
+    texts = [("one text", "another"), ("a second one, which is longer", "and a third"), ("short", "")]
+    packed = collate(texts, str(tiny_backbone))
+    with torch.no_grad():
+        own = tokenizer(texts, padding=True, return_tensors="pt")
+        assert torch.allclose(module.eval()(own)[packed["row"]], module(packed), atol=1e-6)
+    pairs = [{**{name: own[name][i] for name in own}, "label": i % 2.0, "row": i} for i in range(len(texts))]
+    trainer = Trainer(max_epochs=2, **QUIET)
+    trainer.fit(module.train(), DataLoader(pairs, 2), DataLoader(pairs, 2))
+    assert trainer.global_step == 4
+    assert trainer.callback_metrics["val/rows"] == 3
 
 
 def test_bf16_ends_before_the_loss():
