@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import crossenc
 
-from .errors import CrossencError, LostProcessError, StoppedError, UsageError, one_line
+from .errors import CrossencError, LostProcessError, StoppedError, UsageError, one_line, parser_line
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -174,7 +174,8 @@ def main(args: list[str] | None = None) -> int:
         if isinstance(error, StoppedError):
             log.info(str(error))
         elif not (_is_child() and (isinstance(error, LostProcessError) or _first_process_ends_soon())):
-            print(f"crossenc {name}: error: {one_line(error)}", file=sys.stderr)
+            said = parser_line(error) if isinstance(error, ArgumentError) else one_line(error)
+            print(f"crossenc {name}: error: {said}", file=sys.stderr)
         return error.exit_code if isinstance(error, CrossencError) else 2
     except (KeyboardInterrupt, SystemExit) as stop:  # a signal where no checkpoint is written
         if "lightning" in sys.modules:

@@ -92,6 +92,20 @@ def one_line(text: object) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
 
 
+# Lines of jsonargparse's messages that list the other types of an option, or repeat all that it was given.
+_PARSER_NOISE = re.compile(
+    r"(- )?Does not validate against|Subtypes: |Errors:$|- Not a valid subclass of \S+$|Subclass types expect one of:$"
+    r"|- Expected a <class '(NoneType|collections.abc.Iterable)'>$|- a class path|- a dict with|Given value type: "
+    r"|Given value: .*(Namespace|NestedArg)\("
+)
+
+
+def parser_line(error: object) -> str:
+    """A message of jsonargparse in one line, without what hides why an option cannot be used."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return one_line(" ".join(dict.fromkeys(line for line in lines if not _PARSER_NOISE.match(line))))
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package, or raise `MissingExtraError` with the command that installs it."""
     try:

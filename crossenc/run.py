@@ -42,7 +42,7 @@ from .checkpoints import (
     what_lacks,
 )
 from .data import PairDataModule
-from .errors import CheckpointError, HubError, LostProcessError, UsageError, one_line
+from .errors import CheckpointError, HubError, LostProcessError, UsageError, one_line, parser_line
 from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
 from .loading import read_threshold
@@ -210,7 +210,7 @@ class RunCLI(LightningCLI):
             except (TypeError, ValueError) as error:
                 raise UsageError(
                     "the options cannot be written to config.yaml; in place of Timer, use --trainer.max_time: "
-                    f"{one_line(error)[:300]}"
+                    f"{parser_line(error)[:300]}"
                 ) from error
         config.ckpt_path = self.checkpoint = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)
@@ -248,7 +248,7 @@ class RunCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ImportError, TypeError, ValueError) as error:  # from the Trainer, or the user's loggers and callbacks
-            raise UsageError(f"an option cannot be used: {one_line(error)}") from error
+            raise UsageError(f"an option cannot be used: {parser_line(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run's loggers and callbacks, in addition to the user's."""

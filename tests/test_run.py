@@ -331,6 +331,9 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
     assert not (tmp_path / "run" / "model").exists()
 
 
+OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -347,6 +350,8 @@ def test_without_a_checkpoint_nothing_is_tested_and_exported(
         (["--trainer.gradient_clip_val=-0.5"], "gradient_clip_val must be at least 0, not -0.5"),
         (["--seed_everything=-1"], "--seed_everything must be from 0 to 4294967295, or true or false, not -1"),
         (["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:01:00"], "cannot be written"),
+        ([f"--trainer.callbacks{word}" for word in ("+=EarlyStopping", ".monitor=val/f1", ".mode=high")], OF_MODE),
+        (["--model.max_length=abc"], "\"model.max_length\": - Expected a <class 'int'> Given value: abc"),
         (
             ["--trainer.callbacks+=LearningRateFinder"],
             "LearningRateFinder does not work with crossenc; use --model.learn",
