@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed import DistError
@@ -85,6 +85,8 @@ _UNSUPPORTED_CALLBACKS = {
     "StochasticWeightAveraging": "--trainer.callbacks+=EMAWeightAveraging",
     "OnExceptionCheckpoint": "--checkpoint_every_n_minutes",
 }
+
+_PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
 def native_precision(accelerator: str) -> str:
@@ -258,8 +260,7 @@ class RunCLI(LightningCLI):
         kwargs["callbacks"] = [*callbacks, *self._callbacks(given, callbacks)]
         if not any(isinstance(callback, ProgressBar) for callback in kwargs["callbacks"]):
             kwargs["enable_progress_bar"] = False  # or Lightning adds its own in addition to `PlainProgress`
-        if given.profiler in ("simple", "advanced"):  # Lightning would only log the report, where nobody sees it
-            kind = SimpleProfiler if given.profiler == "simple" else AdvancedProfiler
+        if kind := _PROFILERS.get(str(given.profiler)):  # Lightning would only log the report, where nobody sees it
             kwargs["profiler"] = kind(filename="profile")  # in the run's folder
         if self.command == "fit" and given.logger is not False:
             if self.goes_on:

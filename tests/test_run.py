@@ -407,6 +407,12 @@ def test_bars_profilers_and_an_early_stop_are_lightnings(
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
+def test_torchs_profile_lies_in_the_runs_folder(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    options = ["--trainer.profiler=pytorch", "--trainer.max_steps=2"]
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
+    assert "aten::" in (tmp_path / "run" / "fit-profile.txt").read_text()
+
+
 def test_a_finished_run_of_another_name_is_not_gone_on_with(small: Path, tmp_path: Path, capsys):
     config, last = ["--config", str(small / "config.yaml"), "--output", str(tmp_path)], small / "last.ckpt"
     assert main(["fit", *config, "--ckpt_path", str(last), "--run", "new"]) == 2
