@@ -288,6 +288,8 @@ def _set_up_output() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    # As a warning, its text would be written to config.yaml; as an error, jsonargparse tries the option's other types.
+    warnings.filterwarnings("error", message=r"\s*Unable to serialize instance")
 
 
 def _quiet_lightning() -> None:

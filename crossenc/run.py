@@ -209,7 +209,7 @@ class RunCLI(LightningCLI):
         if self.command == "fit" and not config.trainer.fast_dev_run:
             try:
                 parser.dump(self.config, skip_none=False)  # as SaveConfig will write it
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, UserWarning) as error:
                 raise UsageError(
                     "the options cannot be written to config.yaml; in place of Timer, use --trainer.max_time: "
                     f"{parser_line(error)[:300]}"

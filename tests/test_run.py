@@ -407,6 +407,14 @@ def test_bars_profilers_and_an_early_stop_are_lightnings(
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
+@pytest.mark.filterwarnings("default")  # as outside of tests
+def test_a_config_has_what_a_callback_was_given(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+    options = ["--trainer.callbacks+=ModelPruning", "--trainer.callbacks.pruning_fn=l1_unstructured"]
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, *options, "--trainer.max_steps=1")) == 0
+    (callback,) = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert callback["init_args"]["pruning_fn"] == "l1_unstructured"
+
+
 def test_torchs_profile_lies_in_the_runs_folder(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
     options = ["--trainer.profiler=pytorch", "--trainer.max_steps=2"]
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 0
