@@ -81,6 +81,7 @@ _UNSUPPORTED_CALLBACKS = {
     "LearningRateFinder": "--model.learning_rate",
     "BatchSizeFinder": "--data.batch_size",
     "BackboneFinetuning": "--model.freeze_layers",
+    "GradientAccumulationScheduler": "--trainer.accumulate_grad_batches",  # the schedule counts its steps by this
     # It sets the averaged weights after the last checkpoint, but the best checkpoint is tested and exported.
     "StochasticWeightAveraging": "--trainer.callbacks+=EMAWeightAveraging",
     "OnExceptionCheckpoint": "--checkpoint_every_n_minutes",

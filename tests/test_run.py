@@ -358,6 +358,10 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
         ),
         (["--trainer.callbacks+=BackboneFinetuning"], "use --model.freeze_layers"),
         (
+            ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={1: 2}"],
+            "GradientAccumulationScheduler does not work with crossenc; use --trainer.accumulate_grad_batches",
+        ),
+        (
             ["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=x"],
             "use --checkpoint_every_n_minutes",
         ),
