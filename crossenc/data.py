@@ -42,8 +42,8 @@ Split: TypeAlias = Literal["position", "question"]
 OnMismatch: TypeAlias = Literal["refuse", "continue"]
 
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
-_NEEDED_SPLITS = {
-    TrainerFn.FITTING: pairs.SPLITS,  # the test split too, so that a broken test file is reported before training
+# Fit needs all of them, the test split too, so that a broken test file is reported before training.
+_NEEDED_SPLITS: dict[str | None, tuple[str, ...]] = {
     TrainerFn.VALIDATING: ("val",),
     TrainerFn.TESTING: ("test",),
 }
@@ -154,11 +154,11 @@ class PairDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read, check and encode everything that the run needs, into the cache of `datasets`."""
-        self._load()
+        self._load(self.trainer.state.fn if self.trainer else None)
 
     def setup(self, stage: str) -> None:
         """Read everything from the cache that `prepare_data` has filled, and log what there is."""
-        loaded = self._load()
+        loaded = self._load(stage)
         self._log_cut_pairs(loaded)
         self.encoded |= loaded
         if stage == "fit":
@@ -221,12 +221,11 @@ class PairDataModule(LightningDataModule):
                     "used; if the source is sorted by label, shuffle it, or set --data.val_source"
                 )
 
-    def _load(self) -> dict[str, Dataset]:
-        function = self.trainer.state.fn if self.trainer else None
-        if function == TrainerFn.PREDICTING:
+    def _load(self, stage: str | None) -> dict[str, Dataset]:
+        if stage == TrainerFn.PREDICTING:
             parts = {"predict": _first(self._read(self.source, labelled=False), self.limit)}
         else:
-            parts = self._read_splits(_NEEDED_SPLITS[function or TrainerFn.FITTING], self.limit)
+            parts = self._read_splits(_NEEDED_SPLITS.get(stage, pairs.SPLITS), self.limit)
             by_question = self.split == "question" and self.source != pairs.SAMPLE
             if by_question and {"train"} < set(parts) and not self._cut_off(parts):
                 raise UsageError(

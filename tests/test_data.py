@@ -154,6 +154,10 @@ def test_predict_needs_no_labels_and_takes_named_columns(write):
     data.trainer = trainer(TrainerFn.PREDICTING)
     data.setup("predict")
     assert len(data.encoded["predict"]) == 1
+    alone = PairDataModule(str(source), columns=columns, backbone=BACKBONE)
+    alone.setup("predict")  # without a Trainer
+    (batch,) = alone.predict_dataloader()
+    assert batch["row"].tolist() == [0]
 
 
 def test_what_is_cut_is_told_and_what_cannot_be_trained_is_refused(pairs_file: Path, caplog: pytest.LogCaptureFixture):
