@@ -54,8 +54,8 @@ class PairDataModule(LightningDataModule):
 
     Args:
         source: A csv, tsv, jsonl or parquet file; a folder with `train.*` and optionally `dev.*` and `test.*`; a Hub
-            data set `ID` or `ID:SPLIT`; or `sample`, the bundled pairs, which have their own splits. Empty if there
-            are only pairs to evaluate.
+            data set `ID` or `ID:SPLIT`; `FOLDER:SPLIT`, a folder laid out like a Hub data set; or `sample`, the bundled
+            pairs, which have their own splits. Empty if there are only pairs to evaluate.
         subset: Configuration of the Hub data sets.
         val_source: Source of the dev pairs, given like `source`; null takes them from `source`.
         test_source: Source of the test pairs, given like `source`; null takes them from `source`.
@@ -494,7 +494,7 @@ def digest(part: Dataset) -> str:
 
 def _as_path(source: str) -> str:
     """Prefix the name of a folder with `./` where it could be taken for a Hub id, such as `data/pairs`."""
-    path = Path(source)
+    path = Path(source.partition(":")[0])
     return f"./{source}" if source and path.is_dir() and not path.is_absolute() and source[0] != "." else source
 
 

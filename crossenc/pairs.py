@@ -59,8 +59,8 @@ def read(
     The table is written to an Arrow file in the cache of `datasets`, and read from there the next time.
 
     Args:
-        source: A csv, tsv, jsonl or parquet file; `sample` or `sample:SPLIT`; or a Hub data set `ID` or `ID:SPLIT`
-            (without a split, `train`).
+        source: A csv, tsv, jsonl or parquet file; `sample` or `sample:SPLIT`; a Hub data set `ID` or `ID:SPLIT`
+            (without a split, `train`); or `FOLDER:SPLIT`, a folder laid out like a Hub data set.
         subset: Configuration of the Hub data set.
         columns: Column names of the source, such as `{"text_a": "left", "text_b": "right", "label": "same"}`.
         labelled: Whether to read `label`, a float from 0 to 1.
@@ -122,6 +122,9 @@ def is_local(source: str) -> bool:
         return True
     if path.is_dir():
         raise DataError(f"{source or 'an empty name'} refers to a folder; give one file")
+    folder, _, split = source.rpartition(":")
+    if folder and split and Path(folder).is_dir():  # it is read like a data set of the Hub
+        return False
     if path.suffix.lower() in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         raise DataError(f"{source}: no such file (looked in {Path.cwd()})")
     return False
@@ -139,7 +142,10 @@ def files_of(folder: Path) -> dict[str, str]:
         if files:
             by_split[split] = str(files[0])
     if "train" not in by_split:
-        raise DataError(f"{folder} has no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
+        names = ", ".join(f"train{suffix}" for suffix in SUFFIXES)
+        raise DataError(
+            f"{folder} has no train file ({names}); if it is laid out like a Hub data set, give {folder}:train"
+        )
     return by_split
 
 
@@ -147,7 +153,7 @@ def _load_from_hub(source: str, subset: str | None) -> Dataset:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    repo, _, split = source.partition(":")
+    repo, split = source.rsplit(":", 1) if ":" in source else (source, "")
     requested = f"data set {repo}" + (f", subset {subset}" if subset else "")
     try:
         return datasets.load_dataset(repo, subset, split=split or "train")

@@ -48,6 +48,7 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch:
     folder = PairDataModule(tmp_path.name, **make)
     assert rows_of(folder) == {"train": 60, "val": 60}
     assert folder.facts["source"] == folder.facts["sources"]["val"] == f"./{tmp_path.name}"  # and no Hub id's like
+    assert PairDataModule(f"{tmp_path.name}:dev", **make).read_from()["val"] == f"./{tmp_path.name}:dev"
     sample = rows_of(PairDataModule("sample", **make))
     assert sample["train"] > 4000
     assert min(sample["val"], sample["test"]) > 900

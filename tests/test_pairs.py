@@ -48,9 +48,22 @@ def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path: Path):
     assert pairs.read(str(tmp_path / "p.csv"))["text_a"][:] == ["a"]
 
 
+def test_a_data_sets_folder_as_on_the_hub_is_read_by_its_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001")):
+        rows = pa.Table.from_pylist([{"sentence1": f"a{number}", "sentence2": "b", "label": 1}])
+        pq.write_table(rows, tmp_path / "own" / "data" / f"{name}.parquet")
+    assert pairs.read(f"{tmp_path / 'own'}:train")["text_a"][:] == ["a0", "a1"]
+    monkeypatch.chdir(tmp_path)
+    for folder in ("./own", "own"):
+        assert pairs.read(f"{folder}:validation")["text_a"][:] == ["a2"]
+    with pytest.raises(DataError, match=r"data set \./own, split dev: Unknown split"):
+        pairs.read("./own:dev")
+
+
 def test_a_folder_has_one_file_for_each_split_and_one_to_train_on(tmp_path: Path):
     (tmp_path / "dev.csv").write_text(HEADER)
-    with pytest.raises(DataError, match="has no train file"):
+    with pytest.raises(DataError, match=f"has no train file .*; if it is laid out .* give {tmp_path}:train"):
         pairs.files_of(tmp_path)
     (tmp_path / "train.csv").write_text(HEADER)
     assert pairs.files_of(tmp_path) == {"train": str(tmp_path / "train.csv"), "val": str(tmp_path / "dev.csv")}
