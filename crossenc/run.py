@@ -52,7 +52,7 @@ from .parts import writing
 
 log = logging.getLogger(__name__)
 
-DEFAULT_RUN = "run"
+DEFAULT_RUN, DEFAULT_OUTPUT = "run", "checkpoints"
 # The Trainer's part of the recipe of sentence-transformers' Quora example, and no table of layers.
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
@@ -169,7 +169,7 @@ class RunCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str | None, default=None, help="Name of the run's folder (default: run).")
-        parser.add_argument("--output", type=str, default="checkpoints", help="Folder that holds the runs.")
+        parser.add_argument("--output", type=str, default=DEFAULT_OUTPUT, help="Folder that holds the runs.")
         parser.add_argument(
             "--examples",
             type=list[tuple[str, str]],
@@ -486,7 +486,11 @@ def _run_folder(config: Any) -> tuple[Path, bool]:
     """The run's folder, and whether it is already the run's own: a run whose checkpoint is in it is resumed there."""
     home = Path(config.ckpt_path).parent if config.ckpt_path else None
     named = Path(config.output) / (config.run or DEFAULT_RUN)
-    if home and (home.resolve() == named.resolve() or (config.run is None and (home / "config.yaml").is_file())):
+    if home is None:
+        return named, False
+    # No other folder was given with --output.
+    own = config.output == DEFAULT_OUTPUT or home.resolve().is_relative_to(Path(config.output).resolve())
+    if home.resolve() == named.resolve() or (own and config.run is None and (home / "config.yaml").is_file()):
         return home, True
     return named, False
 

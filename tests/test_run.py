@@ -139,6 +139,14 @@ def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pair
     assert (trained / "predictions.csv").stat().st_mtime_ns == written
 
 
+def test_an_output_that_is_asked_for_is_written_to(small: Path, pairs_file: Path, tmp_path: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in small.iterdir()}
+    where = ["--ckpt_path", str(small / "best.ckpt"), "--output", str(tmp_path)]
+    assert main(["predict", *where, "--data.source", str(pairs_file), "--trainer.accelerator=cpu"]) == 0
+    assert (tmp_path / "run" / "predictions.csv").is_file()
+    assert {path.name: path.stat().st_mtime_ns for path in small.iterdir()} == before
+
+
 def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, small: Path):
     config = ["--config", str(small / "config.yaml"), "--output", str(tmp_path), "--run", "dev"]
     assert main(["fit", *config, "--trainer.fast_dev_run", "true"]) == 0
