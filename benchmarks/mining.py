@@ -159,7 +159,7 @@ def complete(a: np.ndarray, b: np.ndarray, scores: np.ndarray, least: float, cou
     kept = scores >= least
     pairs = np.zeros(int(kept.sum()), dtype=DUPLICATE)
     pairs["a"], pairs["b"], pairs["score"] = a[kept], b[kept], scores[kept]
-    groups, _ = group(pairs, count, "complete", least)
+    groups, _ = group(pairs, count, "complete")
     return pairs_within({row: number for row, number in enumerate(groups.tolist()) if number >= 0})
 
 

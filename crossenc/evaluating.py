@@ -53,7 +53,7 @@ def evaluate(
     """
     sources = [arguments.get(name) for name in ("source", "val_source", "test_source")]
     if all(source is None or str(source) == "" for source in sources):  # PairDataModule refuses a DataFrame
-        raise UsageError("there are no pairs to evaluate on; set --data.val_source and --data.test_source")
+        raise UsageError("there are no pairs to evaluate on; set --data.val_source, --data.test_source or both")
     folder = Path(output)
     if folder.exists() and not (is_evaluation(folder) or (folder.is_dir() and not any(folder.iterdir()))):
         raise OutputError(f"{output} exists and is not an earlier evaluation; choose another folder with --output")

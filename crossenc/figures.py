@@ -98,7 +98,8 @@ def _scores(columns: Columns, name: str, threshold: float | None) -> Figure:
 def draw_learning(run: Path) -> Figure | None:
     """Loss and average precision over the steps, from the `metrics*.csv` of all parts of a run; None without a loss."""
     points: dict[str, list[tuple[int, float]]] = {}
-    for file in sorted(run.glob("metrics*.csv")):
+    parts = run.glob("metrics*.csv")  # metrics-1.csv, ..., and metrics.csv of the last part
+    for file in sorted(parts, key=lambda file: (file.stem == "metrics", len(file.name), file.name)):
         with file.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
                 for name in ("train/loss", "val/loss", "val/average_precision"):

@@ -22,10 +22,10 @@ def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
     """Freeze the embeddings and the first `count` layers; 0 freezes nothing. Raises `BackboneError`."""
     if not count:
         return
-    total = len(layers(model))
+    depths, total = _depths(model), len(layers(model))
     if not 0 < count <= total:
         raise BackboneError(f"model.freeze_layers must be 0 to {total}, the backbone's layers, not {count}")
-    for parameter, depth in _depths(model).items():
+    for parameter, depth in depths.items():
         if depth > total - count:
             parameter.requires_grad_(False)
 
@@ -75,7 +75,9 @@ def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
     """
     stack = layers(model)
     if not stack:
-        raise BackboneError(f"{model.config.model_type} has no separate layers; leave out layer_decay and head_rate")
+        raise BackboneError(
+            f"{model.config.model_type} has no separate layers; leave out layer_decay, head_rate and freeze_layers"
+        )
     depths: dict[nn.Parameter, int] = {}
     for part in model.base_model.children():
         depths |= dict.fromkeys(part.parameters(), len(stack) + 1)

@@ -61,3 +61,10 @@ def test_what_quality_tells_besides_is_in_its_table():
     table = quality["table"]([{"name": "ours", "seed": 1, "average_precision": 0.917, **found}])
     assert f"[{found['average_precision_low']:.3f} to " in table
     assert "| 1.0000 (1.0000 to 1.0000) |" in table
+
+
+def test_groups_of_the_bi_encoder_are_those_of_mine():
+    complete = runpy.run_path(str(FOLDER / "mining.py"))["complete"]
+    a, b, scores = np.array([0, 1, 0, 2]), np.array([1, 2, 2, 3]), np.array([0.9, 0.8, 0.7, 0.2])
+    assert complete(a, b, scores, 0.5, 4) == {(0, 1), (0, 2), (1, 2)}
+    assert complete(a, b, scores, 0.75, 4) == {(0, 1)}  # 0 and 2 are no duplicates there

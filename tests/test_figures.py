@@ -69,11 +69,12 @@ def test_there_is_nothing_to_draw_of_one_label_or_without_a_log(tmp_path: Path):
 
 def test_learning_curves_go_on_over_the_parts_of_a_run(tmp_path: Path):
     head = "step,train/loss,val/loss,val/average_precision\n"
-    (tmp_path / "metrics-1.csv").write_text(head + "9,0.5,,\n9,,0.6,0.7\n19,0.9,,\n")  # the run went on from step 9
+    (tmp_path / "metrics-2.csv").write_text(head + "9,0.5,,\n9,,0.6,0.7\n19,0.9,,\n")
+    (tmp_path / "metrics-10.csv").write_text(head + "9,0.6,,\n")  # resumed from step 0, and the next part from step 9
     (tmp_path / "metrics.csv").write_text(head + "19,0.4,,\n19,,0.5,0.8\n")
     losses, precision = draw_learning(tmp_path).axes
     assert [line.get_xdata().tolist() for line in losses.get_lines()] == [[10, 20], [10, 20]]
-    assert losses.get_lines()[0].get_ydata().tolist() == [0.5, 0.4]
+    assert losses.get_lines()[0].get_ydata().tolist() == [0.6, 0.4]
     assert precision.get_lines()[0].get_ydata().tolist() == [0.7, 0.8]
     assert precision.get_xlabel() == "step"
 

@@ -102,6 +102,8 @@ def test_layers_that_cannot_be_told_apart_have_no_rates_of_their_own():
     assert {group["lr"] for group in parameter_groups(model, 0.1, 1)} == {1}
     with pytest.raises(BackboneError, match="albert has no separate layers"):
         parameter_groups(model, 0.1, 1, head_rate=30)
+    with pytest.raises(BackboneError, match="albert has no separate layers"):
+        freeze_first_layers(model, 1)
 
 
 def test_adapters_of_frozen_layers_are_frozen_too():
