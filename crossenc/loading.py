@@ -61,7 +61,7 @@ def longest_pair(folder: Path) -> int:
 def require_head(model: str, folder: Path) -> None:
     """Raise `BackboneError` if a folder's model has no head with one label, or expects a prompt before the texts."""
     if not has_head(read_config(folder).get("architectures")):
-        raise BackboneError(f"{model} is not a cross-encoder (no classification head); train one with crossenc fit")
+        raise BackboneError(f"{model} is not a cross-encoder: it has no classification head; train one with fit")
     load_config(str(folder))  # checks the number of labels
     if prompt := read_config(folder, "config_sentence_transformers.json").get("default_prompt_name"):
         raise BackboneError(f"{model} puts its prompt {prompt!r} before the texts, which crossenc does not support")
