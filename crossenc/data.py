@@ -494,8 +494,9 @@ def digest(part: Dataset) -> str:
 
 def _as_path(source: str) -> str:
     """Prefix the name of a folder with `./` where it could be taken for a Hub id, such as `data/pairs`."""
-    path = Path(source.partition(":")[0])
-    return f"./{source}" if source and path.is_dir() and not path.is_absolute() and source[0] != "." else source
+    names = (source, source.rpartition(":")[0])  # a folder, or FOLDER:SPLIT
+    is_folder = any(name and Path(name).is_dir() for name in names)
+    return f"./{source}" if is_folder and not Path(source).is_absolute() and source[0] != "." else source
 
 
 def _first(part: Dataset, limit: int | None) -> Dataset:

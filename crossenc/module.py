@@ -120,7 +120,7 @@ class CrossEncoderModule(LightningModule):
         self.save_hyperparameters()
         # A LightningCLI knows only the arguments of a subclass itself.
         given = {name: value for name, value in locals().items() if name in signature(CrossEncoderModule).parameters}
-        self.hparams.update({**given, **self.hparams})
+        self.hparams.update({**given, **self.hparams, "backbone": backbone})  # a subclass may have been given a Path
         for name, value in self.hparams.items():
             if isinstance(value, np.generic):  # from Python; in a checkpoint, `weights_only` could not load it
                 self.hparams[name] = value.item()
@@ -389,9 +389,10 @@ class CrossEncoderModule(LightningModule):
             )
         if type(self) is CrossEncoderModule:  # drop what a subclass has besides the model: no export has it either
             weights = {name: part for name, part in checkpoint["state_dict"].items() if name.startswith("model.")}
-            if others := weights.keys() ^ self.state_dict().keys():
+            before, own = ({(n, v.shape) for n, v in of.items()} for of in (weights, self.state_dict()))
+            if others := before ^ own:
                 raise CheckpointError(
-                    f"the checkpoint and {self.hparams['backbone']} differ in their layers, such as {min(others)}; "
+                    f"the checkpoint and {self.hparams['backbone']} differ in their layers, such as {min(others)[0]}; "
                     "load it with the class that was trained"
                 )
             checkpoint["state_dict"] = weights

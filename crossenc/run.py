@@ -212,8 +212,8 @@ class RunCLI(LightningCLI):
                 parser.dump(self.config, skip_none=False)  # as SaveConfig will write it
             except (TypeError, ValueError, UserWarning) as error:
                 raise UsageError(
-                    "the options cannot be written to config.yaml; in place of Timer, use --trainer.max_time: "
-                    f"{parser_line(error)[:300]}"
+                    "the options cannot be written to config.yaml; in place of Timer, use --trainer.max_time; a "
+                    f"function, also as a default, must have an import path: {parser_line(error)[:300]}"
                 ) from error
         config.ckpt_path = self.checkpoint = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)

@@ -49,6 +49,9 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch:
     assert rows_of(folder) == {"train": 60, "val": 60}
     assert folder.facts["source"] == folder.facts["sources"]["val"] == f"./{tmp_path.name}"  # and no Hub id's like
     assert PairDataModule(f"{tmp_path.name}:dev", **make).read_from()["val"] == f"./{tmp_path.name}:dev"
+    (tmp_path / "a:b").mkdir()
+    colon = f"{tmp_path.name}/a:b"
+    assert PairDataModule(colon, **make).read_from()["val"] == f"./{colon}"
     sample = rows_of(PairDataModule("sample", **make))
     assert sample["train"] > 4000
     assert min(sample["val"], sample["test"]) > 900

@@ -170,6 +170,12 @@ class OwnHead(CrossEncoderModule):
         self.model.classifier = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
 
 
+class WiderHead(CrossEncoderModule):
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.model.classifier = nn.Linear(32, 2)
+
+
 class OwnForward(CrossEncoderModule):
     def forward(self, batch: Any) -> torch.Tensor:
         return 4 * super().forward(batch)
@@ -188,9 +194,10 @@ def test_a_subclass_is_exported_unless_it_scores_in_a_way_of_its_own(
     quick_fit(OwnForward(tiny_backbone), data, tmp_path)
     with pytest.raises(CheckpointError, match="the forward of a subclass, OwnForward, which an export cannot contain"):
         export(tmp_path / "last.ckpt", tmp_path / "other")
-    quick_fit(OwnHead(tiny_backbone), data, tmp_path)
-    with pytest.raises(CheckpointError, match=r"differ in their layers, such as model\.classifier\.0\.bias"):
-        export(tmp_path / "last.ckpt", tmp_path / "other")
+    for kind, layer in ((OwnHead, r"classifier\.0\.bias"), (WiderHead, r"classifier\.bias")):
+        quick_fit(kind(tiny_backbone), data, tmp_path)
+        with pytest.raises(CheckpointError, match=rf"differ in their layers, such as model\.{layer}"):
+            export(tmp_path / "last.ckpt", tmp_path / "other")
 
 
 class OwnSettings(CrossEncoderModule):
@@ -204,6 +211,7 @@ def test_a_lightning_cli_makes_a_subclass_with_settings_of_its_own(
     monkeypatch.setattr("sys.argv", ["train.py", f"--model.backbone={tiny_backbone}"])
     more: dict[str, Any] = {"save_config_callback": None, "seed_everything_default": False, "trainer_defaults": QUIET}
     made = LightningCLI(OwnSettings, run=False, **more).model.hparams
+    assert type(OwnSettings(tiny_backbone).hparams["backbone"]) is str  # though it is given a Path
     assert (made["backbone"], made["gamma"], made["learning_rate"]) == (str(tiny_backbone), 2.0, 1e-3)
 
 
