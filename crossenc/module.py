@@ -119,7 +119,8 @@ class CrossEncoderModule(LightningModule):
         backbone = str(backbone)  # from Python, it may be a Path
         self.save_hyperparameters()
         # A LightningCLI knows only the arguments of a subclass itself.
-        given = {name: value for name, value in locals().items() if name in signature(CrossEncoderModule).parameters}
+        given = dict(locals())  # a copy, because in Python 3.12 a debugger adds names while it is read
+        given = {name: given[name] for name in signature(CrossEncoderModule).parameters}
         self.hparams.update({**given, **self.hparams, "backbone": backbone})  # a subclass may have been given a Path
         for name, value in self.hparams.items():
             if isinstance(value, np.generic):  # from Python; in a checkpoint, `weights_only` could not load it
@@ -322,7 +323,7 @@ class CrossEncoderModule(LightningModule):
         """AdamW with linear warm-up and decay, unless the arguments say otherwise."""
         rates = {name: self.hparams[name] for name in ("weight_decay", "learning_rate", "layer_decay", "head_rate")}
         groups = parameter_groups(base_model(self.model), **rates)
-        fused = self.trainer.precision != "16-mixed"  # with it, Lightning cannot clip scaled gradients
+        fused = self.trainer.precision != "16-mixed"  # if fused, Lightning cannot clip fp16's scaled gradients
         optimizer = make_optimizer(self.hparams["optimizer"], groups, rates["learning_rate"], fused)
         schedule = make_schedule(self.hparams["schedule"], optimizer, self.hparams["warmup"], self.planned_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -380,7 +381,7 @@ class CrossEncoderModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore threshold, calibration and figures; raises `CheckpointError` if the checkpoint has another format."""
+        """Restore threshold, calibration and figures; raises `CheckpointError` if format or layers differ."""
         kept = checkpoint.get("crossenc", {})
         if kept.get("version") != CHECKPOINT_VERSION:
             raise CheckpointError(
