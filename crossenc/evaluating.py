@@ -109,7 +109,8 @@ def load_module(model: str | Path) -> CrossEncoderModule:
 def finish(
     module: CrossEncoderModule, data: PairDataModule, folder: Path, owner: str | None
 ) -> dict[str, dict[str, NDArray[Any]]]:
-    """Add the figures that are worth their time only once to the module's, and write all, with the scores of each pair.
+    """Add the figures that are worth their time only once to the module's, and write those of the splits
+    that were evaluated, with the scores of each pair.
 
     These are 95 % intervals, and as `val_unseen/...` and `test_unseen/...` the figures of the pairs that share no
     question with the training pairs, unless these are all pairs or none. Returns the columns of each split as written.

@@ -219,8 +219,9 @@ def _dev_pairs(own: Mapping[str, Any] | None, checkpoint: Path, dev: str | None)
     pairs = own if dev is None else read(dev)[:]
     if pairs is None:
         raise UsageError(
-            f"--int8 is measured on dev pairs, but {checkpoint} was not evaluated on its own; give --dev FILE, or "
-            f"evaluate it with: crossenc validate --config {checkpoint.parent / 'config.yaml'} --ckpt_path {checkpoint}"
+            f"--int8 is measured on dev pairs, but {checkpoint} was not evaluated on those of its run; "
+            f"give --dev FILE, or evaluate it with: crossenc validate --config {checkpoint.parent / 'config.yaml'} "
+            f"--ckpt_path {checkpoint}"
         )
     if len({label >= 0.5 for label in pairs["label"]}) < 2:
         raise ExportError("the cost of 8-bit weights cannot be measured: all dev labels are the same; give --dev FILE")

@@ -250,7 +250,7 @@ def decision_figures(scores: Tensor, truth: Tensor, threshold: float) -> dict[st
 
 
 def best_accuracy_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The best accuracy and its threshold, which may be just above the highest score: then no pair is a duplicate."""
+    """The best accuracy and its threshold, just above the highest score if calling no duplicates is best."""
     values, called, hits = _groups(scores, truth)
     negatives = len(truth) - hits[-1]
     correct = torch.cat([negatives[None], hits + negatives - (called - hits)])

@@ -167,7 +167,9 @@ def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator
 
 def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
     if scoring.backend == "torch" and torch.cuda.is_available() and scoring.devices > torch.cuda.device_count():
-        raise UsageError(f"devices is {scoring.devices}, but this machine has {torch.cuda.device_count()} GPUs")
+        raise UsageError(
+            f"devices must be at most {torch.cuda.device_count()}, the GPUs of this machine, not {scoring.devices}"
+        )
     context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
     tasks, results = context.Queue(), context.Queue()
     workers = [

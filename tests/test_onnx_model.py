@@ -174,13 +174,13 @@ def test_dev_pairs_are_those_of_the_run(small: Path, tmp_path: Path):
     data = PairDataModule(**yaml.safe_load((small / "config.yaml").read_text())["data"], backbone=BACKBONE)
     data.setup("fit")
     assert dev["text_a"].tolist() == data.tables["val"]["text_a"][:]
-    with pytest.raises(UsageError, match=r"last\.ckpt was not evaluated on its own; give --dev FILE, or"):
+    with pytest.raises(UsageError, match=r"last\.ckpt was not evaluated on those of its run; give --dev FILE, or"):
         own_pairs("last.ckpt")
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in DEV))
     where = ["--config", str(run / "config.yaml"), "--output", str(tmp_path), "--run", "run", "--ckpt_path", "best"]
     assert main(["validate", *where, "--data.val_source", str(other)]) == 0
-    with pytest.raises(UsageError, match=r"best\.ckpt was not evaluated on its own"):
+    with pytest.raises(UsageError, match=r"best\.ckpt was not evaluated on those of its run"):
         own_pairs("best.ckpt")
     (run / "scores.parquet").unlink()
     export(run / "best.ckpt", tmp_path / "again")
