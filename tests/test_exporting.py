@@ -170,10 +170,10 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, monkeypatch: 
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     torch.save({"crossenc": print}, tmp_path / "code.ckpt")  # which unpickling could run
     for name, said in (
-        ("text.ckpt", "no checkpoint"),
-        ("junk.ckpt", "no checkpoint"),
-        ("table.ckpt", "no checkpoint"),
-        ("code.ckpt", "no checkpoint"),
+        ("text.ckpt", "damaged or not a checkpoint"),
+        ("junk.ckpt", "damaged or not a checkpoint"),
+        ("table.ckpt", "damaged or not a checkpoint"),
+        ("code.ckpt", "damaged or not a checkpoint"),
         ("other.ckpt", "not written by crossenc"),
     ):
         with pytest.raises(CheckpointError, match=said):
