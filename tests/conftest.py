@@ -85,9 +85,9 @@ def kill_runs(*words: str) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process does, also where nobody takes notice of an end: then its command line is empty."""
+    """Whether a process does; not if it is a zombie. (Its command line is empty while it begins, too.)"""
     try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
