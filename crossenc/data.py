@@ -494,7 +494,7 @@ def digest(part: Dataset) -> str:
 
 def _as_path(source: str) -> str:
     """Prefix the name of a folder with `./` where it could be taken for a Hub id, such as `data/pairs`."""
-    names = (source, source.rpartition(":")[0])  # a folder, or FOLDER:SPLIT
+    names = (source, pairs.name_and_split(source)[0])  # a folder, or FOLDER:SPLIT
     is_folder = any(name and Path(name).is_dir() for name in names)
     return f"./{source}" if is_folder and not Path(source).is_absolute() and source[0] != "." else source
 

@@ -122,12 +122,19 @@ def is_local(source: str) -> bool:
         return True
     if path.is_dir():
         raise DataError(f"{source or 'an empty name'} refers to a folder; give one file")
-    folder, _, split = source.rpartition(":")
+    folder, split = name_and_split(source)
     if folder and split and Path(folder).is_dir():  # it is read like a data set of the Hub
         return False
     if path.suffix.lower() in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         raise DataError(f"{source}: no such file (looked in {Path.cwd()})")
     return False
+
+
+def name_and_split(source: str) -> tuple[str, str]:
+    """The two parts of `ID:SPLIT` or `FOLDER:SPLIT`. Either may have colons: a folder's name, or `train[:100]`."""
+    colons = [place for place, character in enumerate(source) if character == ":"]
+    at = next((place for place in colons if Path(source[:place]).is_dir()), [*colons, len(source)][0])
+    return source[:at], source[at + 1 :]
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -153,7 +160,7 @@ def _load_from_hub(source: str, subset: str | None) -> Dataset:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    repo, split = source.rsplit(":", 1) if ":" in source else (source, "")
+    repo, split = name_and_split(source)
     requested = f"data set {repo}" + (f", subset {subset}" if subset else "")
     try:
         return datasets.load_dataset(repo, subset, split=split or "train")

@@ -54,6 +54,10 @@ def test_a_data_sets_folder_as_on_the_hub_is_read_by_its_splits(tmp_path: Path, 
         rows = pa.Table.from_pylist([{"sentence1": f"a{number}", "sentence2": "b", "label": 1}])
         pq.write_table(rows, tmp_path / "own" / "data" / f"{name}.parquet")
     assert pairs.read(f"{tmp_path / 'own'}:train")["text_a"][:] == ["a0", "a1"]
+    assert pairs.read(f"{tmp_path / 'own'}:train[:1]")["text_a"][:] == ["a0"]
+    assert pairs.name_and_split("owner/set:train[:9]+test[:9]") == ("owner/set", "train[:9]+test[:9]")
+    (tmp_path / "a:b").mkdir()
+    assert pairs.name_and_split(f"{tmp_path}/a:b:train[:9]") == (f"{tmp_path}/a:b", "train[:9]")
     monkeypatch.chdir(tmp_path)
     for folder in ("./own", "own"):
         assert pairs.read(f"{folder}:validation")["text_a"][:] == ["a2"]
