@@ -218,7 +218,7 @@ def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None)
     best_accuracy, accuracy_threshold = best_accuracy_and_threshold(scores, truth)
     f1_best, f1_threshold = best_f1_and_threshold(scores, truth)
     threshold = f1_threshold if threshold is None else threshold
-    both_labels = bool(truth.any()) and not bool(truth.all())
+    both_labels = has_both_labels(truth)
     best = decision_figures(scores, truth, f1_threshold)
     return {
         "average_precision": binary_average_precision(scores, truth).item() if both_labels else math.nan,
@@ -234,6 +234,11 @@ def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None)
         "rows": float(len(truth)),
         "duplicates": truth.double().mean().item(),
     }
+
+
+def has_both_labels(truth: Tensor) -> bool:
+    """Whether some pairs are duplicates and others are not, as a ranking or a choice of threshold needs."""
+    return bool(truth.any()) and not bool(truth.all())
 
 
 def decision_figures(scores: Tensor, truth: Tensor, threshold: float) -> dict[str, float]:

@@ -27,7 +27,7 @@ from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
 from .forward import base_model, can_pack, pair_logits
 from .graphs import GraphedModel
-from .metrics import PairMetrics, Scored, evaluation_figures, score_columns
+from .metrics import PairMetrics, Scored, evaluation_figures, has_both_labels, score_columns
 from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter_groups, share_segments
 from .sharding import shard
 
@@ -280,7 +280,7 @@ class CrossEncoderModule(LightningModule):
         layer = last_layer(self.model)
         if self.hparams["calibrate"] and layer is not None:
             self.fitted, crossed = calibrate(scored.logits, scored.labels, shifted=layer.bias is not None)
-        both_labels = len(torch.unique(scored.labels >= 0.5)) == 2  # pairs with one label cannot choose a threshold
+        both_labels = has_both_labels(scored.labels >= 0.5)  # pairs with one label cannot choose a threshold
         columns = score_columns(scored, self.calibration, self.fitted, crossed)
         self._report("val", columns, None if both_labels else self._fixed_threshold(), loss)
         if both_labels:
@@ -390,8 +390,7 @@ class CrossEncoderModule(LightningModule):
             )
         if type(self) is CrossEncoderModule:  # drop what a subclass has besides the model: no export has it either
             weights = {name: part for name, part in checkpoint["state_dict"].items() if name.startswith("model.")}
-            before, own = ({(n, v.shape) for n, v in of.items()} for of in (weights, self.state_dict()))
-            if others := before ^ own:
+            if others := layer_shapes(weights) ^ layer_shapes(self.state_dict()):
                 raise CheckpointError(
                     f"the checkpoint and {self.hparams['backbone']} differ in their layers, such as {min(others)[0]}; "
                     "load it with the class that was trained"
@@ -400,6 +399,11 @@ class CrossEncoderModule(LightningModule):
         self.threshold = kept["threshold"]
         self.fitted = Calibration(*kept["calibration"])
         self.figures, self.evaluated_step = dict(kept["figures"]), checkpoint["global_step"]
+
+
+def layer_shapes(weights: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    """The name and shape of every tensor of a state dict: it can be loaded where these are the same."""
+    return {(name, values.shape) for name, values in weights.items()}
 
 
 def averaged_by(trainer: Trainer) -> str | None:

@@ -47,7 +47,7 @@ from .evaluating import finish, print_figures
 from .exporting import export, score_pairs
 from .loading import read_threshold
 from .metrics import evaluation_figures
-from .module import CrossEncoderModule, averaged_by
+from .module import CrossEncoderModule, averaged_by, layer_shapes
 from .parts import writing
 
 log = logging.getLogger(__name__)
@@ -319,8 +319,7 @@ class RunCLI(LightningCLI):
             if averaged_before != averaged_now:
                 changed.append(f"the callback {averaged_before} (now {averaged_now})")
             # Shapes are compared and not the backbone's name, since its folder may have been moved.
-            kept, own = ({n: v.shape for n, v in of.items()} for of in (loaded["state_dict"], self.model.state_dict()))
-            if kept != own and not changed:
+            if not changed and layer_shapes(loaded["state_dict"]) != layer_shapes(self.model.state_dict()):
                 changed = [f"the weights of model.backbone {before['backbone']} (which do not fit {now['backbone']})"]
             if changed:
                 raise CheckpointError(
