@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from inspect import signature
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, WeightAveraging
@@ -86,6 +88,10 @@ _UNSUPPORTED_CALLBACKS = {
     "StochasticWeightAveraging": "--trainer.callbacks+=EMAWeightAveraging",
     "OnExceptionCheckpoint": "--checkpoint_every_n_minutes",
 }
+
+# Arguments of the data module that are taken from the model's or the run's.
+_LINKED = {f"data.{name}": f"model.{name}" for name in ("backbone", "max_length", "revision", "symmetric")}
+_LINKED |= {"data.twice": "model.consistency", "data.on_mismatch": "on_mismatch"}
 
 _PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -197,14 +203,16 @@ class RunCLI(LightningCLI):
             help="When a run is resumed with other data, tokenizer, devices or batches: `refuse`, or keep weights and "
             "optimizer and `continue` with the next epoch.",
         )
-        parser.link_arguments("on_mismatch", "data.on_mismatch")
-        for name in ("backbone", "max_length", "revision", "symmetric"):
-            parser.link_arguments(f"model.{name}", f"data.{name}")
-        parser.link_arguments("model.consistency", "data.twice", bool)
+        for target, source in _LINKED.items():
+            parser.link_arguments(source, target, bool if target == "data.twice" else None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        _refuse_linked("the command line", (word.removeprefix("--").partition("=")[0] for word in args))  # type: ignore[union-attr]
         self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
         config = self.config[self.command]
+        for file in filter(None, config.config or ()):  # None is one given as text
+            data = (yaml.safe_load(file.get_content()) or {}).get("data")
+            _refuse_linked(str(file), (f"data.{name}" for name in data) if isinstance(data, dict) else ())
         given_path, self.asked = config.ckpt_path, config.model.clone()
         _check_trainer(self.command, config)
         if self.command == "fit" and not config.trainer.fast_dev_run:
@@ -427,6 +435,13 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
     if command == "fit" and (lack := what_lacks(loaded)):
         raise CheckpointError(f"{path} {lack}; give the run's last.ckpt")
     return str(path)
+
+
+def _refuse_linked(where: str, names: Iterable[str]) -> None:
+    """Refuse what is taken from another option: a file's would be overwritten without a word; raises `UsageError`."""
+    for name in names:
+        if name in _LINKED:
+            raise UsageError(f"{name}, given in {where}, follows from {_LINKED[name]}; set {_LINKED[name]} instead")
 
 
 def _check_trainer(command: str, config: Any) -> None:

@@ -359,6 +359,10 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
         (["--seed_everything=-1"], "--seed_everything must be from 0 to 4294967295, or true or false, not -1"),
         (["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:01:00"], "cannot be written"),
         ([f"--trainer.callbacks{word}" for word in ("+=EarlyStopping", ".monitor=val/f1", ".mode=high")], OF_MODE),
+        (
+            ["--data.max_length=16"],
+            "data.max_length, given in the command line, follows from model.max_length; set model",
+        ),
         (["--model.max_length=abc"], "\"model.max_length\": - Expected a <class 'int'> Given value: abc"),
         (
             ["--trainer.callbacks+=LearningRateFinder"],
@@ -396,6 +400,16 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_config_cannot_set_what_follows_from_another_option(
+    pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, capsys
+):
+    config = write("own.yaml", "data:\n  max_length: 16\n")
+    assert main([*fit(pairs_file, tiny_backbone, tmp_path / "runs"), f"--config={config}"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"data.max_length, given in {config}, follows from model.max_length; set model.max_length instead" in said
+    assert not (tmp_path / "runs").exists()
 
 
 def test_training_that_diverges_ends_in_one_line(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys):
