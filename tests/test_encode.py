@@ -47,6 +47,26 @@ def test_swapped_pairs_are_those_of_the_texts_in_the_other_order(write):
         assert swapped[column][:] == expected[column][:]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_two_long_texts_are_shortened_before_they_are_truncated(side: str):
+    """The tokens are the tokenizer's own, without the dropped pieces, of which there would be hundreds."""
+    tokenizer = copy.deepcopy(load_tokenizer(BACKBONE))
+    tokenizer.truncation_side = side
+    rules, words = tokenizer.backend_tokenizer.to_str(), ["unbelievably", "a", "中", "don't", "...", "zzzzqqq"]
+    draw = np.random.default_rng(0)
+    for gap in (" ", "", "-", " \n"):
+        for max_length in (8, 9):  # the shorter text has one token less if an odd number is left for both
+            a, b, c = (gap.join(draw.choice(words, size)) for size in (90, 91, 9))
+            pairs = [(a, b), (b, a), (a, a), (a, a + "x"), (b, c), ("a", b), ("a", "b")]
+            expected = tokenizer(pairs, truncation=True, max_length=max_length)["input_ids"]
+            table = encode_texts(pairs, tokenizer, max_length)
+            assert table["input_ids"].to_pylist() == expected
+            assert table["cut"].to_pylist() == [True] * 6 + [False]
+            kept = [encoding._shortened(pair, rules, max_length, side == "left") for pair in pairs[:4]]
+            sizes = [len(tokenizer.tokenize(text)) for pair in kept for text in pair]
+            assert max_length < min(sizes) <= max(sizes) <= max_length + 16
+
+
 def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
     """All that is cut off would else be held at once."""
     sizes = []
@@ -55,14 +75,15 @@ def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatc
         def __init__(self, real):
             self.real = real
 
-        def encode_batch(self, pairs):
+        def encode_batch(self, pairs, **options):
             sizes.append(len(pairs))
-            return self.real.encode_batch(pairs)
+            return self.real.encode_batch(pairs, **options)
 
     tokenizer = load_tokenizer(BACKBONE)
     pairs = [("a b", "c")] * 10 + [("one two " * 400, "three " * 300)] * 10 + [("d", "e f")]
     expected = encode_texts(pairs, tokenizer, 32)
     real = encoding._truncating
+    monkeypatch.setattr(encoding, "_shortened", lambda pair, *_: pair)
     monkeypatch.setattr(encoding, "_truncating", lambda *which: Counted(real(*which)))
     monkeypatch.setattr(encoding, "_CHARACTERS", 11_000)
     assert encode_texts(pairs, tokenizer, 32) == expected
