@@ -119,7 +119,7 @@ def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
     unfinished = file.with_name(f".{file.name}-{mark}")
     try:
         yield unfinished
-        with unfinished.open("rb") as written:
+        with unfinished.open("r+b") as written:  # Windows flushes no file that is open for reading only
             os.fsync(written.fileno())  # or a crash of the machine may leave the name without the content
         unfinished.replace(file)
     finally:

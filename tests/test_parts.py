@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -70,6 +72,17 @@ def test_a_file_is_replaced_by_a_whole_one_only(tmp_path: Path):
     with replacing(file) as unfinished:
         unfinished.write_text("new")
     assert file.read_text() == "new"
+
+
+def test_a_file_is_flushed_as_windows_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fsync(number: int) -> None:
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with replacing(tmp_path / "figures.json") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "figures.json").read_text() == "new"
 
 
 def test_of_two_that_make_one_folder_neither_takes_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
