@@ -93,11 +93,12 @@ def open_table(source: Any, names: Sequence[str]) -> Iterator[Table]:
     """
     if isinstance(source, str | Path):
         if str(source) == STANDARD:
-            with tempfile.NamedTemporaryFile(suffix=".jsonl") as spool:
-                with writing("the copy of standard input"):
-                    shutil.copyfileobj(sys.stdin.buffer, spool)
-                    spool.flush()
-                yield Table(Path(spool.name), "standard input")
+            # Windows opens no file twice that goes away when it is closed, and after an error one may still be open.
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                copy = Path(folder, "input.jsonl")
+                with writing("the copy of standard input"), copy.open("wb") as file:
+                    shutil.copyfileobj(sys.stdin.buffer, file)
+                yield Table(copy, "standard input")
             return
         path = Path(source)
         if not is_local(str(source)) or path.suffix.lower() not in SUFFIXES:

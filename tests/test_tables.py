@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +89,14 @@ def test_frames_of_other_libraries_are_those_of_pandas():
     frame = SimpleNamespace(columns=["n"], to_pandas=lambda: pd.DataFrame({"n": ["a"]}))  # such as Ibis
     with open_table(frame, ["n"]) as table:
         assert list(table) == [{"n": "a"}]
+
+
+def test_the_copy_of_standard_input_is_closed_before_it_is_read_and_gone_after(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a"}\n')))
+    with open_table("-", ["text"]) as table:
+        assert str(table.source) not in {os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()}
+        assert list(table) == list(table) == [{"text": "a"}]
+    assert not table.source.parent.exists()
 
 
 def test_the_keys_of_a_dict_are_no_rows():
