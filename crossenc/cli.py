@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -162,8 +163,9 @@ def main(args: list[str] | None = None) -> int:
                 _quiet_lightning()
             if by_trainer:
                 _watch_first_process(name)
-        # With a Trainer, Lightning handles SIGTERM.
-        with nullcontext() if by_trainer else _exit_on_sigterm():
+        # With a Trainer, Lightning handles SIGTERM; and only the main thread may handle signals.
+        in_main = threading.current_thread() is threading.main_thread()
+        with _exit_on_sigterm() if in_main and not by_trainer else nullcontext():
             run(name, rest)
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
@@ -267,8 +269,8 @@ _IGNORED_WARNINGS = (
 
 def _set_up_output() -> None:
     """Log to stderr, and reduce the libraries' logs and progress bars to what a user needs."""
-    if not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # like every file that we write
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():  # a notebook's is no file
+        sys.stdout.reconfigure(encoding="utf-8")  # like every file that we write
     # onnxruntime calls `logging.warning` and the like, which install a printing handler if the root logger has none.
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())

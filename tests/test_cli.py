@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,13 @@ def test_what_is_printed_into_a_file_is_utf_8():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(process_that(r"print('\u662f')"), capture_output=True, check=True, env=environment)
     assert done.stdout == "是\n".encode()
+
+
+def test_a_notebook_or_another_thread_can_call_a_command(tiny: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.StringIO())  # like a notebook's, it has no encoding to change
+    command = ["score", str(tiny), str(pairs_file), str(tmp_path / "scores.csv")]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, command).result() == 0
 
 
 def test_options_may_have_dashes_and_flags_stand_alone_or_not():
