@@ -261,6 +261,7 @@ _IGNORED_WARNINGS = (
     "No seed found",  # `--seed_everything true` without PL_GLOBAL_SEED means 0, and config.yaml says so
     "Precision .* is not supported by the model summary",  # its sizes are those of 32 bits
     ".*WeightAveraging callback with a model that overrides",  # configure_model only shards, so no weight is missed
+    "GPU available but not used",  # an option or a config, such as quickstart.yaml, has chosen the CPU
     "The PyTorch Profiler default schedule will be overridden",  # a dev set of few batches is recorded as a whole
     ".*is smaller than the logging interval",  # a short run is no mistake
     ".*exists and is not empty",  # a resumed run writes into its own folder, after metrics.csv was renamed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,13 @@ def test_a_model_from_elsewhere_is_reported_as_it_is(
     assert "| calibration error, if calibrated on the dev pairs | " in text
     with pytest.raises(AssertionError):
         report(capsys, tmp_path / "gone", pairs_file, tmp_path / "out")
+
+
+def test_a_gpu_that_was_not_asked_for_is_no_news(tiny: Path, pairs_file: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.accelerators.MPSAccelerator.is_available", lambda: True)
+    with warnings.catch_warnings(record=True) as given:  # those that the command does not hide
+        report(capsys, tiny, pairs_file, tmp_path / "out")
+    assert not [str(warning.message) for warning in given]
 
 
 @pytest.mark.parametrize(
