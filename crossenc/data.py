@@ -479,8 +479,9 @@ class PairLoader(DataLoader[PairBatch]):
 
 def _leave_process_group(worker: int) -> None:
     """Keep Ctrl-C, which a terminal sends to the whole process group, from the workers: the step that is finished then
-    still needs them."""
-    os.setpgrp()
+    still needs them. Windows has no such groups."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def digest(part: Dataset) -> str:

@@ -111,6 +111,13 @@ def trainer(function: TrainerFn = TrainerFn.FITTING, **settings: int) -> Any:
     return SimpleNamespace(state=state, strategy=strategy, **settings)
 
 
+def test_worker_processes_need_no_process_group(pairs_file: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("os.setpgrp")  # as on Windows
+    data = PairDataModule(str(pairs_file), backbone=tiny, num_workers=1, batch_size=24)
+    data.setup("fit")
+    assert [len(batch["row"]) for batch in data.train_dataloader()] == [24, 24]
+
+
 def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write):
     def made(source: Path = pairs_file, accumulated: int = 1, **settings: Any) -> PairDataModule:
         data = PairDataModule(str(source), backbone=BACKBONE, **settings)
