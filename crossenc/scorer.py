@@ -209,9 +209,11 @@ def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
             number, found = results.get(timeout=1)
         except queue.Empty:
             if dead := [worker for worker in workers if worker.exitcode]:
-                cause = ", perhaps because memory ran out" if dead[0].exitcode < 0 else ""
+                # An error while it works is sent here; one with exit code 1 could not even begin.
+                unguarded = 'the script that called this has no `if __name__ == "__main__":`'
+                cause = unguarded if dead[0].exitcode == 1 else "memory ran out"
                 raise LostProcessError(
-                    f"a scoring process died (exit code {dead[0].exitcode}){cause}; "
+                    f"a scoring process died (exit code {dead[0].exitcode}), perhaps because {cause}; "
                     "finished parts are kept: run the same command again, or with fewer devices"
                 ) from None
             continue

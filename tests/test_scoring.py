@@ -255,6 +255,14 @@ def test_a_scoring_process_that_is_killed_ends_the_run(tiny: Path):
     assert "LostProcessError: a scoring process died (exit code -9)" in done.stderr
 
 
+def test_a_script_that_scoring_processes_cannot_import_is_told_why(tiny: Path, pairs_file: Path, tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(f"from crossenc import score; score({str(tiny)!r}, {str(pairs_file)!r}, 'out.csv', devices=2)")
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert 'perhaps because the script that called this has no `if __name__ == "__main__":`' in done.stderr
+
+
 def test_scoring_processes_end_with_a_parent_that_is_killed(tiny: Path):
     command = on_two_devices(tiny, "print(*(child.pid for child in active_children()), flush=True)")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
