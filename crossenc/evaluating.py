@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def evaluate(
             reported too.
         output: The folder to write: `README.md` with the report, `figures/`, `metrics.json`, `scores.parquet`.
         accelerator: As in Lightning: `auto`, `cpu`, `gpu`, ...
-        devices: Number of devices; `auto` takes all GPUs, or one process on a CPU.
+        devices: Number of devices; `auto` takes all GPUs (in a notebook, one), or one process on a CPU.
         precision: As in Lightning: `32-true`, `bf16-mixed`, ...
 
     Returns:
@@ -49,7 +50,8 @@ def evaluate(
         CheckpointError: The checkpoint is missing or was not written by crossenc.
         DataError: The source has neither dev nor test pairs.
         OutputError: The output exists and is not an earlier evaluation, or cannot be written.
-        UsageError: There are no pairs, or accelerator, devices or precision cannot be used.
+        UsageError: There are no pairs; accelerator, devices or precision cannot be used; or a notebook asks for
+            several devices.
     """
     sources = [arguments.get(name) for name in ("source", "val_source", "test_source")]
     if all(source is None or str(source) == "" for source in sources):  # PairDataModule refuses a DataFrame
@@ -72,6 +74,8 @@ def evaluate(
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
+    if trainer.num_devices > 1 and hasattr(sys, "ps1"):  # Lightning would fork, and the figures would stay in the forks
+        raise UsageError(f"a notebook can evaluate on one device only, not on {trainer.num_devices}; give devices=1")
     splits = data.splits()
     if not {"val", "test"} & splits:
         raise DataError(f"{data.source} has neither dev nor test pairs; set --data.val_source or --data.test_source")

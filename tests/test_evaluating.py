@@ -141,6 +141,13 @@ def test_nothing_but_an_earlier_evaluation_is_replaced(trained: Path, pairs_file
     assert {path: path.read_bytes() for path in (trained / where).iterdir() if path.is_file()} == before
 
 
+def test_a_notebook_evaluates_on_one_device(tiny: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sys.ps1", "In : ", raising=False)
+    with pytest.raises(UsageError, match="give devices=1"):
+        evaluate(tiny, {"val_source": str(pairs_file)}, str(tmp_path / "out"), accelerator="cpu", devices=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pairs_file: Path, write, tmp_path: Path):
     """Of test pairs only, by a checkpoint that knows its dev figures, all of one label, in place of another report."""
     output = str(tmp_path / "out")
