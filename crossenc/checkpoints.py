@@ -234,10 +234,10 @@ class LastCheckpoint(Checkpoint):
 def command_to_go_on(trainer: Trainer) -> str:
     """The command that resumes a run from its `last.ckpt`."""
     folder = Path(trainer.default_root_dir)
-    return (
-        f"{'torchrun ... -m' if _is_launched_externally(trainer) else 'python -m'} crossenc fit "
-        f"--config {shlex.quote(str(folder / 'config.yaml'))} --ckpt_path {shlex.quote(str(folder / 'last.ckpt'))}"
-    )
+    # With slashes, which Windows reads too: backslashes would be quoted, and its cmd does not know these quotes.
+    config, checkpoint = (shlex.quote((folder / name).as_posix()) for name in ("config.yaml", "last.ckpt"))
+    launcher = "torchrun ... -m" if _is_launched_externally(trainer) else "python -m"
+    return f"{launcher} crossenc fit --config {config} --ckpt_path {checkpoint}"
 
 
 def _is_launched_externally(trainer: Trainer) -> bool:

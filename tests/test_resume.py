@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -522,6 +522,13 @@ def test_other_dev_pairs_change_no_step_of_a_run_that_may_go_on(whole: Path, opt
     assert main(fit(other, tmp_path, ckpt_path="last", on_mismatch="continue")) == 0
     assert same(folder / "last.ckpt", whole / "last.ckpt")
     assert weights(folder / "best.ckpt")[0] > step  # what the old ones found best counts no more
+
+
+def test_the_command_to_go_on_needs_no_quotes_on_windows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoints, "Path", PureWindowsPath)
+    trainer: Any = SimpleNamespace(default_root_dir=r"C:\runs\run", strategy=None)
+    words = "--config C:/runs/run/config.yaml --ckpt_path C:/runs/run/last.ckpt"
+    assert checkpoints.command_to_go_on(trainer) == f"python -m crossenc fit {words}"
 
 
 def test_a_checkpoint_within_a_step_is_none_to_go_on_from(options: dict[str, Any], tmp_path: Path, caplog):
