@@ -415,6 +415,8 @@ def averaged_by(trainer: Trainer) -> str | None:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"{platform.machine()}, {device.type}"
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
     return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads"

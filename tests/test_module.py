@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 import shutil
 import warnings
 from pathlib import Path
@@ -25,7 +26,7 @@ from crossenc.calibration import Calibration
 from crossenc.checkpoints import read_checkpoint
 from crossenc.cli import main
 from crossenc.errors import BackboneError, CheckpointError, UsageError
-from crossenc.module import CrossEncoderModule, disagreement
+from crossenc.module import CrossEncoderModule, _hardware, disagreement
 from crossenc.optim import share_segments
 
 from .conftest import BACKBONE, collate
@@ -401,6 +402,11 @@ def test_bf16_ends_before_the_loss():
         logits = module(batch)
         assert logits.dtype == module.predict_step(batch, 0)["score"].dtype == torch.float32
         assert module.loss(logits, batch["label"].float()).dtype == torch.float32
+
+
+def test_a_card_tells_that_a_mac_trained_on_its_gpu():
+    assert _hardware(torch.device("mps")) == f"{platform.machine()}, mps"
+    assert _hardware(torch.device("cpu")).endswith(" threads")
 
 
 def test_the_consistency_term_is_r_drops():
