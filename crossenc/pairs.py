@@ -99,11 +99,15 @@ def read(
                 "version": __version__,
             },
         )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        if isinstance(error.__cause__, OSError):
-            raise OutputError(f"{datasets.config.HF_DATASETS_CACHE} cannot be written: {error.__cause__}") from error
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, DataError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise OutputError(
+                f"the cache {datasets.config.HF_DATASETS_CACHE} cannot be written: {cause}; free some space, or set "
+                "HF_DATASETS_CACHE to another folder"
+            ) from error
         raise
     return table
 

@@ -147,6 +147,13 @@ def test_a_full_disk_is_named(write, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_cache_that_cannot_be_made_is_named(write, monkeypatch: pytest.MonkeyPatch):
+    path = write("p.csv", HEADER + "a,b,1\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", f"{path}/cache")  # like a home that cannot be written
+    with pytest.raises(OutputError, match=r"p\.csv/cache cannot be written: .*; free .* or set HF_DATASETS_CACHE"):
+        pairs.read(str(path))
+
+
 def test_blank_lines_are_no_rows_and_fields_may_be_long(write):
     long = "long " * 50_000
     table = pairs.read(str(write("p.csv", HEADER + f"a,b,1\n\n{long},d,0\n\n")))
