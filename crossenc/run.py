@@ -6,6 +6,7 @@ checkpoints/NAME/    config.yaml  metrics.csv  events.out.tfevents.*  best.ckpt 
 
 from __future__ import annotations
 
+import locale
 import logging
 import os
 import shutil
@@ -142,6 +143,11 @@ class RunCLI(LightningCLI):
             if isinstance(error, HubError) and self.command == "fit":
                 local = "--data.source FILE --model.backbone FOLDER, or to try it out --config configs/quickstart.yaml"
                 raise HubError(f"{error}: {local}") from error
+            if isinstance(error, UnicodeError):
+                raise UsageError(
+                    f"a config file or an option cannot be read or written in this system's encoding ({one_line(error)}"
+                    "); save config files as UTF-8, and where the system has another encoding, set PYTHONUTF8=1"
+                ) from error
             if isinstance(error, ValueError) and "val_check_interval" in str(error):  # raised once the pairs are read
                 raise UsageError(f"{one_line(error)}; 1.0 is the end of an epoch") from error
             # DistError is torch's own class; gloo raises a plain RuntimeError.
@@ -217,12 +223,13 @@ class RunCLI(LightningCLI):
         _check_trainer(self.command, config)
         if self.command == "fit" and not config.trainer.fast_dev_run:
             try:
-                parser.dump(self.config, skip_none=False)  # as SaveConfig will write it
+                text = parser.dump(self.config, skip_none=False)  # as SaveConfig will write it
             except (TypeError, ValueError, UserWarning) as error:
                 raise UsageError(
                     "the options cannot be written to config.yaml; in place of Timer, use --trainer.max_time; a "
                     f"function, also as a default, must have an import path: {parser_line(error)[:300]}"
                 ) from error
+            text.encode(locale.getpreferredencoding(False))  # in which the parser reads and writes files
         config.ckpt_path = self.checkpoint = _find_checkpoint(self.command, config)
         self.folder, self.goes_on = _run_folder(config)
         if self.command == "fit":

@@ -212,6 +212,20 @@ def test_bad_data_ends_in_one_line_and_leaves_no_folder(capsys, write, tmp_path:
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_other_encodings_than_utf_8_are_one_line(capsys, tmp_path: Path):
+    config = tmp_path / "config.yaml"
+    config.write_bytes("run: café\n".encode("latin-1"))
+    options = ["--output", str(tmp_path / "runs")]
+    assert "cannot be read or written" in fail(capsys, "fit", "--config", str(config), *options)
+    config.write_text("run: café\n", encoding="utf-8")
+    commands = [["fit", *way, *options] for way in (["--config", str(config)], ["--run", "café"])]
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # as Windows has its code page
+    for code, said in run_all(commands, **ascii_only):
+        assert code == 2
+        assert "set PYTHONUTF8=1" in said.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("command", ["fit", "test"])
 def test_a_checkpoint_that_cannot_be_read_is_one_line(capsys, write, tmp_path: Path, command: str):
     path = write("bad.ckpt", "nothing")
