@@ -228,6 +228,8 @@ def _watch_first_process(command: str) -> None:
 
 
 def _first_process_lives() -> bool:
+    if sys.platform == "win32":  # there, the parent may be a launcher of Python, and its number is never taken back
+        return True
     return os.environ.get(_FIRST_PROCESS, str(os.getppid())) == str(os.getppid())
 
 

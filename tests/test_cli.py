@@ -124,6 +124,13 @@ def test_a_notebook_or_another_thread_can_call_a_command(tiny: Path, pairs_file:
         assert pool.submit(main, command).result() == 0
 
 
+def test_on_windows_a_parent_says_nothing_of_the_first_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CROSSENC_FIRST_PROCESS", "0")
+    assert not cli._first_process_lives()
+    monkeypatch.setattr("sys.platform", "win32")
+    assert cli._first_process_lives()
+
+
 def test_options_may_have_dashes_and_flags_stand_alone_or_not():
     parser = ArgumentParser()
     for name, kind in {"first": str, "--int8": bool, "--on_x": bool, "--dev": str, "--val_size": str}.items():
