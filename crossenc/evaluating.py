@@ -74,8 +74,7 @@ def evaluate(
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
-    if trainer.num_devices > 1 and hasattr(sys, "ps1"):  # Lightning would fork, and the figures would stay in the forks
-        raise UsageError(f"a notebook can evaluate on one device only, not on {trainer.num_devices}; give devices=1")
+    refuse_forks(trainer)
     splits = data.splits()
     if not {"val", "test"} & splits:
         raise DataError(f"{data.source} has neither dev nor test pairs; set --data.val_source or --data.test_source")
@@ -93,6 +92,12 @@ def evaluate(
             read_from = data.read_from(columns)
             write_report(folder, str(model), module.figures, module.threshold, read_from, columns.get("val"))
     return module.figures
+
+
+def refuse_forks(trainer: Trainer) -> None:
+    """Raise `UsageError` for several devices in a notebook: Lightning forks there, and figures stay in the forks."""
+    if trainer.num_devices > 1 and hasattr(sys, "ps1"):
+        raise UsageError(f"a notebook can use only one device, not {trainer.num_devices}; set devices to 1")
 
 
 def load_module(model: str | Path) -> CrossEncoderModule:

@@ -46,7 +46,7 @@ from .checkpoints import (
 )
 from .data import PairDataModule
 from .errors import CheckpointError, HubError, LostProcessError, UsageError, one_line, parser_line
-from .evaluating import finish, print_figures
+from .evaluating import finish, print_figures, refuse_forks
 from .exporting import export, score_pairs
 from .loading import read_threshold
 from .metrics import evaluation_figures
@@ -289,7 +289,9 @@ class RunCLI(LightningCLI):
             # Lightning's own fsdp does not run on CPUs; this strategy leaves the sharding to `configure_model`.
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         kwargs["plugins"] = [*_as_list(given.plugins), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        refuse_forks(trainer)
+        return trainer
 
     def _callbacks(self, given: Any, users: list[Any]) -> list[Any]:
         callbacks: list[Any] = [TrainSpeed(), ValidateAtEnd(), Pictures(), Cost()] if self.command == "fit" else []

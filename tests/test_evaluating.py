@@ -141,10 +141,12 @@ def test_nothing_but_an_earlier_evaluation_is_replaced(trained: Path, pairs_file
     assert {path: path.read_bytes() for path in (trained / where).iterdir() if path.is_file()} == before
 
 
-def test_a_notebook_evaluates_on_one_device(tiny: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
+def test_a_notebook_uses_one_device(tiny: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("sys.ps1", "In : ", raising=False)
-    with pytest.raises(UsageError, match="give devices=1"):
+    with pytest.raises(UsageError, match="set devices to 1"):
         evaluate(tiny, {"val_source": str(pairs_file)}, str(tmp_path / "out"), accelerator="cpu", devices=2)
+    options = ["--data.source", str(pairs_file), "--model.backbone", str(tiny), "--trainer.accelerator", "cpu"]
+    assert main(["fit", *options, "--trainer.devices", "2", "--output", str(tmp_path), "--run", "out"]) == 2
     assert not (tmp_path / "out").exists()
 
 
