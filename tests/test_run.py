@@ -351,7 +351,7 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
         (["--trainer.accelerator=abacus"], "abacus"),
         (["--trainer.limit_val_batches=2"], "would take only the longest pairs; use --data.limit"),
         (["--trainer.limit_test_batches=0.5"], "would take only the longest pairs; use --data.limit"),
-        (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1"),
+        (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1, not 0"),
         (["--trainer.val_check_interval=0"], "val_check_interval must be above 0"),
         (["--trainer.check_val_every_n_epoch=1"], "; 1.0 is the end of an epoch"),
         (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch must be at least 1, or null, not 0"),
@@ -361,7 +361,7 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
         ([f"--trainer.callbacks{word}" for word in ("+=EarlyStopping", ".monitor=val/f1", ".mode=high")], OF_MODE),
         (
             ["--data.max_length=16"],
-            "data.max_length, given in the command line, follows from model.max_length; set model",
+            "data.max_length, given on the command line, follows from model.max_length; set model",
         ),
         (["--model.max_length=abc"], "\"model.max_length\": - Expected a <class 'int'> Given value: abc"),
         (
@@ -409,6 +409,13 @@ def test_a_config_cannot_set_what_follows_from_another_option(
     assert main([*fit(pairs_file, tiny_backbone, tmp_path / "runs"), f"--config={config}"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"data.max_length, given in {config}, follows from model.max_length; set model.max_length instead" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_that_is_not_yaml_is_named_with_the_line(write, tmp_path: Path, capsys):
+    config = write("own.yaml", "data:\n  batch_size: [1\nmodel:\n")
+    assert main(["fit", "--output", str(tmp_path / "runs"), "--config", str(config)]) == 2
+    assert f'a config is not valid YAML: while parsing a flow sequence in "{config}", line 2' in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
