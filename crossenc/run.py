@@ -456,7 +456,8 @@ def _check_words(words: list[str]) -> None:
             where = f"in {value or following}"
             try:
                 with Path(value or following).open(encoding="utf-8") as file:
-                    data = (yaml.safe_load(file) or {}).get("data")
+                    # with the parser's loader, because the other one refuses a list such as [What?, Why?]
+                    data = (yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}).get("data")
             except (OSError, AttributeError):  # no file, or no mapping: the parser says so
                 continue
             except yaml.YAMLError as error:

@@ -419,6 +419,13 @@ def test_a_config_that_is_not_yaml_is_named_with_the_line(write, tmp_path: Path,
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_config_with_questions_in_a_list_is_read(write, capsys):
+    config = write("own.yaml", "examples:\n  - [Who is it?, Who is this?]\n")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["fit", "--config", str(config), "--print_config"])
+    assert "- Who is this?\n" in capsys.readouterr().out
+
+
 def test_training_that_diverges_ends_in_one_line(pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys):
     options = ["--model.learning_rate=1e10", "--trainer.val_check_interval=2"]
     assert main(fit(pairs_file, tiny_backbone, tmp_path, *options)) == 2
