@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from crossenc import encode as encoding
 from crossenc.backbone import load_tokenizer
@@ -47,24 +52,47 @@ def test_swapped_pairs_are_those_of_the_texts_in_the_other_order(write):
         assert swapped[column][:] == expected[column][:]
 
 
+def _byte_level() -> PreTrainedTokenizerFast:
+    """One like RoBERTa's, with two merges."""
+    special, letters = ["<s>", "</s>", "<pad>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *letters, "Ġa", "aa"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("a", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=["input_ids"])
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_two_long_texts_are_shortened_before_they_are_truncated(side: str):
-    """The tokens are the tokenizer's own, without the dropped pieces, of which there would be hundreds."""
-    tokenizer = copy.deepcopy(load_tokenizer(BACKBONE))
+@pytest.mark.parametrize("family", ["wordpiece", "byte-level"])
+def test_two_long_texts_are_truncated_as_the_tokenizer_does(family: str, side: str, monkeypatch: pytest.MonkeyPatch):
+    """But it never combines their dropped pieces, of which there are hundreds."""
+    tokenizer = _byte_level() if family == "byte-level" else copy.deepcopy(load_tokenizer(BACKBONE))
     tokenizer.truncation_side = side
-    rules, words = tokenizer.backend_tokenizer.to_str(), ["unbelievably", "a", "中", "don't", "...", "zzzzqqq"]
-    draw = np.random.default_rng(0)
+    draw, words = np.random.default_rng(0), ["unbelievably", "a", "中", "don't", "...", "zzzzqqq"]
+    # In one long word, all tokens depend on its first letter, and the last two texts have the same number of tokens.
+    long = [("a" * 200, "b " * 200), ("😂" * 40, "x" * 160)]
     for gap in (" ", "", "-", " \n"):
-        for max_length in (8, 9):  # the shorter text has one token less if an odd number is left for both
-            a, b, c = (gap.join(draw.choice(words, size)) for size in (90, 91, 9))
-            pairs = [(a, b), (b, a), (a, a), (a, a + "x"), (b, c), ("a", b), ("a", "b")]
-            expected = tokenizer(pairs, truncation=True, max_length=max_length)["input_ids"]
-            table = encode_texts(pairs, tokenizer, max_length)
-            assert table["input_ids"].to_pylist() == expected
-            assert table["cut"].to_pylist() == [True] * 6 + [False]
-            kept = [encoding._shortened(pair, rules, max_length, side == "left") for pair in pairs[:4]]
-            sizes = [len(tokenizer.tokenize(text)) for pair in kept for text in pair]
-            assert max_length < min(sizes) <= max(sizes) <= max_length + 16
+        a, b, c = (gap.join(draw.choice(words, size)) for size in (40, 41, 9))
+        long += [(a, b), (b, a), (a, a), (a, a + "x"), (b, c)]
+    pairs = [*long, ("a", long[2][0]), ("a", "b")]
+    whole = tokenizer(pairs)["input_ids"]
+    # The shorter text has one token less if an odd number is left for both.
+    expected = {size: tokenizer(pairs, truncation=True, max_length=size) for size in (9, 10)}
+    monkeypatch.setattr(encoding, "_LONG", 4)
+    alone: list[tuple[str, str]] = []
+    monkeypatch.setattr(encoding, "_encode_long", partial(_noted, alone, encoding._encode_long))
+    for size, those in expected.items():
+        table = encode_texts(pairs, tokenizer, size)
+        assert table["input_ids"].to_pylist() == those["input_ids"]
+        assert table["cut"].to_pylist() == [len(ids) > size for ids in whole]
+        if family == "wordpiece":
+            assert table["token_type_ids"].to_pylist() == those["token_type_ids"]
+    assert alone == [*long, *long]
+
+
+def _noted(alone: list[tuple[str, str]], real: Callable[..., Any], pairs: list[tuple[str, str]], *more: Any) -> Any:
+    alone += pairs
+    return real(pairs, *more)
 
 
 def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
@@ -83,7 +111,7 @@ def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatc
     pairs = [("a b", "c")] * 10 + [("one two " * 400, "three " * 300)] * 10 + [("d", "e f")]
     expected = encode_texts(pairs, tokenizer, 32)
     real = encoding._truncating
-    monkeypatch.setattr(encoding, "_shortened", lambda pair, *_: pair)
+    monkeypatch.setattr(encoding, "_LONG", 1_000)
     monkeypatch.setattr(encoding, "_truncating", lambda *which: Counted(real(*which)))
     monkeypatch.setattr(encoding, "_CHARACTERS", 11_000)
     assert encode_texts(pairs, tokenizer, 32) == expected
