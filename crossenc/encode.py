@@ -17,7 +17,7 @@ from . import __version__
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _encode_batch(
     lengths = np.array([(len(a), len(b)) for a, b in pairs], dtype=np.int64).reshape(-1, 2)
     characters, products = lengths.sum(1).cumsum(), lengths.prod(1)
     for part in np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(characters // _CHARACTERS)) + 1):
-        long = products[part] > (_LONG * max_length) ** 2
+        long = (products[part] > (_LONG * max_length) ** 2) & (_frame(tokenizer) is not None)
         apart = _encode_long([pairs[i] for i in part[long]], tokenizer, max_length, from_left)
         others = _truncating(tokenizer, max_length, from_left).encode_batch([pairs[i] for i in part[~long]])
         whole = ((encoding.ids, encoding.type_ids, bool(encoding.overflowing)) for encoding in others)
@@ -140,8 +140,8 @@ def _encode_long(pairs: Sequence[tuple[str, str]], rules: str, max_length: int, 
     It would combine every dropped piece of one text with every one of the other, which takes a minute and 6 GB for two
     texts of 16,000 words.
     """
-    tokenizer = _truncating(rules, None, from_left)
-    frame = tokenizer.encode("a", "a")  # which tells where the special tokens are
+    tokenizer, frame = _truncating(rules, None, from_left), _frame(rules)
+    assert frame is not None  # `_encode_batch` looked
     room = max_length - tokenizer.num_special_tokens_to_add(True)
     single = tokenizer.encode_batch([text for pair in pairs for text in pair], add_special_tokens=False)
     for both in zip(single[::2], single[1::2], strict=True):
@@ -161,6 +161,16 @@ def _encode_long(pairs: Sequence[tuple[str, str]], rules: str, max_length: int, 
             ids += added
             types += [kind] * len(added)
         yield ids, types, cut
+
+
+@cache
+def _frame(rules: str) -> Encoding | None:
+    """A pair of one-letter texts, which shows where the special tokens of any pair are; None if it does not."""
+    tokenizer = _truncating(rules, None, False)
+    frame = tokenizer.encode("a", "a")
+    # A template that repeats a text has tokens of which it does not tell whose they are.
+    clear = frame.sequence_ids.count(None) == tokenizer.num_special_tokens_to_add(True)
+    return frame if clear and {0, 1} <= {*frame.sequence_ids} else None
 
 
 @cache

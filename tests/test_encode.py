@@ -90,6 +90,16 @@ def test_two_long_texts_are_truncated_as_the_tokenizer_does(family: str, side: s
     assert alone == [*long, *long]
 
 
+def test_a_template_that_repeats_a_text_is_the_tokenizers_own():
+    tokenizer = copy.deepcopy(load_tokenizer(BACKBONE))
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    template = "[CLS] $A [SEP] $B [SEP] $A [SEP]"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", template, marks)
+    pairs = [("one two three four " * 12, "five six seven " * 14)]
+    expected = tokenizer(pairs, truncation=True, max_length=16)["input_ids"]
+    assert encode_texts(pairs, tokenizer, 16)["input_ids"].to_pylist() == expected
+
+
 def _noted(alone: list[tuple[str, str]], real: Callable[..., Any], pairs: list[tuple[str, str]], *more: Any) -> Any:
     alone += pairs
     return real(pairs, *more)
