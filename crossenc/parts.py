@@ -80,7 +80,8 @@ class Parts:
                 self._is_begun(self.folder)  # another run may have begun it in the meantime
                 _write(self.folder / FACTS_FILE, (json.dumps(self.facts, indent=2) + "\n").encode())
                 self.begun = True
-            _write(self._file(number), content.getbuffer())
+            with content.getbuffer() as view:  # an error would hold on to it, and Python 3.13 complain at the end
+                _write(self._file(number), view)
 
     def _file(self, number: int) -> Path:
         assert self.folder is not None
