@@ -188,6 +188,7 @@ def test_a_wrapped_last_layer_gives_the_same(family: str, backbones: dict[str, s
     assert torch.allclose(pair_logits(model, batch), expected, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_a_compiled_model_evaluates_too(backbones: dict[str, str]):
     """`module.compile()` of Lightning; the threads that share a batch are not for it."""
     model = load_model(backbones["bert"]).eval()
