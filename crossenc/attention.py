@@ -146,11 +146,17 @@ def _attend_piece(
         return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
     # In fp32: these products are a fiftieth of the work, and torch prepares bf16 products anew for every shape. torch's
     # own backward pass in bf16 would make a step a quarter longer.
+    dtype = value.dtype
     with torch.autocast("cpu", enabled=False):
-        scores = (query.float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.float().mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        query, key, value = (
+            # Contiguous in the same copy, or the product would make another.
+            part.to(torch.float32, memory_format=torch.contiguous_format)
+            for part in (query, key, value)
+        )
+        scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.mT
+        if mask is not None:  # added in place: no copy, and nothing to do in the backward pass
+            scores.add_(torch.where(mask, 0.0, -torch.inf))
         weights = scores.softmax(-1)
         if dropout:
             weights = weights * kept(weights.shape, dropout, weights.dtype)
-        return (weights @ value.float()).to(value.dtype)
+        return (weights @ value).to(dtype)

@@ -183,6 +183,7 @@ def load_model(
 
     from .attention import use_attention
     from .dropout import use_cheap_dropout
+    from .embedding import use_reusing_embedding
 
     config = load_config(backbone, revision)
     tokenizer = load_tokenizer(backbone, revision)
@@ -221,6 +222,7 @@ def load_model(
         model.config.pad_token_id = tokenizer.pad_token_id
     model.train()
     use_cheap_dropout(model)
+    use_reusing_embedding(model)
     use_attention(model)
     return model  # type: ignore[no-any-return]
 
