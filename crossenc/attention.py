@@ -149,13 +149,13 @@ def _attend_piece(
     dtype = value.dtype
     with torch.autocast("cpu", enabled=False):
         query, key, value = (
-            # Contiguous in the same copy, or the product would make another.
+            # bf16: contiguous in the same copy, or the product would make another.
             part.to(torch.float32, memory_format=torch.contiguous_format)
             for part in (query, key, value)
         )
         scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.mT
         if mask is not None:  # added in place: no copy, and nothing to do in the backward pass
-            scores.add_(torch.where(mask, 0.0, -torch.inf))
+            scores.add_(torch.where(mask, 0.0, torch.finfo(scores.dtype).min))
         weights = scores.softmax(-1)
         if dropout:
             weights = weights * kept(weights.shape, dropout, weights.dtype)

@@ -1,8 +1,8 @@
-"""Word embeddings whose gradient keeps its memory from step to step on a CPU.
+"""Word embeddings whose gradient keeps its memory from step to step of a fit on a CPU.
 
 torch allocates this gradient anew in each step, as large as the whole vocabulary (47 MB for MiniLM), and the operating
 system hands it over page by page, which takes up to a tenth of a bf16 training step. Here, the gradient of the last
-step is overwritten: the same numbers. `benchmarks/README.md` shows what this saves.
+step is overwritten. `benchmarks/README.md` shows what this saves.
 """
 
 from __future__ import annotations
@@ -19,24 +19,31 @@ if TYPE_CHECKING:
 
 
 class ReusingEmbedding(nn.Embedding):
-    """`nn.Embedding`, but a training step on a CPU overwrites the gradient that the step before left in `weight.grad`.
+    """`nn.Embedding`, and the same but for training steps on a CPU that call `keep_gradient` before `zero_grad`.
 
-    This needs no help of the training loop, as long as it drops old gradients between the forward and the backward
-    pass, as Lightning does. In other loops, and where gradients accumulate, torch's own way is taken.
+    Their gradients are torch's, in fp32 to the bit. A callback that needs one beyond its step has to clone it.
     """
 
+    keeps = False
     last_gradient: Tensor | None = None
 
+    def keep_gradient(self) -> None:
+        """Let the next backward pass overwrite `weight.grad`, which is about to be dropped."""
+        self.keeps, self.last_gradient = True, self.weight.grad
+
+    def release(self) -> None:
+        """Be `nn.Embedding` again."""
+        self.keeps, self.last_gradient = False, None
+
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight
         if (
-            weight.device.type != "cpu"
-            or not (self.training and torch.is_grad_enabled() and weight.requires_grad)
-            or torch.compiler.is_compiling()  # which cannot trace an assignment to a module
+            not self.keeps
+            or not (self.training and torch.is_grad_enabled() and self.weight.requires_grad)
+            or self.weight.device.type != "cpu"
+            or torch.compiler.is_compiling()  # which cannot trace a change of the module
         ):
             return super().forward(input)
-        self.last_gradient = weight.grad
-        found: Tensor = _Lookup.apply(weight, input, self)  # type: ignore[no-untyped-call]
+        found: Tensor = _Lookup.apply(self.weight, input, self)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -44,20 +51,21 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, table: ReusingEmbedding) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.table, ctx.shape = table, weight.shape
+        ctx.table, ctx.weight = table, weight
         return embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (ids,), table = ctx.saved_tensors, ctx.table
+        (ids,), table, weight = ctx.saved_tensors, ctx.table, ctx.weight
         # Handed over without another reference to it, or torch would copy it.
         found, table.last_gradient = table.last_gradient, None
-        if found is None or table.weight.grad is not None:  # it is still in use: gradients accumulate
-            found = grad.new_zeros(ctx.shape)
-        else:
+        # A gradient to add to is still in use; one of another shape or type is from before a resize, or a shard.
+        if weight.grad is None and type(found) is Tensor and (found.shape, found.dtype) == (weight.shape, grad.dtype):
             found.zero_()
-        found.index_add_(0, ids.flatten(), grad.flatten(0, -2))
+        else:
+            found = grad.new_zeros(weight.shape)
+        found.index_add_(0, ids.flatten(), grad.reshape(-1, grad.shape[-1]))
         if table.padding_idx is not None:
             found[table.padding_idx] = 0
         return found, None, None

@@ -167,7 +167,10 @@ def _encode_long(pairs: Sequence[tuple[str, str]], rules: str, max_length: int, 
 def _frame(rules: str) -> Encoding | None:
     """A pair of one-letter texts, which shows where the special tokens of any pair are; None if it does not."""
     tokenizer = _truncating(rules, None, False)
-    frame = tokenizer.encode("a", "a")
+    try:
+        frame = tokenizer.encode("a", "a")
+    except Exception:  # tokenizers raises nothing more exact: "a" may be unknown, without a token for the unknown
+        return None
     # A template that repeats a text has tokens of which it does not tell whose they are.
     clear = frame.sequence_ids.count(None) == tokenizer.num_special_tokens_to_add(True)
     return frame if clear and {0, 1} <= {*frame.sequence_ids} else None

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from .backbone import DEFAULT_BACKBONE, load_model, load_tokenizer, resolve_max_length
 from .calibration import Calibration, calibrate, last_layer, sigmoid
+from .embedding import ReusingEmbedding
 from .encode import PairBatch
 from .errors import CheckpointError, UsageError, require
 from .forward import base_model, can_pack, pair_logits
@@ -230,6 +231,8 @@ class CrossEncoderModule(LightningModule):
 
     def on_fit_end(self) -> None:
         self.graphed = None  # graphs hold the addresses of the weights, which move now
+        for table in self._reusing():
+            table.release()
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Logits of shape (pairs,), in fp32.
@@ -354,6 +357,15 @@ class CrossEncoderModule(LightningModule):
             clip(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Drop old gradients, but keep the memory of the word embeddings' for the next one."""
+        for table in self._reusing():
+            table.keep_gradient()
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def _reusing(self) -> list[ReusingEmbedding]:
+        return [part for part in self.modules() if isinstance(part, ReusingEmbedding)]
 
     def evaluation(self) -> dict[str, Any]:
         """What a checkpoint keeps of the validation of these very weights: threshold, calibration and figures."""

@@ -455,14 +455,16 @@ def _check_words(words: list[str]) -> None:
         if name == "config":
             where = f"in {value or following}"
             try:
-                with Path(value or following).open(encoding="utf-8") as file:
-                    # with the parser's loader, because the other one refuses a list such as [What?, Why?]
-                    data = (yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}).get("data")
+                with Path(value or following).expanduser().open(encoding="utf-8") as file:
+                    # The parser's loader is libyaml's too: the other one refuses a list such as [What?, Why?]. The base
+                    # one leaves values as text: the parser knows no dates, and 2026-02-30 is a fine name of a run.
+                    config = yaml.load(file, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}
+                data = config.get("data")
             except (OSError, AttributeError):  # no file, or no mapping: the parser says so
                 continue
             except yaml.YAMLError as error:
                 raise UsageError(f"a config is not valid YAML: {one_line(error)}") from error
-            given = {f"data.{name}" for name in data} if isinstance(data, dict) else set()
+            given = {*config, *(f"data.{name}" for name in data)} if isinstance(data, dict) else {*config}
         for target in given & _LINKED.keys():
             raise UsageError(f"{target}, given {where}, follows from {_LINKED[target]}; set {_LINKED[target]} instead")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from crossenc import CrossEncoderModule, PairDataModule
 from crossenc.backbone import load_model
 from crossenc.embedding import ReusingEmbedding, use_reusing_embedding
 
@@ -29,8 +33,14 @@ def step(table: nn.Embedding, ids: Tensor, drop: bool = True) -> None:
     """In Lightning's order: forward pass, old gradients dropped, backward pass."""
     loss = (table(ids) * torch.arange(8.0)).sin().sum()
     if drop:
-        table.zero_grad()
+        zero_grad(table)
     loss.backward()
+
+
+def zero_grad(table: nn.Embedding) -> None:
+    if isinstance(table, ReusingEmbedding):
+        table.keep_gradient()
+    table.zero_grad()
 
 
 def assert_same_gradients(ours: nn.Embedding, theirs: nn.Embedding) -> None:
@@ -60,7 +70,7 @@ def test_two_passes_in_one_step(tables: tuple[ReusingEmbedding, nn.Embedding]):
     for table in tables:
         for _ in range(3):
             loss = table(IDS).sin().sum() + table(IDS + 1).cos().sum()
-            table.zero_grad()
+            zero_grad(table)
             loss.backward()
     assert_same_gradients(*tables)
 
@@ -69,16 +79,58 @@ def test_a_loop_that_drops_gradients_first_and_one_that_never_does(tables: tuple
     for table in tables:
         for first in (True, True, False):
             if first:
-                table.zero_grad()
+                zero_grad(table)
             table(IDS).sin().sum().backward()
     assert_same_gradients(*tables)
 
 
-def test_frozen_or_evaluated_it_is_torchs_own(tables: tuple[ReusingEmbedding, nn.Embedding]):
-    ours, plain = tables
-    assert torch.equal(ours.eval()(IDS), plain(IDS))
+def test_a_table_that_grew(tables: tuple[ReusingEmbedding, nn.Embedding]):
+    for table in tables:
+        step(table, IDS)
+        step(table, IDS)
+        table.weight.data = torch.cat([table.weight.data, torch.ones(2, 8)])  # as transformers does
+        step(table, IDS + 45)
+    assert_same_gradients(*tables)
+
+
+def test_frozen_in_evaluation_and_when_released_it_is_torchs_own(tables: tuple[ReusingEmbedding, nn.Embedding]):
+    ours, _ = tables
+    step(ours, IDS)
+    assert type(ours(IDS).grad_fn).__name__ == "_LookupBackward"
+    assert type(ours.eval()(IDS).grad_fn).__name__ == "EmbeddingBackward0"
     ours.train().weight.requires_grad_(False)
-    assert not ours(IDS).requires_grad
+    assert ours(IDS).grad_fn is None
+    ours.weight.requires_grad_(True)
+    ours.release()
+    assert type(ours(IDS).grad_fn).__name__ == "EmbeddingBackward0"
+
+
+def test_every_step_of_a_fit_but_the_first_overwrites_the_last_gradient(tmp_path: Path):
+    class Places(Callback):
+        def __init__(self) -> None:
+            self.kept: list[int | None] = []
+            self.places: list[int] = []
+
+        def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+            (table,) = (part for part in pl_module.modules() if isinstance(part, ReusingEmbedding))
+            self.kept.append(table.last_gradient.data_ptr() if table.last_gradient is not None else None)
+
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            (table,) = (part for part in pl_module.modules() if isinstance(part, ReusingEmbedding))
+            assert table.weight.grad is not None
+            self.places.append(table.weight.grad.data_ptr())
+
+    places = Places()
+    module = CrossEncoderModule(BACKBONE)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, logger=False, callbacks=[places], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, PairDataModule("sample", backbone=BACKBONE, batch_size=4))
+    assert places.kept == [None, *places.places[:-1]]
+    assert len({*places.places[1:]}) == 1
+    (table,) = (part for part in module.modules() if isinstance(part, ReusingEmbedding))
+    assert not table.keeps
 
 
 def test_the_model_uses_it_with_its_own_weights():
@@ -91,8 +143,9 @@ def test_the_model_uses_it_with_its_own_weights():
     assert type(deepcopy(model).get_input_embeddings()) is ReusingEmbedding
 
 
-def test_a_table_with_an_option_that_changes_gradients_stays(tables: tuple[ReusingEmbedding, nn.Embedding]):
+@pytest.mark.parametrize("option", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+def test_a_table_with_an_option_that_changes_gradients_stays(option: dict[str, Any]):
     model = load_model(BACKBONE)
-    model.set_input_embeddings(nn.Embedding(50, 8, sparse=True))
+    model.set_input_embeddings(nn.Embedding(50, 8, **option))
     use_reusing_embedding(model)
     assert type(model.get_input_embeddings()) is nn.Embedding

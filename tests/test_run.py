@@ -402,10 +402,11 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("content", ["data:\n  max_length: 16\n", "data.max_length: 16\n"])
 def test_a_config_cannot_set_what_follows_from_another_option(
-    pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, capsys
+    pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, capsys, content: str
 ):
-    config = write("own.yaml", "data:\n  max_length: 16\n")
+    config = write("own.yaml", content)
     assert main([*fit(pairs_file, tiny_backbone, tmp_path / "runs"), f"--config={config}"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"data.max_length, given in {config}, follows from model.max_length; set model.max_length instead" in said
@@ -419,8 +420,8 @@ def test_a_config_that_is_not_yaml_is_named_with_the_line(write, tmp_path: Path,
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_config_with_questions_in_a_list_is_read(write, capsys):
-    config = write("own.yaml", "examples:\n  - [Who is it?, Who is this?]\n")
+def test_a_config_with_questions_in_a_list_and_what_looks_like_a_date_is_read(write, capsys):
+    config = write("own.yaml", "run: 2026-02-30\nexamples:\n  - [Who is it?, Who is this?]\n")
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["fit", "--config", str(config), "--print_config"])
     assert "- Who is this?\n" in capsys.readouterr().out
