@@ -28,20 +28,17 @@ class ReusingEmbedding(nn.Embedding):
     last_gradient: Tensor | None = None
 
     def keep_gradient(self) -> None:
-        """Let the next backward pass overwrite `weight.grad`, which is about to be dropped."""
-        self.keeps, self.last_gradient = True, self.weight.grad
+        """Let the next backward pass overwrite `weight.grad`, which is about to be dropped; on a CPU only."""
+        if self.weight.device.type == "cpu":
+            self.keeps, self.last_gradient = True, self.weight.grad
 
     def release(self) -> None:
         """Be `nn.Embedding` again."""
         self.keeps, self.last_gradient = False, None
 
     def forward(self, input: Tensor) -> Tensor:
-        if (
-            not self.keeps
-            or not (self.training and torch.is_grad_enabled() and self.weight.requires_grad)
-            or self.weight.device.type != "cpu"
-            or torch.compiler.is_compiling()  # which cannot trace a change of the module
-        ):
+        # A compiler cannot trace a change of the module.
+        if not (self.keeps and self.training) or torch.compiler.is_compiling():
             return super().forward(input)
         found: Tensor = _Lookup.apply(self.weight, input, self)  # type: ignore[no-untyped-call]
         return found
@@ -77,4 +74,4 @@ def use_reusing_embedding(model: PreTrainedModel) -> None:
     if type(table) is nn.Embedding and not (table.sparse or table.scale_grad_by_freq or table.max_norm):
         new = ReusingEmbedding(table.num_embeddings, table.embedding_dim, table.padding_idx, device="meta")
         new.weight = table.weight
-        model.set_input_embeddings(new.train(table.training))
+        model.set_input_embeddings(new)

@@ -459,12 +459,11 @@ def _check_words(words: list[str]) -> None:
                     # The parser's loader is libyaml's too: the other one refuses a list such as [What?, Why?]. The base
                     # one leaves values as text: the parser knows no dates, and 2026-02-30 is a fine name of a run.
                     config = yaml.load(file, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}
-                data = config.get("data")
+                given = {*config, *(f"data.{name}" for name in config.get("data") or ())}
             except (OSError, AttributeError):  # no file, or no mapping: the parser says so
                 continue
             except yaml.YAMLError as error:
                 raise UsageError(f"a config is not valid YAML: {one_line(error)}") from error
-            given = {*config, *(f"data.{name}" for name in data)} if isinstance(data, dict) else {*config}
         for target in given & _LINKED.keys():
             raise UsageError(f"{target}, given {where}, follows from {_LINKED[target]}; set {_LINKED[target]} instead")
 

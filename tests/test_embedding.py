@@ -105,6 +105,19 @@ def test_frozen_in_evaluation_and_when_released_it_is_torchs_own(tables: tuple[R
     assert type(ours(IDS).grad_fn).__name__ == "EmbeddingBackward0"
 
 
+def test_on_another_device_nothing_is_held():
+    table = ReusingEmbedding(50, 8, device="meta")
+    table(IDS.to("meta")).sum().backward()
+    table.keep_gradient()
+    assert table.last_gradient is None
+    assert type(table(IDS.to("meta")).grad_fn).__name__ == "EmbeddingBackward0"
+
+
+def table_of(module: LightningModule) -> ReusingEmbedding:
+    (table,) = (part for part in module.modules() if isinstance(part, ReusingEmbedding))
+    return table
+
+
 def test_every_step_of_a_fit_but_the_first_overwrites_the_last_gradient(tmp_path: Path):
     class Places(Callback):
         def __init__(self) -> None:
@@ -112,13 +125,13 @@ def test_every_step_of_a_fit_but_the_first_overwrites_the_last_gradient(tmp_path
             self.places: list[int] = []
 
         def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-            (table,) = (part for part in pl_module.modules() if isinstance(part, ReusingEmbedding))
-            self.kept.append(table.last_gradient.data_ptr() if table.last_gradient is not None else None)
+            held = table_of(pl_module).last_gradient
+            self.kept.append(None if held is None else held.data_ptr())
 
         def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            (table,) = (part for part in pl_module.modules() if isinstance(part, ReusingEmbedding))
-            assert table.weight.grad is not None
-            self.places.append(table.weight.grad.data_ptr())
+            grad = table_of(pl_module).weight.grad
+            assert grad is not None
+            self.places.append(grad.data_ptr())
 
     places = Places()
     module = CrossEncoderModule(BACKBONE)
@@ -129,8 +142,7 @@ def test_every_step_of_a_fit_but_the_first_overwrites_the_last_gradient(tmp_path
     trainer.fit(module, PairDataModule("sample", backbone=BACKBONE, batch_size=4))
     assert places.kept == [None, *places.places[:-1]]
     assert len({*places.places[1:]}) == 1
-    (table,) = (part for part in module.modules() if isinstance(part, ReusingEmbedding))
-    assert not table.keeps
+    assert not table_of(module).keeps
 
 
 def test_the_model_uses_it_with_its_own_weights():
