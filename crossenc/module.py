@@ -30,7 +30,6 @@ from .forward import base_model, can_pack, pair_logits
 from .graphs import GraphedModel
 from .metrics import PairMetrics, Scored, evaluation_figures, has_both_labels, score_columns
 from .optim import freeze_first_layers, make_optimizer, make_schedule, parameter_groups, share_segments
-from .sharding import shard
 
 CHECKPOINT_VERSION = 1
 # Arguments of `peft.LoraConfig`, without `Any`: for that, jsonargparse would make an object of whatever class the value
@@ -197,9 +196,24 @@ class CrossEncoderModule(LightningModule):
             self._reset_evaluation()  # an earlier one was of other weights; that of a checkpoint is loaded later
 
     def configure_model(self) -> None:
-        """Shard the weights if the strategy supports it (fsdp); Lightning calls this once in each stage."""
-        if self.device_mesh is not None:
-            shard(self, self.device.type, self.trainer.world_size)
+        """Shard weights, gradients and optimizer states over all devices if the strategy supports it (fsdp).
+
+        Each layer is a unit, gathered while it computes. The rest is one more unit, gathered while the module computes,
+        which therefore must do so through its `__call__`. All devices must compute the same number of batches.
+        """
+        if self.device_mesh is None:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if isinstance(self, FSDPModule):  # Lightning calls this once in each stage
+            return
+        mesh = init_device_mesh(self.device.type, (self.trainer.world_size,))
+        for part in self.modules():
+            if isinstance(part, GradientCheckpointingLayer):  # the base class of all layers in transformers
+                fully_shard(part, mesh=mesh)
+        fully_shard(self, mesh=mesh)
 
     def on_fit_start(self) -> None:
         wanted = self.hparams["cuda_graphs"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from crossenc import CrossEncoderModule
-from crossenc.sharding import shard
 
 from .conftest import kill_runs, logged, run_on
 
@@ -19,7 +19,10 @@ def test_each_layer_is_gathered_by_itself(tiny_backbone: Path, monkeypatch: pyte
     units, module = [], CrossEncoderModule(str(tiny_backbone))
     monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *given: given)
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda part, mesh: units.append((part, mesh)))
-    shard(module, "cpu", 2)
+    module.configure_model()
+    assert not units  # a strategy without a mesh
+    module._device_mesh, module.trainer = object(), SimpleNamespace(world_size=2)
+    module.configure_model()
     assert units == [(part, ("cpu", (2,))) for part in (*module.model.bert.encoder.layer, module)]
 
 
