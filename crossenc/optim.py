@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,16 +93,15 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
     Fused where torch supports it: one pass over the weights instead of a dozen.
     """
     optimizer_class = getattr(torch.optim, name, None)
-    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise UsageError(f"model.optimizer: torch.optim has no optimizer {name!r}; try AdamW, Adafactor or SGD")
-    make: Any = optimizer_class  # Any: every optimizer of torch takes lr, but their base class does not
+    options: dict[str, Any] = {"lr": learning_rate}
     if fused and "fused" in inspect.signature(optimizer_class).parameters:
-        make = partial(make, fused=True)
+        options["fused"] = True
     try:
-        optimizer: Optimizer = make(groups, lr=learning_rate)
+        return optimizer_class(groups, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"model.optimizer: {name} cannot train these weights: {one_line(error)}") from error
-    return optimizer
 
 
 def make_schedule(name: str, optimizer: Optimizer, warmup: float, steps: float) -> LRScheduler:
