@@ -215,8 +215,7 @@ def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None)
         threshold: from other data; None takes the one with the best F1 here.
     """
     truth = (labels >= 0.5).long()
-    best_accuracy, accuracy_threshold = best_accuracy_and_threshold(scores, truth)
-    f1_best, f1_threshold = best_f1_and_threshold(scores, truth)
+    accuracy_threshold, f1_threshold = best_thresholds(scores, truth)
     threshold = f1_threshold if threshold is None else threshold
     both_labels = has_both_labels(truth)
     best = decision_figures(scores, truth, f1_threshold)
@@ -225,9 +224,9 @@ def pair_figures(scores: Tensor, labels: Tensor, threshold: float | None = None)
         "roc_auc": binary_auroc(scores, truth).item() if both_labels else math.nan,
         **decision_figures(scores, truth, threshold),
         "threshold": threshold,
-        "accuracy_best": best_accuracy,
+        "accuracy_best": decision_figures(scores, truth, accuracy_threshold)["accuracy"],
         "accuracy_best_threshold": accuracy_threshold,
-        "f1_best": f1_best,
+        "f1_best": best["f1"],
         "f1_best_threshold": f1_threshold,
         "precision_best": best["precision"],
         "recall_best": best["recall"],
@@ -254,33 +253,22 @@ def decision_figures(scores: Tensor, truth: Tensor, threshold: float) -> dict[st
     }
 
 
-def best_accuracy_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The best accuracy and its threshold, just above the highest score if calling no duplicates is best."""
-    values, called, hits = _groups(scores, truth)
-    negatives = len(truth) - hits[-1]
-    correct = torch.cat([negatives[None], hits + negatives - (called - hits)])
-    best = int(correct.argmax())
-    accuracy = correct[best].item() / len(truth)
-    if best == 0:
-        return accuracy, torch.nextafter(scores.max(), torch.full_like(scores.max(), math.inf)).item()
-    return accuracy, _midpoint(values, best - 1)
-
-
-def best_f1_and_threshold(scores: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The best F1 and its threshold; (0, 0) if there are no duplicates."""
-    values, called, hits = _groups(scores, truth)
-    if not hits[-1]:
-        return 0.0, 0.0
-    f1 = 2 * hits / (called + hits[-1])
-    best = int(f1.argmax())
-    return f1[best].item(), _midpoint(values, best)
-
-
-def _groups(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct scores, the highest first, and for each how many pairs and how many duplicates are at or above it."""
+def best_thresholds(scores: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The threshold with the best accuracy (just above the highest score if calling no duplicates is best), and the one
+    with the best F1 (0 if there are no duplicates).
+    """
     values, group, counts = torch.unique(scores, return_inverse=True, return_counts=True)
     duplicates = torch.zeros_like(counts).scatter_add_(0, group, truth)
-    return values.flip(0).double(), counts.flip(0).cumsum(0).double(), duplicates.flip(0).cumsum(0).double()
+    # For each distinct score, the highest first: how many pairs and how many duplicates are at or above it.
+    values, called, hits = values.flip(0), counts.flip(0).cumsum(0), duplicates.flip(0).cumsum(0)
+    gain = 2 * hits - called  # how many more are decided correctly than if no pair is called a duplicate
+    best = int(gain.argmax())
+    if gain[best] > 0:
+        accuracy_threshold = _midpoint(values, best)
+    else:
+        accuracy_threshold = torch.nextafter(values[0], torch.full_like(values[0], math.inf)).item()
+    f1 = 2 * hits.double() / (called + hits[-1])
+    return accuracy_threshold, _midpoint(values, int(f1.argmax())) if hits[-1] else 0.0
 
 
 def _midpoint(values: Tensor, group: int) -> float:

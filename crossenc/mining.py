@@ -208,7 +208,7 @@ def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judge
     Wolpert 1992): trained on different pairs, they err on different ones. Also returns the threshold for these scores
     that has the best F1 on the dev pairs. Raises `DataError` if all labels are the same.
     """
-    from .metrics import best_f1_and_threshold
+    from .metrics import best_thresholds
 
     truth = np.asarray(dev["label"]) >= 0.5
     if truth.all() or not truth.any():
@@ -223,7 +223,7 @@ def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judge
     weights = (fitted.coef_[0] / spread).tolist()
     judge = Judgement(weights[0], weights[1], float(fitted.intercept_[0]))
     scores = torch.from_numpy(judge(logits, similarities))
-    _, threshold = best_f1_and_threshold(scores, torch.from_numpy(truth).long())
+    _, threshold = best_thresholds(scores, torch.from_numpy(truth).long())
     log.info("from %s dev pairs: score = sigmoid(%.2f x logit + %.2f x similarity %+.2f)", f"{len(truth):,}", *judge)
     return judge, threshold
 

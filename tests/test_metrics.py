@@ -16,7 +16,7 @@ from crossenc.calibration import Calibration
 from crossenc.metrics import (
     PairMetrics,
     Scored,
-    best_f1_and_threshold,
+    best_thresholds,
     bin_numbers,
     calibration_error,
     chance_calibration_error,
@@ -116,6 +116,7 @@ def test_one_label_only_has_no_ranking():
     figures = pair_figures(torch.tensor([0.2, 0.7]), torch.tensor([0.0, 0.0]))
     assert math.isnan(figures["average_precision"])
     assert math.isnan(figures["roc_auc"])
+    assert figures["f1_best"] == 0.0
     assert figures["accuracy_best"] == 1.0  # calling none a duplicate is allowed
     at_best = decision_figures(torch.tensor([0.2, 0.7]), torch.tensor([0, 0]), figures["accuracy_best_threshold"])
     assert at_best["accuracy"] == 1.0
@@ -191,7 +192,7 @@ def test_each_figure_is_of_its_own_scores():
     assert figures["threshold"] == 0.6
     assert figures["duplicates"] == 0.5
     assert figures["f1_best_threshold"] == pytest.approx(0.45)  # between the two scores that it divides
-    assert best_f1_and_threshold(torch.tensor([0.2, 0.7]), torch.tensor([0, 0])) == (0.0, 0.0)
+    assert best_thresholds(torch.tensor([0.2, 0.7]), torch.tensor([0, 0]))[1] == 0.0
 
 
 def test_scores_by_what_was_fitted_stand_beside_those_that_are_given():
