@@ -60,15 +60,14 @@ class GraphedModel:
         # The backward thread starts with a plain operation: if its first one were a matrix product, torch would warn.
         torch.autograd.backward(torch.ones(2, device=self.device, requires_grad=True).square().sum())
         # The warm-up leaves autograd nodes of another stream behind, and torch would warn of them.
-        set_warning = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda _: None)
-        set_warning(False)
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         # The warm-up takes no random numbers from the run, and no graph may use bf16 weights that another one cached.
         with torch.random.fork_rng([self.device]), torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
             graphed: Any = torch.cuda.make_graphed_callables(
                 compute, (*inputs, *self.leaves.values()), allow_unused_input=True, pool=self.pool
             )
-        set_warning(True)
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
         return graphed  # type: ignore[no-any-return]
 
 
