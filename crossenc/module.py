@@ -390,6 +390,7 @@ class CrossEncoderModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export needs besides the weights; only plain types, or `weights_only` could not load the file."""
         averaged = averaged_by(self.trainer)
+        versions = [f"{name} {version(name)}" for name in ("torch", "lightning", "transformers")]
         checkpoint["crossenc"] = {
             "version": CHECKPOINT_VERSION,
             **self.evaluation(),
@@ -398,7 +399,7 @@ class CrossEncoderModule(LightningModule):
             "training": {
                 "precision": str(self.trainer.precision),
                 "hardware": _hardware(self.device),
-                "versions": _versions(),
+                "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
                 "devices": self.trainer.world_size,
                 "accumulate_grad_batches": self.trainer.accumulate_grad_batches,
                 "gradient_clip_val": self.trainer.gradient_clip_val,
@@ -446,11 +447,6 @@ def _hardware(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
     return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads"
-
-
-def _versions() -> str:
-    packages = ("torch", "lightning", "transformers")
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
 def disagreement(one: Tensor, other: Tensor) -> Tensor:
