@@ -133,10 +133,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], CrossEncoderModule, Pre
     from .module import CrossEncoderModule
 
     loaded = read_checkpoint(path)
-    settings, forward = loaded["hyper_parameters"], loaded["crossenc"].get("forward")
-    if forward:
+    if forward := loaded["crossenc"].get("forward"):
         raise CheckpointError(f"{path} uses the forward of a subclass, {forward}, which an export cannot contain")
     # backbone_sha256 guards the backbone's own weights, but here all weights come from the checkpoint.
     module = CrossEncoderModule.load_from_checkpoint(path, map_location="cpu", weights_only=True, backbone_sha256=None)
-    tokenizer = load_tokenizer(settings["backbone"], settings["revision"])
+    tokenizer = load_tokenizer(module.hparams["backbone"], module.hparams["revision"])
     return loaded, module.eval(), copy.deepcopy(tokenizer)
