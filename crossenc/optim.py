@@ -21,7 +21,7 @@ def freeze_first_layers(model: PreTrainedModel, count: int) -> None:
     """Freeze the embeddings and the first `count` layers; 0 freezes nothing. Raises `BackboneError`."""
     if not count:
         return
-    depths, total = _depths(model), len(layers(model))
+    depths, total = _depths(model), model.config.num_hidden_layers
     if not 0 < count <= total:
         raise BackboneError(f"model.freeze_layers must be 0 to {total}, the backbone's layers, not {count}")
     for parameter, depth in depths.items():
@@ -34,13 +34,6 @@ def share_segments(model: PreTrainedModel) -> None:
     table = getattr(getattr(model.base_model, "embeddings", None), "token_type_embeddings", None)
     if table is not None:
         table.weight.requires_grad_(False).copy_(table.weight[:1].clone().expand_as(table.weight))
-
-
-def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The backbone's layers, the one next to the embeddings first; empty if they cannot be found."""
-    total = model.config.num_hidden_layers
-    parts = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == total)
-    return list(next(parts, []))
 
 
 def parameter_groups(
@@ -72,14 +65,16 @@ def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
 
     What the backbone has after its layers (a pooler, a final norm) is left out: it counts as part of the head.
     """
-    stack = layers(model)
+    total = model.config.num_hidden_layers
+    lists = (part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == total)
+    stack = list(next(lists, []))  # the layer next to the embeddings first
     if not stack:
         raise BackboneError(
             f"{model.config.model_type} has no separate layers; leave out layer_decay, head_rate and freeze_layers"
         )
     depths: dict[nn.Parameter, int] = {}
     for part in model.base_model.children():
-        depths |= dict.fromkeys(part.parameters(), len(stack) + 1)
+        depths |= dict.fromkeys(part.parameters(), total + 1)
         if any(inner is stack[0] for inner in part.modules()):
             break
     for number, layer in enumerate(reversed(stack), start=1):
