@@ -77,19 +77,14 @@ class PairMetrics(Metric):
 Columns = Mapping[str, NDArray[Any]]
 
 
-def score_columns(
-    scored: Scored, applied: Calibration, fitted: Calibration | None = None, crossed: Tensor | None = None
-) -> dict[str, NDArray[Any]]:
+def score_columns(scored: Scored, applied: Calibration, crossed: Tensor | None = None) -> dict[str, NDArray[Any]]:
     """Columns of shape (pairs,): `row`, `label`, `score`, `score_raw` (before calibration), `score_crossed` (calibrated
     without using the pair's own label), and, if swapped pairs were scored, `score_swapped`.
 
-    Args:
-        applied: the calibration of `score`.
-        fitted: the calibration that was fitted on the dev pairs, if it is another one.
-        crossed: cross-fitted logits, if it was fitted on these very pairs.
+    `applied` is the calibration of `score`; `crossed` are the logits of `score_crossed`, None for those of `score`.
     """
     logits = {"score": applied(scored.logits), "score_raw": scored.logits}
-    logits["score_crossed"] = (fitted or applied)(scored.logits) if crossed is None else crossed
+    logits["score_crossed"] = logits["score"] if crossed is None else crossed
     if scored.swapped is not None:
         logits["score_swapped"] = applied(scored.swapped)
     columns = {"row": scored.rows.numpy(), "label": scored.labels.numpy()}

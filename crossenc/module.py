@@ -293,12 +293,12 @@ class CrossEncoderModule(LightningModule):
             self.metrics.reset()
             return
         scored, loss = self._gather()
-        crossed, self.fitted = None, Calibration()
+        self.fitted, crossed = Calibration(), scored.logits
         layer = last_layer(self.model)
         if self.hparams["calibrate"] and layer is not None:
             self.fitted, crossed = calibrate(scored.logits, scored.labels, shifted=layer.bias is not None)
         both_labels = has_both_labels(scored.labels >= 0.5)  # pairs with one label cannot choose a threshold
-        columns = score_columns(scored, self.calibration, self.fitted, crossed)
+        columns = score_columns(scored, self.calibration, crossed)
         self._report("val", columns, None if both_labels else self._fixed_threshold(), loss)
         if both_labels:
             self.threshold = self.figures["val/threshold"]
@@ -306,8 +306,8 @@ class CrossEncoderModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         scored, loss = self._gather()
-        # Not the best threshold of the test pairs themselves.
-        self._report("test", score_columns(scored, self.calibration, self.fitted), self._fixed_threshold(), loss)
+        columns = score_columns(scored, self.calibration, self.fitted(scored.logits))
+        self._report("test", columns, self._fixed_threshold(), loss)  # not the best threshold of the test pairs
 
     def _fixed_threshold(self) -> float:
         """The threshold that the dev pairs chose, or 0.5 if there is none."""

@@ -198,10 +198,10 @@ def test_each_figure_is_of_its_own_scores():
 def test_scores_by_what_was_fitted_stand_beside_those_that_are_given():
     logits = torch.tensor([2.0, -1.0], dtype=torch.float64)
     scored = Scored(torch.arange(2), torch.tensor([1.0, 0]), logits, None)
-    columns = score_columns(scored, Calibration(), Calibration(2.0, 1.0))
+    columns = score_columns(scored, Calibration(), Calibration(2.0, 1.0)(logits))
     assert columns["score"] == pytest.approx(logits.sigmoid().numpy())
     assert columns["score_crossed"] == pytest.approx((2 * logits + 1).sigmoid().numpy())
-    crossed = score_columns(scored, Calibration(3.0, 0.0), None, torch.tensor([0.5, 0.25]))
+    crossed = score_columns(scored, Calibration(3.0, 0.0), torch.tensor([0.5, 0.25]))
     assert crossed["score"] == pytest.approx((3 * logits).sigmoid().numpy())
     assert crossed["score_crossed"] == pytest.approx(torch.tensor([0.5, 0.25]).sigmoid().numpy())
 
