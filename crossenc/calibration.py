@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -33,10 +34,7 @@ def sigmoid(logits: NDArray[Any]) -> NDArray[Any]:
 
     torch's own sigmoid gives equal logits scores whose last digit depends on their position, which would break ties.
     """
-    from scipy.special import expit
-
-    scores: NDArray[Any] = expit(logits)
-    return scores
+    return expit(logits)  # type: ignore[no-any-return]
 
 
 def calibrate(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Calibration, Tensor]:
