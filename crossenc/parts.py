@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Parts:
         self.folder, self.facts, self.begun = folder, dict(facts), False
         self.kept: dict[int, NDArray[Any]] = {}
         # Part of each file's name, so that runs with other facts that start at the same time do not mix their parts.
-        self.mark = sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:8]
+        self.mark = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:8]
         if folder is None:
             return
         try:
@@ -106,12 +106,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    digest = sha256()
+    """The sha256 of a file."""
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
