@@ -103,8 +103,6 @@ def export(
     loaded, module, tokenizer = load_checkpoint(Path(checkpoint))
     measured, evaluated, sources = _evaluated(loaded, Path(checkpoint))
     pairs = _dev_pairs(evaluated.get("val"), Path(checkpoint), dev) if int8 else None
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     with folder_beside(target) as space:
         unfinished = space / "new"
         expected = _module_scores(module, tokenizer, _PROBES)

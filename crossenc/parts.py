@@ -134,7 +134,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
     space = target.with_name(f".{target.name}-unfinished")
     with writing(target):
         shutil.rmtree(space, ignore_errors=True)
-        space.mkdir()
+        space.mkdir(parents=True)
         own = tempfile.mkdtemp(dir=space)
     try:
         yield Path(own)
