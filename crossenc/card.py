@@ -285,23 +285,18 @@ def _data_text(data: dict[str, Any]) -> str:
 def _settings(settings: dict[str, Any], data: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
     """All settings: those of the model, of the data and of the Trainer, and what the training took."""
     ours = {name: value for name, value in settings.items() if value is not None and name != "backbone"}
+    cost, took = checkpoint.get("callbacks", {}).get("Cost", {}), {}
+    if cost.get("seconds"):
+        took["duration"] = f"{cost['seconds'] / 60:.1f} minutes"
+    if cost.get("energy_kwh"):
+        took["energy"] = f"{cost['energy_kwh']:.4f} kWh (estimated by codecarbon)"
     return {
         **ours,
         **{name: data["plan"][name] for name in ("batch_size", "batch_by", "window", "seed") if "plan" in data},
         **{name: data[name] for name in ("limit", "transitive") if data.get(name)},
         **checkpoint["crossenc"]["training"],
-        **_cost(checkpoint.get("callbacks", {}).get("Cost", {})),
+        **took,
         "steps": checkpoint["global_step"],
         # The epochs that were begun: `epoch` does not count the last one before its validation.
         "epochs": checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"],
     }
-
-
-def _cost(cost: dict[str, float]) -> dict[str, str]:
-    """Duration and energy of the training, from the callback `Cost`."""
-    texts = {}
-    if cost.get("seconds"):
-        texts["duration"] = f"{cost['seconds'] / 60:.1f} minutes"
-    if cost.get("energy_kwh"):
-        texts["energy"] = f"{cost['energy_kwh']:.4f} kWh (estimated by codecarbon)"
-    return texts
