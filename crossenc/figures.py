@@ -69,10 +69,8 @@ def _reliability(columns: Columns, name: str) -> Figure:
         ]
     for column, label, colour, style in series:
         bins = bin_numbers(columns[column])
-        counts = np.bincount(bins, minlength=BINS)
-        filled = counts > 0
         means, shares = (
-            np.bincount(bins, weights=values, minlength=BINS)[filled] / counts[filled]
+            np.array([values[bins == number].mean() for number in np.unique(bins)])
             for values in (columns[column], columns["label"] >= 0.5)
         )
         axes.plot(means, shares, style, color=colour, label=label)
