@@ -82,14 +82,14 @@ def write_card(
     settings, data = checkpoint["hyper_parameters"], checkpoint.get("PairDataModule") or {}
     if data:
         data = _measured(data, sources, figures)
-    source, on_hub = str(data.get("source", "unknown data")), is_hub_id(str(data.get("source", "")))
+    source = str(data.get("source", "unknown data"))
     card = ModelCard.from_template(
         ModelCardData(
             library_name="sentence-transformers",
             pipeline_tag="text-ranking",
             tags=["sentence-transformers", "cross-encoder", "reranker", "duplicate-questions", "crossenc"],
             base_model=settings["backbone"] if is_hub_id(settings["backbone"]) else None,
-            datasets=[source.partition(":")[0]] if on_hub else None,
+            datasets=[source.partition(":")[0]] if is_hub_id(source) else None,
             model_name=name,
             eval_results=_eval_results(figures, data) or None,
         ),
