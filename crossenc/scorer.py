@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -205,21 +206,19 @@ def _shared(scoring: Scoring, chunks: Iterable[tuple[int, Texts]]) -> Iterator[t
 
 def _next_result(results: Any, workers: list[Any]) -> tuple[int, Logits]:
     while True:
-        try:
+        with suppress(queue.Empty):
             number, found = results.get(timeout=1)
-        except queue.Empty:
-            if dead := [worker for worker in workers if worker.exitcode]:
-                # An error while it works is sent here; one with exit code 1 could not even begin.
-                unguarded = 'the script that called this has no `if __name__ == "__main__":`'
-                cause = unguarded if dead[0].exitcode == 1 else "memory ran out"
-                raise LostProcessError(
-                    f"a scoring process died (exit code {dead[0].exitcode}), perhaps because {cause}; "
-                    "finished parts are kept: run the same command again, or with fewer devices"
-                ) from None
-            continue
-        if isinstance(found, Exception):
-            raise found
-        return number, found
+            if isinstance(found, Exception):
+                raise found
+            return number, found
+        if dead := [worker for worker in workers if worker.exitcode]:
+            # An error while it works is sent here; one with exit code 1 could not even begin.
+            unguarded = 'the script that called this has no `if __name__ == "__main__":`'
+            cause = unguarded if dead[0].exitcode == 1 else "memory ran out"
+            raise LostProcessError(
+                f"a scoring process died (exit code {dead[0].exitcode}), perhaps because {cause}; "
+                "finished parts are kept: run the same command again, or with fewer devices"
+            )
 
 
 def _work(scoring: Scoring, rank: int, tasks: Any, results: Any) -> None:
