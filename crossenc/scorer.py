@@ -108,6 +108,7 @@ class Scorer:
             self.tokenizer, self.max_length = load_tokenizer(str(folder)), longest_pair(folder)
             self.model: Any = OnnxModel(folder, scoring.backend, rank, threads)
             self.compute, self.tokens, cost = self._by_onnx, _TOKENS["onnx"], 2**40  # all in one piece
+            self.device = torch.device("cpu")
         else:
             self.model, self.tokenizer, self.max_length = load(scoring.model)
             self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -127,7 +128,13 @@ class Scorer:
 
     def logits(self, prepared: tuple[int, list[Any]]) -> Logits:
         """The logits of a chunk, in its order; the mean over both orders of the texts if both were asked for."""
-        logits = self.compute(*prepared)
+        count, batches = prepared
+        found = torch.empty(count, device=self.device)
+        mixed = self.scoring.precision == "bf16-mixed"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            for batch in batches:
+                found[batch["row"].to(self.device, non_blocking=True)] = self.compute(batch)
+        logits: Logits = found.cpu().numpy()
         if not np.isfinite(logits).all():
             raise BackboneError(
                 f"{self.scoring.model} gives NaN or infinity for some pairs: its weights are damaged, or too large for "
@@ -135,25 +142,16 @@ class Scorer:
             )
         return logits.reshape(2, -1).mean(0) if self.scoring.both_orders else logits
 
-    def _by_torch(self, count: int, batches: list[Any]) -> Logits:
-        found = torch.empty(count, device=self.device)
-        mixed = self.scoring.precision == "bf16-mixed"
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            for batch in batches:
-                on_device: Any = {
-                    name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                    for name, value in batch.items()
-                }
-                found[on_device["row"]] = pair_logits(self.model, on_device)
-        logits: Logits = found.cpu().numpy()
-        return logits
+    def _by_torch(self, batch: Any) -> torch.Tensor:
+        on_device: Any = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+        return pair_logits(self.model, on_device)
 
-    def _by_onnx(self, count: int, batches: list[Any]) -> Logits:
-        found = np.empty(count, dtype=np.float32)
-        for batch in batches:
-            (inputs,) = padded(batch)
-            found[batch["row"].numpy()] = self.model({name: values.numpy() for name, values in inputs.items()})
-        return found
+    def _by_onnx(self, batch: Any) -> torch.Tensor:
+        (inputs,) = padded(batch)
+        return torch.from_numpy(self.model({name: values.numpy() for name, values in inputs.items()}))
 
 
 def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:
