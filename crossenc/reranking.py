@@ -140,11 +140,10 @@ def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int) -> R
 
 def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scoring) -> Ranking:
     pairs = ((query, corpus[place]) for query, found in zip(queries, before, strict=True) for place, _ in found)
-    logits = score_all(Parts(None, {}), scoring, pairs, sum(map(len, before)))
-    after, start = [], 0
-    for found in before:
-        own = logits[start : start + len(found)]
-        start += len(found)
+    counts = [len(found) for found in before]
+    logits = score_all(Parts(None, {}), scoring, pairs, sum(counts))
+    after = []
+    for found, own in zip(before, np.split(logits, np.cumsum(counts)[:-1]), strict=True):
         # By logit, because two logits that are both large can have the same score.
         order = np.argsort(-own, kind="stable").tolist()
         after.append([(found[i][0], score) for i, score in zip(order, decimals(sigmoid(own)[order]), strict=True)])
