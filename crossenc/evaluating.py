@@ -135,7 +135,6 @@ def finish(
             found = evaluation_figures(part, threshold) | intervals(part, threshold)
             figures |= {f"{name}/{key}": value for key, value in found.items()}
     module.figures = figures
-    folder.mkdir(parents=True, exist_ok=True)
     sources = data.read_from(module.scored)
     # Without the checkpoint's figures of other splits: the file may have newer ones, measured on other pairs.
     measured = {name: value for name, value in figures.items() if split_of(name) in sources}
