@@ -103,12 +103,11 @@ def sample_questions(split: str) -> tuple[list[str], np.ndarray]:
 def write_pairs(folder: Path) -> None:
     """Pairs to train on for mining, and dev pairs: all of a group, and what the retriever finds across groups."""
     from crossenc.neighbors import embed
-    from crossenc.parts import Parts
 
     for split, name in (("train", "train.csv"), ("val", "dev.csv")):
         texts, of = sample_questions(split)
         a, b = np.triu_indices(len(texts), 1)
-        vectors = embed(texts, BACKBONE, Parts(None, {}))
+        vectors = embed(texts, BACKBONE, {})
         similarities, same = (vectors @ vectors.T)[a, b], of[a] == of[b]
         rows = np.random.default_rng(0).permutation(np.flatnonzero(same | (similarities >= SAMPLE_FLOOR)))
         with (folder / name).open("w", encoding="utf-8", newline="") as out:
@@ -120,11 +119,10 @@ def write_pairs(folder: Path) -> None:
 def quality(model: str, dev: Path) -> dict[str, Any]:
     from crossenc import mine
     from crossenc.neighbors import embed
-    from crossenc.parts import Parts
 
     texts, of = sample_questions("test")
     true = {(a, b) for a, b in combinations(range(len(texts)), 2) if of[a] == of[b]}
-    vectors = embed(texts, BACKBONE, Parts(None, {}))
+    vectors = embed(texts, BACKBONE, {})
     a, b = np.triu_indices(len(texts), 1)
     similarities = (vectors @ vectors.T)[a, b]
     order = np.argsort(-similarities, kind="stable")
@@ -226,11 +224,10 @@ def watch(command: list[str], work: Path) -> tuple[dict[str, tuple[float, float]
 
 def floor(data: Path) -> dict[str, Any]:
     from crossenc.neighbors import embed
-    from crossenc.parts import Parts
 
     with (data / "train.tsv").open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))
-    sides = [embed([row[name] for row in rows], BACKBONE, Parts(None, {})) for name in ("question1", "question2")]
+    sides = [embed([row[name] for row in rows], BACKBONE, {}) for name in ("question1", "question2")]
     similarities, labels = (sides[0] * sides[1]).sum(1), np.array([row["is_duplicate"] == "1" for row in rows])
     record = {}
     print("| cosine of at least | of the duplicates | of the other pairs |\n|---|---|---|")

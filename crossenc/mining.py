@@ -27,7 +27,7 @@ from .errors import DataError, UsageError, require, require_choice
 from .loading import fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, PAIR_BYTES, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
-from .parts import Parts, try_writing
+from .parts import Arrays, Parts, try_writing
 from .scorer import Backend, Precision, Scoring, score_chunks
 from .scoring import OnError, decimals, parts_folder, reaches, score_all
 from .tables import STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
@@ -166,8 +166,8 @@ def mine(
     judge, best = (Judgement(), 0.5) if labelled is None else fit_judgement(labelled, scoring, retriever)
     threshold = best if threshold is None else threshold
 
-    def parts(name: str) -> Parts:
-        return Parts(folder and folder / name, facts, overwrite)
+    def parts(name: str) -> Arrays:
+        return Parts(folder / name, facts, overwrite) if folder else {}
 
     facts |= {"retriever": fingerprint(bi_encoder)}
     vectors = embed([texts[row] for row in distinct], retriever, parts("vectors"))
@@ -215,7 +215,7 @@ def fit_judgement(dev: Dataset, scoring: Scoring, retriever: str) -> tuple[Judge
         raise DataError("the labels of --dev are all the same; give both duplicates and other pairs")
     ((_, logits),) = score_chunks(scoring, [(0, list(zip(dev["text_a"], dev["text_b"], strict=True)))])
     rows = {text: row for row, text in enumerate(dict.fromkeys([*dev["text_a"], *dev["text_b"]]))}
-    vectors = embed(list(rows), retriever, Parts(None, {}), "embed dev pairs")
+    vectors = embed(list(rows), retriever, {}, "embed dev pairs")
     a, b = (vectors[[rows[text] for text in dev[side]]] for side in ("text_a", "text_b"))
     features = np.column_stack([logits, similarities := (a * b).sum(1)]).astype(np.float64)
     spread = np.maximum(features.std(0), 1e-9)  # one scale, so that the regression's penalty means the same for both

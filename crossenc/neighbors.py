@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .backbone import has_head, quiet_transformers
 from .errors import BackboneError, HubError, one_line, require
 from .loading import find, read_config
-from .parts import Parts
+from .parts import Arrays
 from .progress import progress
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ EXACT_LIMIT = 100_000
 
 
 def embed(
-    texts: Sequence[str], retriever: str, parts: Parts, what: str = "embed questions", encode: str = "encode"
+    texts: Sequence[str], retriever: str, parts: Arrays, what: str = "embed questions", encode: str = "encode"
 ) -> Vectors:
     """Vectors of length one, shape (texts, dimensions); those that `parts` has are not computed again.
 
@@ -131,7 +131,7 @@ CANDIDATE = np.dtype([("a", np.int64), ("b", np.int64), ("similarity", np.float3
 PAIR_BYTES = 2 * CANDIDATE.itemsize + 4 * 8
 
 
-def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: Index, parts: Parts) -> NDArray[Any]:
+def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: Index, parts: Arrays) -> NDArray[Any]:
     """Pairs of rows of which one is among the `top_k` nearest to the other: a before b, each once, in order.
 
     An array of `CANDIDATE`, shape (pairs,), without pairs whose cosine is below `min_similarity`; each part holds the

@@ -12,18 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError, OutputError, one_line
 
-FACTS_FILE = "facts.json"
-
 
 class Parts:
-    """Numbered arrays of one piece of work: files in a folder, or in memory if there is no folder.
+    """Numbered arrays of one piece of work, as files in a folder; work that is not to be resumed takes a dict instead.
 
     Args:
         folder: where they are kept; it is made for the first one. Parts that are there already are reused.
@@ -34,58 +32,55 @@ class Parts:
         OutputError: the folder holds the parts of other work; or, when a part is set, it cannot be written.
     """
 
-    def __init__(self, folder: Path | None, facts: dict[str, Any], overwrite: bool = False) -> None:
-        self.folder, self.facts, self.begun = folder, dict(facts), False
-        self.kept: dict[int, NDArray[Any]] = {}
+    def __init__(self, folder: Path, facts: dict[str, Any], overwrite: bool = False) -> None:
+        self.folder, self.facts, self.facts_file = folder, dict(facts), folder / "facts.json"
+        self.begun = False
         # Part of each file's name, so that runs with other facts that start at the same time do not mix their parts.
         self.mark = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:8]
-        if folder is None:
-            return
         try:
-            self.begun = self._is_begun(folder)
+            self.begun = self._is_begun()
         except (DataError, OutputError):
             if not overwrite:
                 raise
             shutil.rmtree(folder)
 
-    def _is_begun(self, folder: Path) -> bool:
+    def _is_begun(self) -> bool:
         """Whether the folder holds these facts; raises `OutputError` if it holds others."""
-        if not (folder / FACTS_FILE).is_file():
+        if not self.facts_file.is_file():
             return False
-        known = read_json(folder / FACTS_FILE)
+        known = read_json(self.facts_file)
         if known != self.facts:
             differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
             raise OutputError(
-                f"{folder} holds work that differs in {', '.join(differing)}; "
+                f"{self.folder} holds work that differs in {', '.join(differing)}; "
                 "continue with the same, or drop it with --overwrite"
             )
         return True
 
     def __contains__(self, number: int) -> bool:
-        return number in self.kept if self.folder is None else self._file(number).is_file()
+        return self._file(number).is_file()
 
     def __getitem__(self, number: int) -> NDArray[Any]:
-        found: NDArray[Any] = self.kept[number] if self.folder is None else np.load(self._file(number))
+        found: NDArray[Any] = np.load(self._file(number))
         return found
 
     def __setitem__(self, number: int, array: NDArray[Any]) -> None:
-        if self.folder is None:
-            self.kept[number] = array
-            return
         content = io.BytesIO()
         np.save(content, array)
         with writing(self.folder):
             if not self.begun:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._is_begun(self.folder)  # another run may have begun it in the meantime
-                _write(self.folder / FACTS_FILE, (json.dumps(self.facts, indent=2) + "\n").encode())
+                self._is_begun()  # another run may have begun it in the meantime
+                _write(self.facts_file, (json.dumps(self.facts, indent=2) + "\n").encode())
                 self.begun = True
             with content.getbuffer() as view:  # an error would hold on to it, and Python 3.13 complain at the end
                 _write(self._file(number), view)
 
     def _file(self, number: int) -> Path:
-        assert self.folder is not None
         return self.folder / f"{number:08d}-{self.mark}.npy"
+
+
+Arrays: TypeAlias = Parts | dict[int, NDArray[Any]]
 
 
 def _write(file: Path, content: bytes | memoryview) -> None:

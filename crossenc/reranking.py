@@ -18,7 +18,7 @@ from .calibration import sigmoid
 from .errors import DataError, UsageError, require
 from .neighbors import embed
 from .pairs import NOT_UTF8, SUFFIXES, SURROGATE, is_local
-from .parts import Parts, replacing, writing
+from .parts import replacing, writing
 from .scorer import Backend, Precision, Scoring
 from .scoring import decimals, score_all
 from .tables import STANDARD, Row, Table, claim_output, open_table, read_texts, write_table
@@ -133,15 +133,15 @@ def rerank(
 def retrieve(queries: list[str], corpus: list[str], retriever: str, k: int) -> Ranking:
     """The k texts whose vectors are nearest to each query's, with their cosine similarity."""
     search = require("sentence_transformers.util", "mine").semantic_search
-    text_vectors = embed(corpus, retriever, Parts(None, {}), "embed the corpus", "encode_document")
-    query_vectors = embed(queries, retriever, Parts(None, {}), "embed the queries", "encode_query")
+    text_vectors = embed(corpus, retriever, {}, "embed the corpus", "encode_document")
+    query_vectors = embed(queries, retriever, {}, "embed the queries", "encode_query")
     return [[(hit["corpus_id"], hit["score"]) for hit in hits] for hits in search(query_vectors, text_vectors, top_k=k)]
 
 
 def _score(before: Ranking, queries: list[str], corpus: list[str], scoring: Scoring) -> Ranking:
     pairs = ((query, corpus[place]) for query, found in zip(queries, before, strict=True) for place, _ in found)
     counts = [len(found) for found in before]
-    logits = score_all(Parts(None, {}), scoring, pairs, sum(counts))
+    logits = score_all({}, scoring, pairs, sum(counts))
     after = []
     for found, own in zip(before, np.split(logits, np.cumsum(counts)[:-1]), strict=True):
         # By logit, because two logits that are both large can have the same score.

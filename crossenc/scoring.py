@@ -27,7 +27,7 @@ from .calibration import sigmoid
 from .errors import DataError, UsageError, one_line, require_choice
 from .loading import read_threshold
 from .pairs import SUFFIXES, match_columns, what_is_wrong
-from .parts import Parts
+from .parts import Arrays, Parts
 from .progress import progress
 from .scorer import Backend, Logits, Precision, Scoring, score_chunks
 from .tables import CHUNK, STANDARD, Row, Table, chunked, claim_output, open_table, skipped_file, write_table
@@ -115,7 +115,7 @@ def score(
             checked = _check(table, columns or {}, list(new), on_error, str(output).lower().endswith(".parquet"))
         folder = None if output in (None, STANDARD) else parts_folder(str(output))
         facts = {"input": table.digest(), "columns": checked.names, "on_error": on_error, "chunk": CHUNK}
-        parts = Parts(folder, facts | model_facts, overwrite)
+        parts: Arrays = Parts(folder, facts | model_facts, overwrite) if folder else {}
         a, b = checked.names["text_a"], checked.names["text_b"]
         texts = ((row[a], row[b]) for _, row in _good_rows(table, checked.names))
         if output is None:
@@ -128,7 +128,7 @@ def score(
         return Path(output)
 
 
-def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> None:
+def score_into(parts: Arrays, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> None:
     """Score `total` pairs of texts, one part for each chunk, except those that `parts` already has."""
     done = sum(min(CHUNK, total - start) for start in range(0, total, CHUNK) if start // CHUNK in parts)
     if done:
@@ -144,7 +144,7 @@ def score_into(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]],
     log.info("%s pairs scored, %.0f per second", f"{total - done:,}", (total - done) / (time.monotonic() - start))
 
 
-def score_all(parts: Parts, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> Logits:
+def score_all(parts: Arrays, scoring: Scoring, pairs: Iterator[tuple[str, str]], total: int) -> Logits:
     """The logits of `total` pairs of texts, by `score_into`, shape (total,)."""
     score_into(parts, scoring, pairs, total)
     chunks = -(-total // CHUNK)
@@ -257,7 +257,7 @@ def _in_memory(table: Table, checked: _Checked, found: Logits, new: Mapping[str,
     return frame
 
 
-def _join(table: Table, checked: _Checked, parts: Parts, new: Mapping[str, _Make], output: str) -> None:
+def _join(table: Table, checked: _Checked, parts: Arrays, new: Mapping[str, _Make], output: str) -> None:
     schema = checked.schema
     if schema is not None:
         none = np.empty(0, dtype=np.float32)

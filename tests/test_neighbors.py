@@ -14,7 +14,6 @@ from crossenc.backbone import locate
 from crossenc.errors import BackboneError
 from crossenc.loading import find
 from crossenc.neighbors import PAIR_BYTES, embed, find_candidates, kind_of_index, make_search
-from crossenc.parts import Parts
 from crossenc.reranking import retrieve
 
 from .conftest import BACKBONE
@@ -47,7 +46,7 @@ def unit_vectors(count: int, dimensions: int = 16) -> np.ndarray:
 
 def test_candidates_are_the_neighbours_once_each():
     vectors = unit_vectors(5_000)
-    found = find_candidates(vectors, 3, 0.5, "exact", Parts(None, {}))
+    found = find_candidates(vectors, 3, 0.5, "exact", {})
     similarities = vectors @ vectors.T
     np.fill_diagonal(similarities, -2)
     nearest = np.argsort(-similarities, axis=1)[:, :3]
@@ -66,7 +65,7 @@ def test_candidates_are_the_neighbours_once_each():
 def test_memory_of_the_pairs_is_what_is_told():
     import tracemalloc
 
-    vectors, parts = unit_vectors(4_000), Parts(None, {})
+    vectors, parts = unit_vectors(4_000), {}
     find_candidates(vectors, 50, -1, "exact", parts)  # keeps all, of which those found twice count twice
     tracemalloc.start()
     find_candidates(vectors, 50, -1, "exact", parts)
@@ -80,8 +79,7 @@ def test_approximate_indexes_find_nearly_all(index: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("crossenc.neighbors.BLOCK", 300)  # so that an index is filled in two goes
     vectors = unit_vectors(5_000)
     exact, found = (
-        {(a, b) for a, b, _ in find_candidates(vectors, 4, 0.6, kind, Parts(None, {})).tolist()}
-        for kind in ("exact", index)
+        {(a, b) for a, b, _ in find_candidates(vectors, 4, 0.6, kind, {}).tolist()} for kind in ("exact", index)
     )
     assert len(exact & found) / len(exact) > 0.95
 
@@ -104,27 +102,27 @@ def test_auto_is_exact_up_to_a_size(monkeypatch: pytest.MonkeyPatch):
 def test_fewer_rows_than_neighbours():
     similarities, rows = make_search(unit_vectors(5), "exact")(unit_vectors(5)[:2], 50)
     assert rows.shape == similarities.shape == (2, 5)
-    assert len(find_candidates(unit_vectors(5), 50, -1, "exact", Parts(None, {}))) == 10
+    assert len(find_candidates(unit_vectors(5), 50, -1, "exact", {})) == 10
 
 
 def test_blocks_of_texts_and_rows_make_what_one_would(monkeypatch: pytest.MonkeyPatch):
     """Five texts in blocks of two, of which the second was kept by an earlier run."""
     texts = ["How do I learn to swim?", "What is rain?", "Why is it cold?", "How can I swim?", "Who rains?"]
-    whole = embed(texts, BACKBONE, Parts(None, {}))
-    pairs = find_candidates(whole, 2, -1, "exact", Parts(None, {}))
+    whole = embed(texts, BACKBONE, {})
+    pairs = find_candidates(whole, 2, -1, "exact", {})
     monkeypatch.setattr("crossenc.neighbors.BLOCK", 2)
-    parts = Parts(None, {})
+    parts = {}
     parts[1] = whole[2:4]
     vectors = embed(texts, BACKBONE, parts)
     assert vectors == pytest.approx(whole, abs=1e-6)
-    assert find_candidates(vectors, 2, -1, "exact", Parts(None, {}))[["a", "b"]].tolist() == pairs[["a", "b"]].tolist()
+    assert find_candidates(vectors, 2, -1, "exact", {})[["a", "b"]].tolist() == pairs[["a", "b"]].tolist()
 
 
 def test_vectors_of_a_bi_encoder_that_does_not_normalize_have_length_one(tmp_path: Path):
     folder = shutil.copytree(locate(BACKBONE), tmp_path / "model")
     layers = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps([layer for layer in layers if "Normalize" not in layer["type"]]))
-    vectors = embed(["How do I learn to swim?", "What?"], str(folder), Parts(None, {}))
+    vectors = embed(["How do I learn to swim?", "What?"], str(folder), {})
     assert len(layers) == 3
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
 
@@ -143,7 +141,7 @@ def test_a_bi_encoder_may_have_layers_in_folders_and_words_of_its_own_for_querie
     settings = {"prompts": {"query": "search for: ", "document": "text: "}, "default_prompt_name": None}
     (folder.parent / "config_sentence_transformers.json").write_text(json.dumps(settings))
     model = SentenceTransformer(str(folder.parent), device="cpu")
-    queries = embed(["swim"], str(folder.parent), Parts(None, {}), encode="encode_query")
+    queries = embed(["swim"], str(folder.parent), {}, encode="encode_query")
     assert queries == pytest.approx(model.encode(["search for: swim"], normalize_embeddings=True), abs=1e-5)
     (found,) = retrieve(["swim"], ["swim", "rain"], str(folder.parent), 1)
     documents = model.encode(["text: swim"], normalize_embeddings=True)
@@ -154,10 +152,10 @@ def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():
     from sentence_transformers import SentenceTransformer
 
     texts = ["How do I learn to swim?", "", "这是什么？"]
-    parts = Parts(None, {})
+    parts = {}
     vectors = embed(texts, BACKBONE, parts)
     model = SentenceTransformer(locate(BACKBONE), device="cpu")
     assert vectors == pytest.approx(model.encode(texts, normalize_embeddings=True), abs=1e-5)
     assert embed(texts, "no such model", parts) is not vectors  # nothing is missing, so that nothing is loaded
     with pytest.raises(BackboneError):
-        embed(texts, "./gone", Parts(None, {}))
+        embed(texts, "./gone", {})
