@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 DEFAULT_RETRIEVER = "sentence-transformers/all-MiniLM-L6-v2"
 Index: TypeAlias = Literal["auto", "exact", "ivf", "hnsw"]
 Vectors: TypeAlias = NDArray[np.float32]
-Search: TypeAlias = Callable[[Vectors, int], tuple[Vectors, NDArray[np.int64]]]
 # How many texts are embedded, and how many rows get their neighbours, at once; each block is one part on disk.
 BLOCK = 2_000
 # Comparing every vector with every other takes minutes for 200,000 on two cores, and four times as long for 400,000.
@@ -88,15 +87,12 @@ def _load(retriever: str) -> Any:
 
 
 def kind_of_index(count: int, index: Index) -> Index:
-    """What `auto` stands for: every vector with every other up to `EXACT_LIMIT`, and lists of similar vectors above.
-
-    Never a graph (HNSW): two graphs built by several threads differ, so an interrupted run would not end like an
-    uninterrupted one.
-    """
+    """What `auto` stands for. Never a graph (HNSW): two that several threads build differ, so an interrupted run would
+    not end like an uninterrupted one."""
     return index if index != "auto" else "exact" if count <= EXACT_LIMIT else "ivf"
 
 
-def make_search(vectors: Vectors, index: Index) -> Search:
+def make_search(vectors: Vectors, index: Index) -> Callable[[Vectors, int], tuple[Vectors, NDArray[np.int64]]]:
     """A function that returns the similarities (cosines) and the row numbers of the k vectors nearest to each query.
 
     Both have shape (queries, k), the nearest first; row -1 means that fewer were found. `vectors` have shape

@@ -25,7 +25,6 @@ from .tables import STANDARD, Row, Table, claim_output, open_table, read_texts, 
 
 log = logging.getLogger(__name__)
 
-RUN_SUFFIXES = (".run", ".trec", ".txt")
 # For each query, pairs of (position of a text in the corpus, score), the best first.
 Ranking: TypeAlias = list[list[tuple[int, float]]]
 
@@ -91,7 +90,7 @@ def rerank(
     if qrels is not None:
         require("ir_measures", "rank")  # fail before the work, not after it
     if output is not None:
-        claim_output(output, (*RUN_SUFFIXES, ".jsonl"), overwrite)
+        claim_output(output, (".run", ".trec", ".txt", ".jsonl"), overwrite)
     scoring.find()  # fail before candidates are searched
     if retriever is not None:
         require("sentence_transformers", "mine")

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SIDES = ("text_a", "text_b")
 OnError: TypeAlias = Literal["stop", "skip"]
 _Make: TypeAlias = Callable[[Logits], NDArray[Any]]  # makes a new column from the logits
 
@@ -105,7 +104,7 @@ def score(
         raise UsageError(f"the new columns cannot be named {list(new)}; give each another name: --column, --decision")
     if columns and "label" in columns:
         raise UsageError("columns: labels are not read here; name only text_a and text_b")
-    with open_table(pairs, SIDES) as table:
+    with open_table(pairs, ("text_a", "text_b")) as table:
         if output is not None:
             claim_output(output, SUFFIXES, overwrite)
         if (decision is not None or logit) and output is None and isinstance(table.source, Path | list):
