@@ -157,12 +157,11 @@ def main(args: list[str] | None = None) -> int:
             raise UsageError(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}")
         run = COMMANDS[name][1]
         by_trainer = run in (_run, _evaluate)
-        if not {"-h", "--help"} & set(rest):
-            _set_up_output()
-            if by_trainer or name == "export":
-                _quiet_lightning()
-            if by_trainer:
-                _watch_first_process(name)
+        _set_up_output()
+        if by_trainer or name == "export":
+            _quiet_lightning()
+        if by_trainer:
+            _watch_first_process(name)
         # With a Trainer, Lightning handles SIGTERM; and only the main thread may handle signals.
         in_main = threading.current_thread() is threading.main_thread()
         with _exit_on_sigterm() if in_main and not by_trainer else nullcontext():
