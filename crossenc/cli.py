@@ -37,17 +37,16 @@ def _evaluate(command: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser
     from lightning.pytorch.utilities import rank_zero_only
 
-    from .data import PairDataModule
-    from .evaluating import evaluate, print_figures
+    from .evaluating import print_figures
 
     parser = ArgumentParser(prog=f"crossenc {command}", exit_on_error=False, description=COMMANDS[command][0])
     parser.add_argument("model", type=str, help=_MODEL_HELP)
-    parser.add_class_arguments(PairDataModule, "data", skip=_MODEL_ARGUMENTS | _TRAINING_ARGUMENTS)
+    parser.add_class_arguments(crossenc.PairDataModule, "data", skip=_MODEL_ARGUMENTS | _TRAINING_ARGUMENTS)
     parser.set_defaults({"data.source": ""})
     parser.add_argument("--output", type=str, default="evaluation", help="Folder for the report.")
-    parser.add_function_arguments(evaluate, skip={"model", "arguments", "output"})
+    parser.add_function_arguments(crossenc.evaluate, skip={"model", "arguments", "output"})
     given = _parse(parser, args)
-    figures = evaluate(arguments=given.pop("data"), **given)
+    figures = crossenc.evaluate(arguments=given.pop("data"), **given)
     if getattr(rank_zero_only, "rank", 0) == 0:
         print_figures(figures, folded=False)
         print(f"\nreport: {given['output']}")
@@ -232,9 +231,9 @@ def _first_process_lives() -> bool:
     return os.environ.get(_FIRST_PROCESS, str(os.getppid())) == str(os.getppid())
 
 
-def _first_process_ends_soon(seconds: float = 15.0) -> bool:
-    """Whether the first process ends within this time. If so, it has met the same error and printed it."""
-    end = time.monotonic() + seconds
+def _first_process_ends_soon() -> bool:
+    """Whether the first process ends within 15 seconds. If so, it has met the same error and printed it."""
+    end = time.monotonic() + 15
     while _first_process_lives() and time.monotonic() < end:
         time.sleep(0.1)
     return not _first_process_lives()
