@@ -277,13 +277,6 @@ def owner(path: Path) -> str:
     return f"{path.name}, step {read_checkpoint(path, mmap=True)['global_step']}"
 
 
-def keep_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
-    """Add the results of a validation after training (threshold, calibration, figures) to the validated checkpoint."""
-    loaded = read_checkpoint(path)
-    loaded["crossenc"] |= evaluation
-    AtomicCheckpointIO().save_checkpoint(loaded, path)
-
-
 def what_lacks(loaded: dict[str, Any]) -> str | None:
     """Why no run can resume exactly from a checkpoint with this content, or None."""
     if "optimizer_states" not in loaded:  # a ModelCheckpoint with save_weights_only writes none

@@ -38,7 +38,6 @@ from .checkpoints import (
     LastCheckpoint,
     command_to_go_on,
     find_newest,
-    keep_evaluation,
     owner,
     read_checkpoint,
     what_lacks,
@@ -377,7 +376,9 @@ class RunCLI(LightningCLI):
             self.trainer.validate(self.model, self.datamodule, ckpt_path=best, verbose=False)
             self.trainer.loggers = loggers
             if not chosen and self.trainer.is_global_zero:
-                keep_evaluation(Path(best), self.model.evaluation())
+                loaded = read_checkpoint(Path(best))
+                loaded["crossenc"] |= self.model.evaluation()
+                AtomicCheckpointIO().save_checkpoint(loaded, best)
             self.trainer.strategy.barrier()
             # Report the checkpoint's threshold: with other batches, scores differ in the last digits.
             if (threshold := read_threshold(best)) is not None:
