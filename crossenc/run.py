@@ -297,10 +297,9 @@ class RunCLI(LightningCLI):
             bar = RichProgressBar(refresh, theme=RichProgressBarTheme(metrics_format=".5g"))
             callbacks.append(bar if sys.stderr.isatty() else PlainProgress())
         if self.command == "fit" and given.enable_checkpointing is not False and not given.fast_dev_run:
-            config = self.config["fit"]
-            callbacks.append(BestCheckpoint(self.folder))
+            config, self.best = self.config["fit"], BestCheckpoint(self.folder)
             every = (config.checkpoint_every_n_steps, config.checkpoint_every_n_minutes)
-            callbacks.append(LastCheckpoint(*every, self.checkpoint))
+            callbacks += [self.best, LastCheckpoint(*every, self.checkpoint)]
         if self.command == "predict" and not given.fast_dev_run:
             callbacks.append(PredictionFile(self.folder / "predictions.csv"))
         return callbacks
@@ -359,9 +358,7 @@ class RunCLI(LightningCLI):
             log.info("no step was taken, or checkpoints are disabled: there is nothing to test and export")
             discard_if_empty(self.folder)
             return
-        # The first BestCheckpoint, and not the first callback: a config can add other checkpoints.
-        ours = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, BestCheckpoint))
-        best = chosen = next((callback.best_model_path for callback in ours), "")
+        best = chosen = self.best.best_model_path
         if not chosen:  # without a validation, no checkpoint was chosen
             best = str(self.trainer.strategy.broadcast(self.folder) / "last.ckpt")  # the first rank chose the folder
             if not Path(best).is_file():  # the checkpoint is of another run, and no steps were left to train
