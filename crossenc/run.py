@@ -274,8 +274,11 @@ class RunCLI(LightningCLI):
         if kind := _PROFILERS.get(str(given.profiler)):  # Lightning would only log the report, where nobody sees it
             kwargs["profiler"] = kind(filename="profile")  # in the run's folder
         if self.command == "fit" and given.logger is not False:
-            if self.goes_on:
-                self.old_log = _set_aside(self.folder / "metrics.csv")
+            log_file = self.folder / "metrics.csv"
+            if self.goes_on and log_file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
+                # CSVLogger would delete it.
+                names = (log_file.with_stem(f"metrics-{number}") for number in count(1))
+                self.old_log = log_file.rename(next(name for name in names if not name.exists()))
             ours = [kind(self.folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
             kwargs["logger"] = [*ours, *_as_list(given.logger)]
         elif given.logger in (None, True):
@@ -520,10 +523,10 @@ def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
 
 def _run_folder(config: Any) -> tuple[Path, bool]:
     """The run's folder, and whether it is already the run's own: a run whose checkpoint is in it is resumed there."""
-    home = Path(config.ckpt_path).parent if config.ckpt_path else None
     named = Path(config.output) / (config.run or DEFAULT_RUN)
-    if home is None:
+    if not config.ckpt_path:
         return named, False
+    home = Path(config.ckpt_path).parent
     # No other folder was given with --output.
     own = config.output == DEFAULT_OUTPUT or home.resolve().is_relative_to(Path(config.output).resolve())
     if home.resolve() == named.resolve() or (own and config.run is None and (home / "config.yaml").is_file()):
@@ -546,14 +549,6 @@ def _claim(folder: Path) -> Path:
             free = folder.with_name(f"{folder.name}-{number}")
         else:
             return free
-
-
-def _set_aside(file: Path) -> Path:
-    """Rename the log of the run so far to the first free `metrics-1.csv`, ..., because CSVLogger would delete it."""
-    aside = next(name for name in (file.with_stem(f"{file.stem}-{number}") for number in count(1)) if not name.exists())
-    if file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
-        file.rename(aside)
-    return aside
 
 
 @rank_zero_only
