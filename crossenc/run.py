@@ -538,17 +538,16 @@ def _claim(folder: Path) -> Path:
     """Create the first of `NAME`, `NAME-2`, `NAME-3`, ... that does not exist; creating it claims it for this run."""
     if getattr(rank_zero_only, "rank", 0) != 0:  # only the first rank writes
         return folder
-    number, free = 1, folder
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    while True:
+    free = folder
+    for number in count(2):
         try:
             free.mkdir()
+            break
         except FileExistsError:
-            number += 1
             free = folder.with_name(f"{folder.name}-{number}")
-        else:
-            return free
+    return free
 
 
 @rank_zero_only
