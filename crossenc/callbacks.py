@@ -203,3 +203,4 @@ class PredictionFile(Callback):
                 writer = csv.writer(file)
                 writer.writerow(names)
                 writer.writerows(sorted(rows))
+            log.info("scores: %s", self.path)

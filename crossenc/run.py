@@ -408,10 +408,6 @@ class RunCLI(LightningCLI):
     def _finish(self, checkpoint: str | None) -> None:
         finish(self.model, self.datamodule, self.folder, owner(Path(checkpoint)) if checkpoint else None)
 
-    def after_predict(self) -> None:
-        if not self.config[self.command].trainer.fast_dev_run:
-            log.info("scores: %s", self.folder / "predictions.csv")
-
 
 def _as_list(given: Any) -> list[Any]:
     """What was given, one item or a list, as a list; without None and True, which ask for Lightning's default."""
