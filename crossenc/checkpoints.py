@@ -242,8 +242,7 @@ def command_to_go_on(trainer: Trainer) -> str:
 
 def _is_launched_externally(trainer: Trainer) -> bool:
     """Whether torchrun or a cluster launched the processes, and not Lightning."""
-    cluster = _cluster_environment(trainer)
-    return cluster is not None and not isinstance(cluster, LightningEnvironment)
+    return not isinstance(_cluster_environment(trainer), LightningEnvironment | None)
 
 
 def _cluster_environment(trainer: Trainer) -> Any:

@@ -15,6 +15,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from inspect import signature
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import crossenc
@@ -103,10 +104,9 @@ _BOOLEANS = ("true", "false", "yes", "no", "on", "off")  # the words that jsonar
 def _parse(parser: ArgumentParser, args: list[str], flags: Collection[str] = ()) -> dict[str, Any]:
     """The parsed arguments. Options may be written with dashes, and those in `flags` without a value, for true."""
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    words = _underscored(args)
     words = [
         f"{word}=true" if word in flags and following.lower() not in _BOOLEANS else word
-        for word, following in zip(words, [*words, ""][1:], strict=True)
+        for word, following in pairwise([*_underscored(args), ""])
     ]
     given: dict[str, Any] = parser.parse_args(words).as_dict()
     del given["debug"]  # `main` handles it

@@ -97,12 +97,11 @@ _PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProf
 
 def native_precision(accelerator: str) -> str:
     """`bf16-mixed` if the hardware has native bf16 arithmetic, else `32-true`."""
+    native = False
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator in ("auto", "cpu"):
         native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        native = False
     return "bf16-mixed" if native else "32-true"
 
 
@@ -388,7 +387,7 @@ class RunCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False)
         self.model.figures |= figures
         if self.trainer.is_global_zero:
-            self._finish(best)
+            finish(self.model, self.datamodule, self.folder, owner(Path(best)))
             folder = export(best, str(Path(best).parent / "model"), overwrite=True)
             print_figures(self.model.figures)
             print(f"\nexport: {folder}")
@@ -399,14 +398,12 @@ class RunCLI(LightningCLI):
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero and not self.config[self.command].trainer.fast_dev_run:
-            self._finish(self.config[self.command].ckpt_path)
+            checkpoint = owner(Path(self.checkpoint)) if self.checkpoint else None
+            finish(self.model, self.datamodule, self.folder, checkpoint)
             split = "val" if self.command == "validate" else "test"
             print_figures({name: value for name, value in self.model.figures.items() if name.startswith(split)})
 
     after_test = after_validate
-
-    def _finish(self, checkpoint: str | None) -> None:
-        finish(self.model, self.datamodule, self.folder, owner(Path(checkpoint)) if checkpoint else None)
 
 
 def _as_list(given: Any) -> list[Any]:
@@ -424,11 +421,10 @@ def _find_checkpoint(command: str, config: Any) -> str | None:
         return None
     path, home = Path(config.ckpt_path), Path(config.output) / (config.run or DEFAULT_RUN)
     if command == "fit" and config.ckpt_path == "last":
-        newest = find_newest(home)
-        if newest is None:
-            log.info("there is no checkpoint in %s yet: starting the run", home)
-            return None
-        return str(newest)
+        if newest := find_newest(home):
+            return str(newest)
+        log.info("there is no checkpoint in %s yet: starting the run", home)
+        return None
     if config.ckpt_path in ("best", "last"):
         path = home / f"{config.ckpt_path}.ckpt"
     if not path.exists():
