@@ -126,11 +126,21 @@ class RunCLI(LightningCLI):
         self.command = command
         self.folder, self.goes_on, self.old_log = Path(), True, Path()
         self.checkpoint: str | None = None
+        parsing: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         try:
-            self._run_command(args)
+            super().__init__(
+                CrossEncoderModule,
+                PairDataModule,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},  # the folder is new, or belongs to the run that is resumed
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=42,
+                parser_kwargs={"prog": "python -m crossenc", **parsing, command: parsing},
+                args=[command, *args],
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # not needed: the module's arguments are plain values
+            )
         except BaseException as error:
-            if not self.goes_on:
-                discard_if_empty(self.folder)
             log_file = self.folder / "metrics.csv"
             if self.old_log.is_file() and not log_file.exists():
                 self.old_log.rename(log_file)  # the run did not resume
@@ -154,23 +164,9 @@ class RunCLI(LightningCLI):
                     "the other one says why; resume with: --ckpt_path last"
                 ) from error
             raise
-
-    def _run_command(self, args: list[str]) -> None:
-        parsing: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
-        super().__init__(
-            CrossEncoderModule,
-            PairDataModule,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},  # the folder is new, or belongs to the run that is resumed
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=42,
-            parser_kwargs={"prog": "python -m crossenc", **parsing, self.command: parsing},
-            args=[self.command, *args],
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # not needed: the module's arguments are plain values
-        )
-        if self.config[self.command].trainer.fast_dev_run:  # a trial of one batch leaves nothing
-            discard_if_empty(self.folder)
+        finally:
+            if not self.goes_on:
+                discard_if_empty(self.folder)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the current command, because building each parser takes a second."""
@@ -358,7 +354,6 @@ class RunCLI(LightningCLI):
             log.info("training ended at step %d of %s, due to max_time, a callback or --on_mismatch", done, planned)
         if not self.trainer.checkpoint_callbacks or not self.trainer.global_step:
             log.info("no step was taken, or checkpoints are disabled: there is nothing to test and export")
-            discard_if_empty(self.folder)
             return
         best = chosen = self.best.best_model_path
         if not chosen:  # without a validation, no checkpoint was chosen
