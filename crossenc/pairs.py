@@ -19,7 +19,7 @@ from functools import cache
 from importlib import resources
 from itertools import combinations, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,13 +42,6 @@ ALIASES = {
 }
 _SPLIT_FILES = {"train": ("train",), "val": ("dev", "val", "validation", "valid"), "test": ("test",)}
 _WORD_LABELS = {"true": 1.0, "false": 0.0}
-
-
-class Group(TypedDict):
-    """Questions of the bundled sample that all ask the same thing."""
-
-    topic: str
-    questions: list[str]
 
 
 def read(
@@ -507,8 +500,8 @@ def normalized(text: str) -> str:
 
 
 @cache
-def sample_groups() -> tuple[Group, ...]:
-    """The question groups of the bundled sample, in the file's order, topic by topic."""
+def sample_groups() -> tuple[dict[str, Any], ...]:
+    """The groups of the bundled sample, topic by topic: a `topic`, and `questions` that all ask the same thing."""
     text = resources.files("crossenc").joinpath("sample/questions.jsonl").read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in text.splitlines())
 
@@ -522,16 +515,16 @@ def sample_pairs() -> dict[str, list[dict[str, Any]]]:
     groups of the same topic that share the most words, a third are drawn from the other such pairs, and a third pair a
     question with one from another topic.
     """
-    by_topic: dict[str, list[Group]] = {}
+    by_topic: dict[str, list[dict[str, Any]]] = {}
     for group in sample_groups():
         by_topic.setdefault(group["topic"], []).append(group)
-    topics: dict[str, list[list[Group]]] = {"train": [groups[:5] for groups in by_topic.values()]}
+    topics = {"train": [groups[:5] for groups in by_topic.values()]}
     for split, first in (("val", 0), ("test", 1)):
         topics[split] = [groups[5:] for groups in list(by_topic.values())[first::2]]
     return {split: _pairs_of_topics(topics[split], random.Random(0)) for split in SPLITS}
 
 
-def _pairs_of_topics(topics: list[list[Group]], rng: random.Random) -> list[dict[str, Any]]:
+def _pairs_of_topics(topics: list[list[dict[str, Any]]], rng: random.Random) -> list[dict[str, Any]]:
     pairs: list[tuple[str, str, int]] = []
     for number, groups in enumerate(topics):
         duplicates = [
