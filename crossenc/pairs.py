@@ -1,6 +1,6 @@
 """Read question pairs from any source into one table, and split it.
 
-    sample | file | Hub id[:split]  ->  rows as they are  ->  canonical()  ->  Dataset(row, text_a, text_b, label)
+    sample | file | Hub id[:split]  ->  rows as they are  ->  checked  ->  Dataset(row, text_a, text_b, label)
 
 `row` counts from 0 and identifies a pair from here to the output file. Messages count rows from 1, without the header.
 """
@@ -68,29 +68,24 @@ def read(
     from datasets.exceptions import DatasetGenerationError
 
     require_name(source)
-    origin: dict[str, Any]
+    origin: dict[str, Any] = {"version": __version__}  # part of the cache key
     if is_local(source):
         path = Path(source)
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: unknown file format; the name must end in {', '.join(SUFFIXES)}")
-        # Size and modification time are part of the cache key, so that an edited file is read again.
-        origin = {"path": str(path.resolve()), "stamp": [path.stat().st_size, path.stat().st_mtime_ns]}
+        # Size and modification time are part of it too, so that an edited file is read again.
+        origin |= {"path": str(path.resolve()), "stamp": [path.stat().st_size, path.stat().st_mtime_ns]}
     elif source.partition(":")[0] == SAMPLE:
-        origin = {"sample": source.partition(":")[2] or "all"}
+        origin["sample"] = source.partition(":")[2] or "all"
     else:
-        origin = {"dataset": _load_from_hub(source, subset)}
+        origin["dataset"] = _load_from_hub(source, subset)
+    arguments = {"origin": origin, "where": source, "columns": dict(columns or {}), "labelled": labelled}
     features = {"row": "int64", "text_a": "string", "text_b": "string"} | ({"label": "float32"} if labelled else {})
     try:
-        table = datasets.Dataset.from_generator(
-            _canonical_rows,
+        return datasets.Dataset.from_generator(
+            _checked_rows,
             features=datasets.Features({name: datasets.Value(kind) for name, kind in features.items()}),
-            gen_kwargs={
-                "origin": origin,
-                "where": source,
-                "columns": dict(columns or {}),
-                "labelled": labelled,
-                "version": __version__,
-            },
+            gen_kwargs=arguments,
         )
     except (DatasetGenerationError, OSError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
@@ -102,7 +97,6 @@ def read(
                 "HF_DATASETS_CACHE to another folder"
             ) from error
         raise
-    return table
 
 
 def require_name(source: object) -> None:
@@ -170,10 +164,10 @@ def _load_from_hub(source: str, subset: str | None) -> Dataset:
         raise DataError(f"{requested}, split {split or 'train'}: {one_line(error.__cause__ or error)}") from error
 
 
-def _canonical_rows(
-    origin: dict[str, Any], where: str, columns: dict[str, str], labelled: bool, version: str
-) -> Iterator[dict[str, Any]]:
-    """The generator behind `read`; `version` is only part of the cache key."""
+def _checked_rows(origin: dict[str, Any], where: str, columns: dict[str, str], labelled: bool) -> Iterator[Any]:
+    """The generator behind `read`: rows with our column names, checked and numbered. Raises `DataError` that names the
+    source and the row."""
+    rows: Iterable[dict[str, Any] | str]
     if "path" in origin:
         rows = rows_of_file(Path(origin["path"]), where)
     elif "sample" in origin:
@@ -182,7 +176,20 @@ def _canonical_rows(
     else:
         tables = origin["dataset"].with_format("arrow").iter(1000)
         rows = (row for table in tables for row in table.to_pylist())
-    yield from canonical(rows, where, columns, labelled)
+    names: dict[str, str] | None = None
+    for row, values in enumerate(rows):
+        place = f"{where}, row {row + 1}"
+        if isinstance(values, str):
+            raise DataError(f"{place}: {values}")
+        names = names or match_columns(list(values), where, columns, labelled)
+        if problem := what_is_wrong(values, [names["text_a"], names["text_b"]]):
+            raise DataError(f"{place}: {problem}")
+        pair: dict[str, Any] = {"row": row, "text_a": values[names["text_a"]], "text_b": values[names["text_b"]]}
+        if labelled:
+            pair["label"] = _parse_label(values.get(names["label"]), place, names["label"])
+        yield pair
+    if names is None:
+        raise DataError(f"{where} has no rows")
 
 
 def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
@@ -303,26 +310,6 @@ _CSV_ERRORS = {
 }
 NOT_UTF8 = "not UTF-8; save the file as UTF-8"
 SURROGATE = re.compile("[\ud800-\udfff]")  # what surrogateescape makes of a byte that is not UTF-8
-
-
-def canonical(
-    rows: Iterable[Mapping[str, Any] | str], where: str, columns: Mapping[str, str], labelled: bool
-) -> Iterator[dict[str, Any]]:
-    """Rename the columns, check every row and number it. Raises `DataError` that names the source and the row."""
-    names: dict[str, str] | None = None
-    for row, values in enumerate(rows):
-        place = f"{where}, row {row + 1}"
-        if isinstance(values, str):
-            raise DataError(f"{place}: {values}")
-        names = names or match_columns(list(values), where, columns, labelled)
-        if problem := what_is_wrong(values, [names["text_a"], names["text_b"]]):
-            raise DataError(f"{place}: {problem}")
-        pair: dict[str, Any] = {"row": row, **{side: values[names[side]] for side in ("text_a", "text_b")}}
-        if labelled:
-            pair["label"] = _parse_label(values.get(names["label"]), place, names["label"])
-        yield pair
-    if names is None:
-        raise DataError(f"{where} has no rows")
 
 
 def what_is_wrong(values: Mapping[str, Any], columns: Iterable[str]) -> str | None:
