@@ -422,9 +422,13 @@ def _components(nodes: Iterable[str], edges: Sequence[tuple[str, str]]) -> dict[
 def unseen(pairs: Dataset, others: Dataset) -> NDArray[np.bool_]:
     """For each pair, whether neither of its questions is in the others (ignoring case and white space), shape
     (pairs,)."""
-    known = {normalized(text) for side in ("text_a", "text_b") for text in others[side][:]}
-    sides = (pairs["text_a"][:], pairs["text_b"][:])
-    return np.array([not {normalized(a), normalized(b)} & known for a, b in zip(*sides, strict=True)], dtype=bool)
+    known = {question for pair in _questions(others) for question in pair}
+    return np.array([known.isdisjoint(pair) for pair in _questions(pairs)], dtype=bool)
+
+
+def _questions(pairs: Dataset) -> list[tuple[str, str]]:
+    """The normalized texts of each pair."""
+    return [(normalized(a), normalized(b)) for a, b in zip(pairs["text_a"][:], pairs["text_b"][:], strict=True)]
 
 
 def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset:
@@ -443,8 +447,8 @@ def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset
     duplicates: list[tuple[str, str]] = []
     for text_a, text_b, label in zip(columns["text_a"], columns["text_b"], columns["label"], strict=True):
         a, b = normalized(text_a), normalized(text_b)
-        for key, text in ((a, text_a), (b, text_b)):
-            texts.setdefault(key, text)
+        texts.setdefault(a, text_a)
+        texts.setdefault(b, text_b)
         pair = _unordered(a, b)
         known[pair] = label >= 0.5 and known.get(pair, True)
         if label >= 0.5:
@@ -459,12 +463,7 @@ def add_transitive(pairs: Dataset, evaluated: Iterable[Dataset] = ()) -> Dataset
     implied = [(pair, 1.0) for one in members.keys() - contradictory for pair in combinations(members[one], 2)]
     implied += [(pair, 0.0) for one, two in different for pair in product(members[one], members[two])]
     added = {_unordered(*pair): label for pair, label in implied}
-    tables = (part[:] for part in evaluated)
-    held_out = {
-        _unordered(normalized(a), normalized(b))
-        for part in tables
-        for a, b in zip(part["text_a"], part["text_b"], strict=True)
-    }
+    held_out = {_unordered(*pair) for part in evaluated for pair in _questions(part)}
     rows = [(pair, label) for pair, label in sorted(added.items()) if pair not in known and pair not in held_out]
     first = max(columns["row"]) + 1
     table = {
