@@ -159,8 +159,6 @@ class PairDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read everything from the cache that `prepare_data` has filled, and log what there is."""
         loaded = self._load(stage)
-        self._log_cut_pairs(loaded)
-        self.encoded |= loaded
         if stage == "fit":
             self.position, self.begun = {}, (0, 0)  # forget an earlier fit; a checkpoint's values are loaded later
             if "train" not in loaded:
@@ -189,9 +187,10 @@ class PairDataModule(LightningDataModule):
                     "seed": _seed(),
                 },
             }
-            self._log_splits()
             if self.trainer and "val" not in loaded:  # without dev pairs there is no validation
                 self.validates, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
+        self._log(loaded, stage)
+        self.encoded |= loaded
 
     def teardown(self, stage: str) -> None:
         if self.trainer and self.validates is not None:
@@ -201,20 +200,18 @@ class PairDataModule(LightningDataModule):
         self.teardown("fit")
 
     @rank_zero_only
-    def _log_cut_pairs(self, loaded: dict[str, Dataset]) -> None:
+    def _log(self, loaded: dict[str, Dataset], stage: str) -> None:
         for name in sorted(loaded.keys() - self.encoded):  # once for each split
             tell_cut(loaded[name], f"{name} pairs", self.max_length)
-
-    @rank_zero_only
-    def _log_splits(self) -> None:
-        if "val" not in self.facts["rows"]:
+        if stage != "fit":
+            return
+        if "val" not in loaded:
             log.info(
                 "there are no dev pairs to choose the best checkpoint, a threshold and a calibration; to have some, "
                 "set --data.val_source or --data.val_size"
             )
         for name, share in self.facts["duplicates"].items():
-            part = self.encoded[name]
-            log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(part):,}", 100 * share)
+            log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(loaded[name]):,}", 100 * share)
             if name == "val" and share in (0, 1):
                 log.warning(
                     "all dev pairs have the same label, so they choose no threshold and no checkpoint: the last one is "
