@@ -172,7 +172,9 @@ class PairDataModule(LightningDataModule):
                 "limit": self.limit,
                 "transitive": self.transitive,
                 "rows": {name: len(part) for name, part in loaded.items()},
-                "duplicates": {name: _duplicate_share(part) for name, part in loaded.items()},
+                "duplicates": {
+                    name: float((np.array(part["label"][:]) >= 0.5).mean()) for name, part in loaded.items()
+                },
                 "plan": {
                     "training tokens": digest(loaded["train"]),
                     "dev tokens": digest(loaded["val"]) if "val" in loaded else None,
@@ -515,8 +517,3 @@ def _readable_plan(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # set by seed_everything
-
-
-def _duplicate_share(part: Dataset) -> float:
-    labels = part.with_format("numpy", columns=["label"])[:]["label"]
-    return float((labels >= 0.5).mean())
