@@ -382,12 +382,6 @@ class PairDataModule(LightningDataModule):
     def _on_cpu(self) -> bool:
         return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
 
-    def _piece_cost(self, training: bool) -> int:
-        if self.trainer and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            # So costly that a batch stays in one piece: devices that shard the weights must compute equally many.
-            return 2**40
-        return piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda", training)
-
     def _lengths(self, split: str) -> NDArray[np.int64]:
         if split not in self.encoded:
             where = self.source or "an empty source"
@@ -401,10 +395,13 @@ class PairDataModule(LightningDataModule):
         part = self.encoded[split]
         if self._in_both_orders(split):
             part = concatenate_datasets([part, self.swapped[split]])
+        cost = piece_cost(self.model_type, "cpu" if self._on_cpu() else "cuda", training=split == "train")
+        if self.trainer and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            cost = 2**40  # so costly that a batch is one piece: devices that shard the weights compute equally many
         return {
             "dataset": part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
             "batch_size": None,  # the order yields whole batches
-            "collate_fn": PairCollator(self.tokenizer, mean_pairs, self._piece_cost(split == "train")),
+            "collate_fn": PairCollator(self.tokenizer, mean_pairs, cost),
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_process_group,
