@@ -121,31 +121,26 @@ class PairDataModule(LightningDataModule):
         require_choice("data.on_mismatch", on_mismatch, OnMismatch)
         for name in (source, val_source, test_source):
             pairs.require_name(name)
-        backbone = str(backbone)  # a Path from Python
-        counts = {"batch_size": batch_size, "window": window, "eval_tokens": eval_tokens, "num_proc": num_proc}
-        counts["limit"] = limit
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise UsageError(f"data.{name} must be at least 1, not {value}")
-        if num_workers < 0:
-            raise UsageError(f"data.num_workers must be at least 0, not {num_workers}")
         self.source, self.val_source, self.test_source = (str(name or "") for name in (source, val_source, test_source))
-        self.subset = subset
-        self.columns, self.split = columns, split
+        self.subset, self.columns, self.split = subset, columns, split
         self.val_size, self.test_size = val_size, test_size
         # From Python these may be numpy numbers, which `weights_only` does not load from a checkpoint.
         self.batch_size, self.window, self.limit = int(batch_size), int(window), None if limit is None else int(limit)
         self.batch_by, self.eval_tokens, self.num_workers, self.num_proc = batch_by, eval_tokens, num_workers, num_proc
+        for option in ("batch_size", "window", "eval_tokens", "num_proc", "limit", "num_workers"):
+            value, least = getattr(self, option), 0 if option == "num_workers" else 1
+            if value is not None and value < least:
+                raise UsageError(f"data.{option} must be at least {least}, not {value}")
         self.on_mismatch = on_mismatch
         self.trained_limit: int | None = None  # the `limit` of the run whose checkpoint is evaluated
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None
         self.position: dict[str, int] = {}
         self.begun = (0, 0)  # the step and the epoch since which the run has used the current batches
-        self.backbone = backbone
-        self.tokenizer = load_tokenizer(backbone, revision)
-        self.model_type = load_config(backbone, revision).model_type
-        self.max_length = resolve_max_length(backbone, max_length, revision)
+        self.backbone = str(backbone)  # a Path from Python
+        self.tokenizer = load_tokenizer(self.backbone, revision)
+        self.model_type = load_config(self.backbone, revision).model_type
+        self.max_length = resolve_max_length(self.backbone, max_length, revision)
         self.tables: dict[str, Dataset] = {}
         self.encoded: dict[str, Dataset] = {}
         self.swapped: dict[str, Dataset] = {}  # `encoded` with the texts in the other order, where needed
