@@ -42,11 +42,6 @@ Split: TypeAlias = Literal["position", "question"]
 OnMismatch: TypeAlias = Literal["refuse", "continue"]
 
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
-# Fit needs all of them, the test split too, so that a broken test file is reported before training.
-_NEEDED_SPLITS: dict[str | None, tuple[str, ...]] = {
-    TrainerFn.VALIDATING: ("val",),
-    TrainerFn.TESTING: ("test",),
-}
 
 
 class PairDataModule(LightningDataModule):
@@ -219,7 +214,9 @@ class PairDataModule(LightningDataModule):
         if stage == TrainerFn.PREDICTING:
             parts = {"predict": _first(self._read(self.source, labelled=False), self.limit)}
         else:
-            parts = self._read_splits(_NEEDED_SPLITS.get(stage, pairs.SPLITS), self.limit)
+            # Fit needs all splits, the test split too, so that a broken test file is reported before training.
+            needed = {"validate": ("val",), "test": ("test",)}.get(stage or "fit", pairs.SPLITS)
+            parts = self._read_splits(needed, self.limit)
             by_question = self.split == "question" and self.source != pairs.SAMPLE
             if by_question and {"train"} < set(parts) and not self._cut_off(parts):
                 raise UsageError(
