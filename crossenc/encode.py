@@ -100,8 +100,7 @@ def _encode_batch(
 ) -> dict[str, list[Any]]:
     sides = (batch["text_b"], batch["text_a"]) if swap else (batch["text_a"], batch["text_b"])
     pairs = list(zip(*sides, strict=True))
-    names = ("input_ids", "length", "cut", *(["token_type_ids"] if with_types else ()))
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    encoded: list[_Encoded] = []
     lengths = np.array([(len(a), len(b)) for a, b in pairs], dtype=np.int64).reshape(-1, 2)
     characters, products = lengths.sum(1).cumsum(), lengths.prod(1)
     for part in np.split(np.arange(len(pairs)), np.flatnonzero(np.diff(characters // _CHARACTERS)) + 1):
@@ -109,13 +108,11 @@ def _encode_batch(
         apart = _encode_long([pairs[i] for i in part[long]], tokenizer, max_length, from_left)
         others = _truncating(tokenizer, max_length, from_left).encode_batch([pairs[i] for i in part[~long]])
         whole = ((encoding.ids, encoding.type_ids, bool(encoding.overflowing)) for encoding in others)
-        for is_long in long:
-            ids, types, cut = next(apart if is_long else whole)
-            columns["input_ids"].append(ids)
-            columns["length"].append(len(ids))
-            columns["cut"].append(cut)
-            if with_types:
-                columns["token_type_ids"].append(types)
+        encoded += [next(apart if is_long else whole) for is_long in long]
+    columns: dict[str, list[Any]] = {"input_ids": [ids for ids, _, _ in encoded], "cut": [cut for _, _, cut in encoded]}
+    columns["length"] = [len(ids) for ids in columns["input_ids"]]
+    if with_types:
+        columns["token_type_ids"] = [types for _, types, _ in encoded]
     if swap:
         columns["row"] = [~row for row in batch["row"]]
     return columns
