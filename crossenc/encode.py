@@ -217,18 +217,16 @@ class PairCollator:
             table, lengths = table.take(order), lengths[order]
         starts = np.cumsum(lengths) - lengths
         positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-        pieces: list[tuple[int, int]] = []
-        padded: list[int] = []  # the length of each pair with its padding
-        for size in cut_pieces(lengths, self.piece_cost):
-            pieces.append((size, -(-int(lengths[len(padded)]) // self.multiple) * self.multiple))
-            padded += [pieces[-1][1]] * size
+        sizes = np.array(cut_pieces(lengths, self.piece_cost))
+        widths = -(-lengths[np.cumsum(sizes) - sizes] // self.multiple) * self.multiple  # by the first, the longest
+        padded = np.repeat(widths, sizes)  # the length of each pair with its padding
         # A pair starts where the slots of the pairs before it end; with padding on the left, after its own padding.
-        first_slot = np.cumsum(padded) - padded + (np.array(padded) - lengths if self.pads_left else 0)
+        first_slot = np.cumsum(padded) - padded + (padded - lengths if self.pads_left else 0)
         batch = PairBatch(
             position_ids=torch.from_numpy(positions),
             starts=torch.from_numpy(starts),
             slots=torch.from_numpy(positions + np.repeat(first_slot, lengths)),
-            pieces=pieces,
+            pieces=list(zip(sizes.tolist(), widths.tolist(), strict=True)),
             padding={name: value for name, value in self.padding.items() if name in table.column_names},
             row=_tensor(table["row"]),
         )
