@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
+import pyarrow
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from . import __version__
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import Dataset
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -122,8 +122,6 @@ def encode_texts(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> pyarrow.Table:
     """The table that `encode` makes, for pairs of texts in memory; rows are numbered from 0."""
-    import pyarrow
-
     rules, with_types = tokenizer.backend_tokenizer.to_str(), "token_type_ids" in tokenizer.model_input_names
     texts = {"text_a": [a for a, _ in pairs], "text_b": [b for _, b in pairs]}
     from_left = tokenizer.truncation_side == "left"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet
 from numpy.typing import NDArray
 
 from . import __version__
@@ -216,9 +217,6 @@ def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
 @contextmanager
 def open_parquet(path: Path, where: str) -> Iterator[Any]:
     """Open a `pyarrow.parquet.ParquetFile`; raises `DataError` if it or a value in it cannot be read."""
-    import pyarrow
-    import pyarrow.parquet
-
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
