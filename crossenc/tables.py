@@ -130,10 +130,10 @@ def _as_row(item: Any, names: Sequence[str]) -> Row | str:
     return dict(zip(names, values, strict=True))
 
 
-def chunked(rows: Iterable[Any], size: int = CHUNK) -> Iterator[list[Any]]:
-    """The rows in lists of `size`; the last may be shorter."""
+def chunked(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    """The rows in lists of `CHUNK`; the last may be shorter."""
     rows = iter(rows)
-    while chunk := list(islice(rows, size)):
+    while chunk := list(islice(rows, CHUNK)):
         yield chunk
 
 

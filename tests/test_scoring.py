@@ -27,7 +27,6 @@ from crossenc.exporting import score_pairs
 from crossenc.pairs import sample_pairs
 from crossenc.scorer import Scoring, score_chunks
 from crossenc.scoring import reaches
-from crossenc.tables import chunked
 
 from .conftest import runs
 
@@ -394,7 +393,6 @@ def test_chunks_make_what_one_would(tiny, tmp_path, monkeypatch, name):
         found.append(read_frame(folder / name))
         for module in ("tables", "scoring"):
             monkeypatch.setattr(f"crossenc.{module}.CHUNK", 2)
-        monkeypatch.setattr(chunked, "__defaults__", (2,))
     assert list(found[0]) == ["text1", "text2", "n", "late", "score"]
     assert found[0]["n"].tolist() == [0, 2, 3, 4, 5.5, 7]
     pd.testing.assert_frame_equal(*found, rtol=1e-5)
