@@ -151,7 +151,8 @@ class Scorer:
 
     def _by_onnx(self, batch: Any) -> torch.Tensor:
         (inputs,) = padded(batch)
-        return torch.from_numpy(self.model({name: values.numpy() for name, values in inputs.items()}))
+        logits = self.model({name: values.numpy() for name, values in inputs.items()})
+        return torch.from_numpy(logits).float()  # other tools write graphs with 16 or 64 bits too
 
 
 def _overlapped(scorer: Scorer, chunks: Iterable[tuple[int, Texts]]) -> Iterator[tuple[int, Logits]]:

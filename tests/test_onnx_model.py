@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -60,6 +61,19 @@ def test_the_graph_is_what_readers_expect(exported: Path):
     assert names == ["model.onnx", "model_qint8.onnx"]
     sizes = [(exported / "onnx" / name).stat().st_size for name in names]
     assert sizes[1] < 0.3 * sizes[0]
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE])
+def test_graphs_of_other_precision_score_too(exported: Path, tmp_path: Path, kind: int):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    model = onnx.load(folder / "onnx" / "model.onnx")
+    (last,) = (node for node in model.graph.node if "logits" in node.output)
+    last.output[list(last.output).index("logits")] = "before"
+    model.graph.node.append(onnx.helper.make_node("Cast", ["before"], ["logits"], to=kind))
+    model.graph.output[0].type.tensor_type.elem_type = kind
+    onnx.save(model, folder / "onnx" / "model.onnx")
+    found = score(str(folder), PAIRS, backend="onnx")
+    assert found == pytest.approx(score(str(exported), PAIRS, backend="onnx"), abs=1e-3)
 
 
 def test_the_card_tells_what_8_bits_cost(exported: Path):
