@@ -30,6 +30,8 @@ def test_parts_are_for_the_same_work_only(tmp_path: Path):
     assert 2 not in again
     dropped = Parts(folder, {"model": "b"}, overwrite=True)
     assert 0 not in dropped
+    with pytest.raises(OutputError):  # work that goes on after its folder was dropped does not take it back
+        again[2] = np.arange(5)
     dropped[0] = np.zeros(1)
     assert Parts(folder, {"model": "b"})[0].tolist() == [0]
 
