@@ -245,7 +245,7 @@ class CrossEncoderModule(LightningModule):
 
     def on_fit_end(self) -> None:
         self.graphed = None  # graphs hold the addresses of the weights, which move now
-        for table in self._reusing():
+        if table := self._reusing_embedding():
             table.release()
 
     def forward(self, batch: PairBatch) -> Tensor:
@@ -374,12 +374,13 @@ class CrossEncoderModule(LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Drop old gradients, but keep the memory of the word embeddings' for the next one."""
-        for table in self._reusing():
+        if table := self._reusing_embedding():
             table.keep_gradient()
         super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
-    def _reusing(self) -> list[ReusingEmbedding]:
-        return [part for part in self.modules() if isinstance(part, ReusingEmbedding)]
+    def _reusing_embedding(self) -> ReusingEmbedding | None:
+        table = base_model(self.model).get_input_embeddings()
+        return table if isinstance(table, ReusingEmbedding) else None
 
     def evaluation(self) -> dict[str, Any]:
         """What a checkpoint keeps of the validation of these very weights: threshold, calibration and figures."""
