@@ -133,7 +133,11 @@ class Scorer:
         mixed = self.scoring.precision == "bf16-mixed"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             for batch in batches:
-                found[batch["row"].to(self.device, non_blocking=True)] = self.compute(batch)
+                on_device = {
+                    name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                    for name, value in batch.items()
+                }
+                found[on_device["row"]] = self.compute(on_device)
         logits: Logits = found.cpu().numpy()
         if not np.isfinite(logits).all():
             raise BackboneError(
@@ -143,11 +147,7 @@ class Scorer:
         return logits.reshape(2, -1).mean(0) if self.scoring.both_orders else logits
 
     def _by_torch(self, batch: Any) -> torch.Tensor:
-        on_device: Any = {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
-        return pair_logits(self.model, on_device)
+        return pair_logits(self.model, batch)
 
     def _by_onnx(self, batch: Any) -> torch.Tensor:
         (inputs,) = padded(batch)
