@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from inspect import signature
 from itertools import count, pairwise
 from pathlib import Path
@@ -438,22 +439,35 @@ def _check_words(words: list[str]) -> None:
             it would be overwritten without a word.
     """
     for word, following in pairwise([*words, ""]):
-        name, _, value = word.removeprefix("--").partition("=")
+        name, equals, value = word.removeprefix("--").partition("=")
+        value = value if equals else following
         given, where = {name}, "on the command line"
-        if name == "config":
-            where = f"in {value or following}"
-            try:
-                with Path(value or following).expanduser().open(encoding="utf-8") as file:
-                    # The parser's loader is libyaml's too: the other one refuses a list such as [What?, Why?]. The base
-                    # one leaves values as text: the parser knows no dates, and 2026-02-30 is a fine name of a run.
-                    config = yaml.load(file, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}
-                given = {*config, *(f"data.{name}" for name in config.get("data") or ())}
-            except (OSError, AttributeError):  # no file, or no mapping: the parser says so
-                continue
-            except yaml.YAMLError as error:
-                raise UsageError(f"a config is not valid YAML: {one_line(error)}") from error
+        if name in ("config", "data"):
+            where = f"in {value[:200]}"
+            config = _mapping(value) if name == "config" else {"data": value}
+            data = _mapping(config.get("data"), Path(value).expanduser().parent if name == "config" else Path())
+            given = {*config, *(f"data.{key}" for key in data)}
         for target in given & _LINKED.keys():
             raise UsageError(f"{target}, given {where}, follows from {_LINKED[target]}; set {_LINKED[target]} instead")
+
+
+def _mapping(source: Any, folder: Path = Path()) -> dict[str, Any]:
+    """The mapping in a YAML file, whose name is relative to `folder`, or in a text; empty if there is none.
+
+    Values stay text: the parser knows no dates, and 2026-02-30 is a fine name of a run. Its loader is libyaml's too:
+    the other one refuses a list such as [What?, Why?].
+    """
+    if isinstance(source, str):
+        try:
+            opened: Any = (folder / Path(source).expanduser()).open(encoding="utf-8")
+        except OSError:  # no file: the options themselves
+            opened = nullcontext(source)
+        try:
+            with opened as text:
+                source = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+        except yaml.YAMLError as error:
+            raise UsageError(f"a config is not valid YAML: {one_line(error)}") from error
+    return source if isinstance(source, dict) else {}
 
 
 def _check_trainer(command: str, config: Any) -> None:

@@ -413,6 +413,18 @@ def test_a_config_cannot_set_what_follows_from_another_option(
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_follows_from_another_option_cannot_be_set_in_a_file_for_one_section_or_inline_either(
+    pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, capsys
+):
+    section = write("section.yaml", "max_length: 16\n")
+    config = write("own.yaml", "data: section.yaml\n")  # relative to the config itself
+    for option in (f"--data={section}", f"--config={config}", "--config={data: {max_length: 16}}"):
+        assert main([*fit(pairs_file, tiny_backbone, tmp_path / "runs"), option]) == 2
+        said = f"data.max_length, given in {option.partition('=')[2]}, follows from model.max_length"
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_config_that_is_not_yaml_is_named_with_the_line(write, tmp_path: Path, capsys):
     config = write("own.yaml", "data:\n  batch_size: [1\nmodel:\n")
     assert main(["fit", "--output", str(tmp_path / "runs"), "--config", str(config)]) == 2
