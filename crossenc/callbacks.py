@@ -73,7 +73,8 @@ class ValidateAtEnd(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         done = trainer.current_epoch + 1
-        last_epoch = done == trainer.max_epochs or (trainer.should_stop and done >= (trainer.min_epochs or 0))
+        may_stop = done >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+        last_epoch = done == trainer.max_epochs or (trainer.should_stop and may_stop)
         if (trainer.is_last_batch and last_epoch) or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
             if trainer.check_val_every_n_epoch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import shlex
 import signal
 import threading
@@ -47,6 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     torch.save(checkpoint, file)  # Lightning's own writer makes a copy in memory and another in /tmp
                 except RuntimeError as error:  # which torch raises in place of the OSError of a full disk
                     raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+            _load(unfinished, path, mmap=True)  # what cannot be read back is told now, and not at the end of the run
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -261,13 +263,23 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder; name a checkpoint in it: {found}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # for arbitrary bytes, the unpickler raises errors of any kind
-        raise CheckpointError(f"{path} cannot be read: the file is truncated, damaged or not a checkpoint") from error
+    loaded = _load(path, path, mmap)
     if not isinstance(loaded, dict) or "crossenc" not in loaded:
         raise CheckpointError(f"{path} was not written by crossenc")
     return loaded
+
+
+def _load(file: Path, name: Path, mmap: bool) -> Any:
+    """The content of a file of tensors and plain values; raises `CheckpointError` about a checkpoint of this name."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # for arbitrary bytes, the unpickler raises errors of any kind
+        if kind := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            raise CheckpointError(
+                f"{name} cannot be read back, since the state of a callback or an argument of the module holds a "
+                f"{kind[1]}; make it a number, a text, a list, a dict or a tensor"
+            ) from error
+        raise CheckpointError(f"{name} cannot be read: the file is truncated, damaged or not a checkpoint") from error
 
 
 def owner(path: Path) -> str:

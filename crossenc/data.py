@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -171,6 +172,7 @@ class PairDataModule(LightningDataModule):
                     "tokenizer": sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12],
                     "devices": self._rank_and_devices()[1],
                     "accumulated batches": self._accumulated(),
+                    "limit_train_batches": self._limit(),
                     "batch_size": self.batch_size,
                     "batch_by": self.batch_by,
                     "window": self.window,
@@ -195,6 +197,11 @@ class PairDataModule(LightningDataModule):
     def _log(self, loaded: dict[str, Dataset], stage: str) -> None:
         for name in sorted(loaded.keys() - self.encoded):  # once for each split
             tell_cut(loaded[name], f"{name} pairs", self.max_length)
+            size = {"val": self.val_size, "test": self.test_size}.get(name)
+            if size is not None and name in self._sources():
+                log.info(
+                    "--data.%s_size %s is not used, since the %s pairs have a source of their own", name, size, name
+                )
         if stage != "fit":
             return
         if "val" not in loaded:
@@ -320,7 +327,9 @@ class PairDataModule(LightningDataModule):
             symmetric=self.symmetric,
             twice=self.twice,
         )
-        self.train_loader = PairLoader(order, **self._loader_arguments("train", order.mean_pairs()))
+        limit, batches = self._limit(), len(order)
+        limit = min(limit, batches) if isinstance(limit, int) else int(limit * batches)  # as Lightning counts them
+        self.train_loader = PairLoader(order, limit, **self._loader_arguments("train", order.mean_pairs()))
         # Lightning would restore the loader's state, but when it counts steps it makes the loader before it has read
         # the checkpoint, and then does not.
         self.train_loader.load_state_dict(self.position)
@@ -370,6 +379,11 @@ class PairDataModule(LightningDataModule):
 
     def _accumulated(self) -> int:
         return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    def _limit(self) -> int | float:
+        """The batches of an epoch that the Trainer takes, or their share if it is a float."""
+        whole = self.trainer is None or self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        return 1.0 if whole else self.trainer.limit_train_batches  # type: ignore[union-attr]
 
     def _on_cpu(self) -> bool:
         return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
@@ -442,19 +456,20 @@ class PairDataModule(LightningDataModule):
 class PairLoader(DataLoader[PairBatch]):
     """A DataLoader over a `TrainingOrder` that can resume within an epoch, at the batch after the last one used.
 
-    Batches count when they are handed out, no matter how many the worker processes have prefetched.
+    Batches count when they are handed out, no matter how many the worker processes have prefetched. An epoch has only
+    the first `limit` batches: a run that resumes at an epoch's end asks for one more batch, and must get none.
     """
 
-    def __init__(self, order: TrainingOrder, **arguments: Any) -> None:
+    def __init__(self, order: TrainingOrder, limit: int, **arguments: Any) -> None:
         super().__init__(sampler=order, **arguments)
-        self.order, self.epoch, self.batches = order, 0, 0
+        self.order, self.limit, self.epoch, self.batches = order, limit, 0, 0
 
     def __iter__(self) -> Any:
         # As a generator, this runs when the first batch is requested, and by then Lightning has set the epoch.
         if self.epoch != self.order.epoch:
             self.epoch, self.batches = self.order.epoch, 0
         self.order.start = self.batches
-        for batch in super().__iter__():
+        for batch in islice(super().__iter__(), max(0, self.limit - self.batches)):
             self.batches += 1
             yield batch
 

@@ -103,11 +103,12 @@ def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file
         assert sum(pairs * longest for pairs, longest in batch["pieces"]) == len(batch["input_ids"])
 
 
-def trainer(function: TrainerFn = TrainerFn.FITTING, **settings: int) -> Any:
+def trainer(function: TrainerFn = TrainerFn.FITTING, **settings: float) -> Any:
     """As much of one as the data module asks for."""
     state = SimpleNamespace(fn=function)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     settings = {"global_rank": 0, "global_step": 0, "world_size": 1, "accumulate_grad_batches": 1, **settings}
+    settings = {"fast_dev_run": False, "limit_train_batches": 1.0, **settings}
     return SimpleNamespace(state=state, strategy=strategy, **settings)
 
 
@@ -119,9 +120,9 @@ def test_worker_processes_need_no_process_group(pairs_file: Path, tiny: Path, mo
 
 
 def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write):
-    def made(source: Path = pairs_file, accumulated: int = 1, **settings: Any) -> PairDataModule:
+    def made(source: Path = pairs_file, accumulated: int = 1, limit: float = 1.0, **settings: Any) -> PairDataModule:
         data = PairDataModule(str(source), backbone=BACKBONE, **settings)
-        data.trainer = trainer(accumulate_grad_batches=accumulated)
+        data.trainer = trainer(accumulate_grad_batches=accumulated, limit_train_batches=limit)
         data.setup("fit")
         return data
 
@@ -131,12 +132,32 @@ def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write):
     labels = write("labels.csv", text[::-1].replace("1\n"[::-1], "0\n"[::-1], 5)[::-1])  # the last ones are others
     for other, said in (
         (made(accumulated=2), r"accumulated batches 1 \(now 2\)"),
+        (made(limit=3), r"limit_train_batches 1.0 \(now 3\)"),
         (made(symmetric=True), r"symmetric False \(now True\)"),
         (made(twice=True), r"twice False \(now True\)"),
         (made(labels), "training tokens"),
     ):
         with pytest.raises(CheckpointError, match=said):
             other.load_state_dict(before)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2, 2), (0.7, 8), (40, 12), (1.0, 12)])
+def test_an_epoch_has_the_batches_that_the_trainer_takes(pairs_file: Path, limit: float, expected: int):
+    """And no more at its end, where a run that goes on asks for one."""
+    data = PairDataModule(str(pairs_file), backbone=BACKBONE, batch_size=4)
+    data.trainer = trainer(limit_train_batches=limit)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert [len(list(loader)) for _ in range(2)] == [expected, 0]
+    loader.sampler.set_epoch(1)
+    assert len(list(loader)) == expected
+
+
+def test_a_size_that_nothing_is_cut_off_by_is_told(pairs_file: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        rows_of(PairDataModule(str(pairs_file), val_source=str(pairs_file), val_size=9, test_size=9, backbone=BACKBONE))
+    told = [line for line in caplog.messages if "is not used" in line]
+    assert told == ["--data.val_size 9 is not used, since the val pairs have a source of their own"]
 
 
 def test_pairs_that_follow_from_others_are_added_where_it_is_asked_for(write):

@@ -455,6 +455,32 @@ def test_a_run_goes_on_with_the_same_only(
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
 
 
+def test_epochs_of_a_part_of_the_batches_go_on_too(options: dict[str, Any], tmp_path: Path):
+    part = {**options, "data.num_workers": 0, "trainer.limit_train_batches": 4, "model.schedule": "constant"}
+    assert main(fit(part, tmp_path / "whole", trainer__max_epochs=3)) == 0
+    assert main(fit(part, tmp_path / "parts", trainer__max_epochs=2)) == 0
+    assert main(fit(part, tmp_path / "parts", trainer__max_epochs=3, ckpt_path="last")) == 0
+    (step, expected), (ended, found) = (weights(tmp_path / name / "run" / "last.ckpt") for name in ("whole", "parts"))
+    assert step == ended == 6
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+class Unreadable(Callback):
+    """Its state is no plain value."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"where": Path("here")}
+
+
+def test_what_cannot_be_read_back_is_told_when_it_is_written(options: dict[str, Any], tmp_path: Path, capsys):
+    assert main(fit(options, tmp_path, trainer__callbacks="tests.test_resume.Unreadable")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "last.ckpt cannot be read back, since the state of a callback or an argument of the module holds a path" in said
+    )
+    assert not list((tmp_path / "run").glob("*.ckpt*"))
+
+
 def test_another_number_of_devices_is_refused_by_all_of_them(whole: Path, options: dict[str, Any], tmp_path: Path):
     copy(whole, tmp_path / "run")
     with start(fit(options, tmp_path, ckpt_path="last", trainer__devices=2, trainer__strategy="ddp")) as process:
