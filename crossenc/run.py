@@ -87,6 +87,7 @@ _UNSUPPORTED_CALLBACKS = {
     # It sets the averaged weights after the last checkpoint, but the best checkpoint is tested and exported.
     "StochasticWeightAveraging": "--trainer.callbacks+=EMAWeightAveraging",
     "OnExceptionCheckpoint": "--checkpoint_every_n_minutes",
+    "SpikeDetection": "--trainer.gradient_clip_val",  # its state cannot be loaded to evaluate the best checkpoint
 }
 
 # Arguments of the data module that are taken from the model's or the run's.
@@ -283,7 +284,10 @@ class RunCLI(LightningCLI):
             # Lightning's own fsdp does not run on CPUs; this strategy leaves the sharding to `configure_model`.
             kwargs["strategy"] = ModelParallelStrategy(save_distributed_checkpoint=False)
         kwargs["plugins"] = [*_as_list(given.plugins), AtomicCheckpointIO()]
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:  # such as two callbacks of one kind
+            raise UsageError(f"an option cannot be used: {one_line(error)}") from error
         refuse_forks(trainer)
         return trainer
 
@@ -435,39 +439,63 @@ def _check_words(words: list[str]) -> None:
     """Refuse what the parser would tell of unclearly, or not at all.
 
     Raises:
-        UsageError: A config file is not YAML, or an argument is given that follows from another option; from a config
-            it would be overwritten without a word.
+        UsageError: A config file is not YAML, or has an empty section; or an argument is given that follows from
+            another option, and would be overwritten without a word.
     """
     for word, following in pairwise([*words, ""]):
+        if word.startswith("-c"):  # the short form of --config
+            word = f"--config={word[2:].removeprefix('=') or following}"
         name, equals, value = word.removeprefix("--").partition("=")
         value = value if equals else following
         given, where = {name}, "on the command line"
+        if name == "trainer.default_root_dir":
+            raise UsageError("--trainer.default_root_dir is the run's folder; set --output and --run instead")
         if name in ("config", "data"):
             where = f"in {value[:200]}"
-            config = _mapping(value) if name == "config" else {"data": value}
-            data = _mapping(config.get("data"), Path(value).expanduser().parent if name == "config" else Path())
-            given = {*config, *(f"data.{key}" for key in data)}
+            config = _read_yaml(value) if name == "config" else {"data": value}
+            if config is None or isinstance(config, list):
+                raise UsageError(f"the config {value[:200]} has no options; write some, or leave it out")
+            config = config if isinstance(config, dict) else {}
+            for section in ("model", "data", "trainer"):
+                if config.get(section) in ("", "~", "null"):
+                    raise UsageError(f"the section {section}, {where}, is empty; give it an option, or remove it")
+            data = config.get("data")
+            data = _read_yaml(data, Path(value).expanduser().parent if name == "config" else Path())
+            given = {*config, *(f"data.{key}" for key in (data if isinstance(data, dict) else ()))}
         for target in given & _LINKED.keys():
             raise UsageError(f"{target}, given {where}, follows from {_LINKED[target]}; set {_LINKED[target]} instead")
 
 
-def _mapping(source: Any, folder: Path = Path()) -> dict[str, Any]:
-    """The mapping in a YAML file, whose name is relative to `folder`, or in a text; empty if there is none.
+def _read_yaml(source: Any, folder: Path = Path()) -> Any:
+    """The content of a YAML file, whose name is relative to `folder`, or of a text in YAML; all values are texts.
 
-    Values stay text: the parser knows no dates, and 2026-02-30 is a fine name of a run. Its loader is libyaml's too:
-    the other one refuses a list such as [What?, Why?].
+    The parser knows no dates, and 2026-02-30 is a fine name of a run. Its loader is libyaml's too: the other one
+    refuses a list such as [What?, Why?].
     """
-    if isinstance(source, str):
-        try:
-            opened: Any = (folder / Path(source).expanduser()).open(encoding="utf-8")
-        except OSError:  # no file: the options themselves
-            opened = nullcontext(source)
-        try:
-            with opened as text:
-                source = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader))
-        except yaml.YAMLError as error:
-            raise UsageError(f"a config is not valid YAML: {one_line(error)}") from error
-    return source if isinstance(source, dict) else {}
+    if not isinstance(source, str):
+        return source
+    try:
+        opened: Any = (folder / Path(source).expanduser()).open(encoding="utf-8")
+    except OSError:  # no file: the options themselves
+        opened = nullcontext(source)
+    try:
+        with opened as text:
+            return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"a config is not valid YAML: {one_line(error)}") from error
+
+
+class _Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
+    """Refuses a key that stands twice in a mapping, of which the parser would take the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _check_trainer(command: str, config: Any) -> None:
@@ -479,6 +507,12 @@ def _check_trainer(command: str, config: Any) -> None:
     trainer, seed = config.trainer, config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         raise UsageError(f"--seed_everything must be from 0 to {2**32 - 1}, or true or false, not {seed}")
+    for callback in _as_list(trainer.callbacks):
+        name = callback.class_path.rpartition(".")[2]
+        if name in _UNSUPPORTED_CALLBACKS:
+            raise UsageError(f"{name} does not work with crossenc; use {_UNSUPPORTED_CALLBACKS[name]}")
+    if trainer.barebones:
+        raise UsageError("--trainer.barebones would leave out the run's checkpoints and metrics; remove it")
     if trainer.overfit_batches:
         raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
     if any(way in str(trainer.strategy) for way in ("spawn", "fork", "notebook")):
@@ -508,8 +542,6 @@ def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
     all_known = all(type(callback).__module__.startswith("lightning.") for callback in callbacks)
     for callback in callbacks:
         name = type(callback).__name__
-        if name in _UNSUPPORTED_CALLBACKS:
-            raise UsageError(f"{name} does not work with crossenc; use {_UNSUPPORTED_CALLBACKS[name]}")
         if isinstance(callback, WeightAveraging) and strategy == "fsdp":
             raise UsageError(f"{name} does not work with --trainer.strategy fsdp, which shards the weights; use ddp")
         monitor = getattr(callback, "monitor", None)

@@ -369,6 +369,13 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
             "LearningRateFinder does not work with crossenc; use --model.learn",
         ),
         (["--trainer.callbacks+=BackboneFinetuning"], "use --model.freeze_layers"),
+        (["--trainer.callbacks+=SpikeDetection"], "use --trainer.gradient_clip_val"),
+        (["--trainer.barebones=true"], "would leave out the run's checkpoints"),
+        (["--trainer.default_root_dir=x"], "is the run's folder; set --output and --run instead"),
+        (
+            2 * ["--trainer.callbacks+=EMAWeightAveraging"],
+            "an option cannot be used: Found more than one stateful callback of type",
+        ),
         (
             ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={1: 2}"],
             "GradientAccumulationScheduler does not work with crossenc; use --trainer.accumulate_grad_batches",
@@ -378,7 +385,7 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
             "use --checkpoint_every_n_minutes",
         ),
         (
-            [f"--trainer.callbacks{word}" for word in ("+=StochasticWeightAveraging", ".swa_lrs=1", ".device=null")],
+            [f"--trainer.callbacks{word}" for word in ("+=StochasticWeightAveraging", ".swa_lrs=1")],
             "use --trainer.callbacks+=EMAWeightAveraging",
         ),
         (
@@ -390,8 +397,12 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
         (["--model.optimizer=LBFGS"], "model.optimizer: LBFGS cannot train these weights"),
         (["--model.schedule=cosine_with_min_lr"], "model.schedule cosine_with_min_lr: "),
         (["--model.weight_decay=-1"], "model.weight_decay must be at least 0 and finite, not -1.0"),
-        (["--data.val_size=-0.5"], "must be finite and at least 0"),
-        (["--data.val_size=.inf"], "--data.val_size inf and --data.test_size None must be finite and"),
+        (
+            ["--data.val_size=-0.5"],
+            "--data.val_size -0.5, --data.test_size None: each must be null, a whole number, or",
+        ),
+        (["--data.val_size=.inf"], "--data.val_size inf, "),
+        (["--data.val_size=1.5"], "--data.val_size 1.5, "),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
@@ -429,6 +440,27 @@ def test_a_config_that_is_not_yaml_is_named_with_the_line(write, tmp_path: Path,
     config = write("own.yaml", "data:\n  batch_size: [1\nmodel:\n")
     assert main(["fit", "--output", str(tmp_path / "runs"), "--config", str(config)]) == 2
     assert f'a config is not valid YAML: while parsing a flow sequence in "{config}", line 2' in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "trainer:\nmodel: {max_length: 32}\n",
+            "the section trainer, in {}, is empty; give it an option, or remove it",
+        ),
+        ("data: null\n", "the section data, in {}, is empty"),
+        ("# nothing\n", "the config {} has no options"),
+        ("[a, b]\n", "the config {} has no options"),
+        ("data: {limit: 9}\nrun: a\ndata: {window: 5}\n", 'the key data stands twice in "{}", line 3, column 1'),
+        ("data:\n  limit: 9\n  limit: 8\n", 'the key limit stands twice in "{}", line 3, column 3'),
+    ],
+)
+def test_a_config_that_would_undo_options_is_refused(write, tmp_path: Path, capsys, content: str, said: str):
+    config = write("own.yaml", content)
+    assert main(["fit", "--output", str(tmp_path / "runs"), "-c", str(config)]) == 2
+    assert said.format(config) in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
 
 
@@ -502,6 +534,7 @@ class AsksForAStop(Callback):
     [
         ({"max_epochs": 2, "min_epochs": 2}, [23]),
         ({"max_epochs": 4, "min_epochs": 2, "callbacks": f"{__name__}.AsksForAStop"}, [23]),
+        ({"max_epochs": 4, "min_steps": 30, "callbacks": f"{__name__}.AsksForAStop"}, [29]),
         ({"accumulate_grad_batches": 4, "val_check_interval": 6}, [1, 2]),  # not within a step
         ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0}, [11]),  # 1 epoch
         ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "max_epochs": 3}, [23, 35]),
