@@ -74,8 +74,10 @@ def read(
         path = Path(source)
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: unknown file format; the name must end in {', '.join(SUFFIXES)}")
-        # Size and modification time are part of it too, so that an edited file is read again.
-        origin |= {"path": str(path.resolve()), "stamp": [path.stat().st_size, path.stat().st_mtime_ns]}
+        # Size and times are part of it too, so that an edited file is read again, even if the edit kept the time of the
+        # last modification.
+        about = path.stat()
+        origin |= {"path": str(path.resolve()), "stamp": [about.st_size, about.st_mtime_ns, about.st_ctime_ns]}
     elif source.partition(":")[0] == SAMPLE:
         origin["sample"] = source.partition(":")[2] or "all"
     else:
@@ -116,6 +118,7 @@ def is_local(source: str) -> bool:
         raise DataError(f"{source or 'an empty name'} refers to a folder; give one file")
     folder, split = name_and_split(source)
     if folder and split and Path(folder).is_dir():  # it is read like a data set of the Hub
+        _refuse_saved(Path(folder))
         return False
     if path.suffix.lower() in SUFFIXES or source.startswith(("/", "./", "../", "~")):
         raise DataError(f"{source}: no such file{'' if path.is_absolute() else f' (looked in {Path.cwd()})'}")
@@ -129,8 +132,18 @@ def name_and_split(source: str) -> tuple[str, str]:
     return source[:at], source[at + 1 :]
 
 
+def _refuse_saved(folder: Path) -> None:
+    """Raise `DataError` if the folder is a single table written by `save_to_disk`."""
+    if (folder / "state.json").is_file():
+        raise DataError(
+            f"{folder} was written by save_to_disk; turn it into a file: "
+            f"datasets.load_from_disk({str(folder)!r}).to_parquet('pairs.parquet')"
+        )
+
+
 def files_of(folder: Path) -> dict[str, str]:
     """The file of each split in a folder: `train.*`, and any `dev.*` (or `val.*`, `validation.*`) and `test.*`."""
+    _refuse_saved(folder)
     by_split: dict[str, str] = {}
     for split, stems in _SPLIT_FILES.items():
         files = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
@@ -184,7 +197,8 @@ def _checked_rows(origin: dict[str, Any], where: str, columns: dict[str, str], l
             raise DataError(f"{place}: {values}")
         names = names or match_columns(list(values), where, columns, labelled)
         if problem := what_is_wrong(values, [names["text_a"], names["text_b"]]):
-            raise DataError(f"{place}: {problem}")
+            hint = " (from a csv, datasets reads words such as NA as null)" if "dataset" in origin else ""
+            raise DataError(f"{place}: {problem}{hint}")
         pair: dict[str, Any] = {"row": row, "text_a": values[names["text_a"]], "text_b": values[names["text_b"]]}
         if labelled:
             pair["label"] = _parse_label(values.get(names["label"]), place, names["label"])
@@ -220,7 +234,8 @@ def open_parquet(path: Path, where: str) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OverflowError, OSError) as error:  # OverflowError: a date out of Python's range
+    # OverflowError: a date out of Python's range. UnicodeDecodeError: pyarrow does not check that text is UTF-8.
+    except (pyarrow.ArrowException, OverflowError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{where} cannot be read as parquet: {one_line(error)}") from error
 
 
@@ -242,9 +257,11 @@ def _rows_of_text(suffix: str, lines: Iterable[str], where: str) -> Iterator[dic
     lines = _Lines(lines)
     reader = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",", strict=True)
     try:
-        header = next(reader, [])
+        header = next(filter(None, reader), None)  # the first line that is not empty
     except csv.Error as error:
         raise DataError(f"{where}, header: {_csv_error(error)}") from error
+    if header is None:
+        return
     if SURROGATE.search("".join(header)):
         raise DataError(f"{where}, header: {NOT_UTF8}")
     refuse_twice(header, where)
@@ -341,8 +358,9 @@ def match_columns(found: list[str], where: str, columns: Mapping[str, str], labe
                 f"this option (for score: --columns.{ours} NAME)"
             )
         names[ours] = match
-    if names["text_a"] == names["text_b"]:
-        raise DataError(f"{where}: text_a and text_b are both the column {names['text_a']!r}; name two in columns")
+    for one, two in combinations(names, 2):
+        if names[one] == names[two]:
+            raise DataError(f"{where}: {one} and {two} are both the column {names[one]!r}; name two in columns")
     return names
 
 
@@ -368,8 +386,11 @@ def sizes(rows: int, val_size: float | None, test_size: float | None, where: str
     10,000 (as in the reference recipe), or a tenth of a source with fewer than 100,000 rows. Raises `DataError` if a
     size is negative or not finite, or if nothing is left for training."""
     wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
-    if not all(0 <= size < math.inf for size in wanted):
-        raise DataError(f"--data.val_size {val_size} and --data.test_size {test_size} must be finite and at least 0")
+    if not all(0 <= size < math.inf and (size < 1 or size == int(size)) for size in wanted):
+        raise DataError(
+            f"--data.val_size {val_size}, --data.test_size {test_size}: each must be null, a whole number, or a "
+            "fraction under 1"
+        )
     val, test = (max(1, round(size * rows)) if 0 < size < 1 else int(size) for size in wanted)
     if val + test >= rows:
         raise DataError(

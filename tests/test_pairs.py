@@ -95,6 +95,9 @@ def test_an_edited_file_is_read_anew(write):
     path.write_text(HEADER + "a,b,0\nc,d,1\n")
     os.utime(path, ns=(stamp, stamp))  # as unpacking an archive does
     assert pairs.read(str(path))["label"][:] == [0.0, 1.0]
+    path.write_text(HEADER + "a,b,0\nc,d,0\n")
+    os.utime(path, ns=(stamp, stamp))  # of the same size too
+    assert pairs.read(str(path))["label"][:] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,8 @@ def test_an_edited_file_is_read_anew(write):
         ("p.csv", HEADER.replace(",", "\t") + "a\tb\t1\n", r"is it separated by '\t'? a .csv file needs commas"),
         ("p.csv", HEADER, "has no rows"),
         ("p.csv", "", "has no rows"),
+        ("p.csv", "\n\n", "has no rows"),
+        ("p.csv", "\n" + HEADER + "a,b,2\n", "row 1: is_duplicate '2' is not allowed"),
         ("p.csv", "one,two,label\na,b,1\n", "has no column 'text_a' or 'sentence1'"),
         ("p.jsonl", '{"question1": "a", "question2": 5, "label": 1}\n', "row 1: question2 is not text but int (5)"),
         ("p.jsonl", '{"question1": "a", "question2": null, "label": 1}\n', "row 1: question2 is null"),
@@ -133,6 +138,25 @@ def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
         pairs.read(str(path))
     assert said in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_what_other_readers_write_or_would_read_is_named(write, tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.csv").write_text(HEADER + "NA,b,1\n")
+    with pytest.raises(DataError, match=r"row 1: question1 is null; .* datasets reads words such as NA as null"):
+        pairs.read(f"{tmp_path}/folder:train")
+    assert pairs.read(f"{tmp_path}/folder/train.csv")["text_a"][:] == ["NA"]
+    pairs.read(f"{tmp_path}/folder/train.csv").save_to_disk(tmp_path / "saved")
+    for named in (f"{tmp_path}/saved:train", f"{tmp_path}/saved"):
+        with pytest.raises(DataError, match=r"was written by save_to_disk; turn it into a file: datasets\.load_from"):
+            pairs.read(named) if ":" in named else pairs.files_of(Path(named))
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    pq.write_table(pa.table({"text_a": broken, "text_b": ["b"], "label": [1]}), tmp_path / "broken.parquet")
+    with pytest.raises(DataError, match=r"broken.parquet cannot be read as parquet: 'utf-8' codec can't decode"):
+        pairs.read(str(tmp_path / "broken.parquet"))
+    labels = write("labels.csv", "text_b,label\nb,1\n")
+    with pytest.raises(DataError, match="text_a and label are both the column 'label'"):
+        pairs.read(str(labels), columns={"text_a": "label"})
 
 
 def test_a_full_disk_is_named(write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -198,6 +222,8 @@ def test_positions_are_the_peers_and_sizes_fit():
     assert pairs.sizes(10, 1, 2.0, "x") == (1, 2)
     with pytest.raises(DataError, match="leave none for training"):
         pairs.sizes(10, 5, 5, "x")
+    with pytest.raises(DataError, match=r"--data.val_size 1.5, .* a whole number, or a fraction under 1"):
+        pairs.sizes(10, 1.5, None, "x")
 
 
 def test_no_question_stands_in_two_splits(quora: Path):
