@@ -204,7 +204,7 @@ def _quote(text: str) -> str:
     """A text for a Markdown table: escaped, on one line, and of at most 200 characters."""
     text = one_line(text)
     text = text if len(text) <= 200 else text[:199] + "…"
-    return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", text)
 
 
 def is_hub_id(name: str) -> bool:
@@ -219,7 +219,8 @@ def _shown_path(name: str) -> str:
     if is_hub_id(name) or name.startswith("package:"):
         return name
     in_run = Path(name).name in ("model", "best.ckpt", "last.ckpt")  # then the name of the run's folder says more
-    return "/".join(Path(name).absolute().parts[-1 - in_run :])
+    shown = "/".join(Path(name).absolute().parts[-1 - in_run :])
+    return shown.replace("`", "'")  # it is shown between backticks
 
 
 def _cell(figures: dict[str, float], key: str, form: str, scale: float = 1, unit: str = "") -> str:

@@ -88,8 +88,10 @@ def offline_remedy(asked_for: str, reason: object) -> str:
 
 
 def one_line(text: object) -> str:
-    """The text with each run of white space replaced by one space, and without terminal colour codes."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
+    """The text with each run of white space replaced by one space, without terminal colour codes, and with every other
+    control character, which could steer a terminal, replaced by U+FFFD."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split())
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 # Lines of jsonargparse's messages that list the other types of an option, or repeat all that it was given.

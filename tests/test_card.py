@@ -120,12 +120,12 @@ def test_the_surest_errors_come_first_and_break_no_table():
     columns = {
         "label": [1.0, 0.0, 0.0, 1.0, 1.0],
         "score": [0.4, 0.9, 0.2, 0.01, 0.9],
-        "text_a": ["weak", "a | b\nc <b>", "right", "surest", "right"],
+        "text_a": ["weak", "a | b\nc <b> &lt; \x1b[2J\0", "right", "surest", "right"],
         "text_b": ["x" * 300] * 5,
     }
     found = worst_errors(columns, threshold=0.5)
     assert [row[:2] for row in found] == [["0.010", "1"], ["0.900", "0"], ["0.400", "1"]]
-    assert found[1][2] == "a \\| b c \\<b\\>"
+    assert found[1][2] == "a \\| b c \\<b\\> \\&lt; \ufffd\\[2J\ufffd"
     assert len(found[0][3]) == 200
     assert len(worst_errors({name: values * 4 for name, values in columns.items()}, threshold=0.5)) == 10
     assert worst_errors({"label": [1], "score": [0.5], "text_a": ["a"], "text_b": ["b"]}, threshold=0.5) == []
