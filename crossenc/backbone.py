@@ -49,6 +49,10 @@ def locate(backbone: str | Path) -> str:
         raise BackboneError(f"{backbone} is a file, not a model's folder; export makes such a folder from a .ckpt file")
     if not folder.is_dir():
         raise BackboneError(f"{backbone}: there is no folder {folder}")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise BackboneError(
+            f"{backbone} is an adapter; merge it into its model (peft: merge_and_unload), and save that"
+        )
     # A bi-encoder has a modules.json, and may keep its config.json in the subfolder of its first layer.
     if not any((folder / name).is_file() for name in ("config.json", "modules.json")):
         inner = folder / "model"
@@ -158,6 +162,10 @@ def resolve_max_length(backbone: str, max_length: int | None, revision: str | No
         raise BackboneError(
             f"max_length {max_length} does not fit {backbone}: it takes pairs of {special + 2} to {limit} tokens; "
             "set --model.max_length"
+        )
+    if not isinstance(limit, int) or limit < special:
+        raise BackboneError(
+            f"{backbone}: its tokenizer's model_max_length, {limit}, must be at least {special}, and whole"
         )
     return max_length or limit
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
@@ -72,7 +73,7 @@ def evaluate(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MisconfigurationException) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
     refuse_forks(trainer)
     splits = data.splits()

@@ -57,7 +57,8 @@ def base_model(model: Any) -> Any:
 def can_pack(model: Any) -> bool:
     """Whether this model of transformers can take the pairs of a batch in one row."""
     attention = getattr(model.config, "_attn_implementation", None)
-    return model.config.model_type in _HEADS and attention == ATTENTION
+    causal = getattr(model.config, "is_decoder", False)  # a token sees only those before it
+    return model.config.model_type in _HEADS and attention == ATTENTION and not causal
 
 
 def _threaded_logits(model: Any, batch: PairBatch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -54,17 +55,29 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
 
 def longest_pair(folder: Path) -> int:
     """The length in tokens to which pairs are truncated for a trained model, the same as in sentence-transformers."""
-    stored: int | None = read_config(folder, "sentence_bert_config.json").get("max_seq_length")
-    return min(resolve_max_length(str(folder), None), stored or sys.maxsize)
+    stored = read_config(folder, "sentence_bert_config.json").get("max_seq_length") or sys.maxsize
+    if not isinstance(stored, int) or stored < 3:
+        raise BackboneError(
+            f"{folder}: max_seq_length {stored!r} in sentence_bert_config.json is too short, or no number"
+        )
+    return min(resolve_max_length(str(folder), None), stored)
 
 
 def require_head(model: str, folder: Path) -> None:
-    """Raise `BackboneError` if a folder's model has no head with one label, or expects a prompt before the texts."""
+    """Raise `BackboneError` if a folder's model has no head with one label, or has more than a tokenizer and a model of
+    transformers, such as a prompt before the texts."""
     if not has_head(read_config(folder).get("architectures")):
         raise BackboneError(f"{model} is not a cross-encoder: it has no classification head; train one with fit")
     load_config(str(folder))  # checks the number of labels
     if prompt := read_config(folder, "config_sentence_transformers.json").get("default_prompt_name"):
         raise BackboneError(f"{model} puts its prompt {prompt!r} before the texts, which crossenc does not support")
+    changes = read_config(folder, "sentence_bert_config.json")
+    added = [name for name in ("do_lower_case", "processing_kwargs") if changes.get(name)]
+    modules = folder / "modules.json"
+    if modules.is_file() and len(json.loads(modules.read_text(encoding="utf-8"))) > 1:
+        added.append(modules.name)
+    if added:
+        raise BackboneError(f"{model} changes texts or scores by {added[0]}, which crossenc does not support")
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -118,7 +131,9 @@ def read_threshold(model: str | Path) -> float | None:
         stored = read_checkpoint(path, mmap=True)["crossenc"]
     else:
         stored = read_config(path).get("crossenc") or {}
-    threshold: float | None = stored.get("threshold")
+    threshold: float | None = stored.get("threshold") if isinstance(stored, dict) else None
+    if not isinstance(threshold, float | int | None):
+        raise BackboneError(f"{model}: the threshold {threshold!r} in its config.json is no number")
     return threshold
 
 

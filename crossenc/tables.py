@@ -253,7 +253,9 @@ def read_texts(
                 problem = f"{id_column} is null or not a single value"
             elif not (problem := what_is_wrong(row, [text_column])):
                 ids.append(row_id)
-                texts.append(f"{row['title']} {row[text_column]}" if titled and row.get("title") else row[text_column])
+                title = row.get("title") if titled else None
+                known = title and title == title  # NaN, which is pandas' null, is not equal to itself
+                texts.append(f"{title} {row[text_column]}" if known else row[text_column])
         if problem:
             if on_error != "skip":
                 raise DataError(f"{table.where}, row {number + 1}: {problem}{advice[1]}")

@@ -133,6 +133,12 @@ def test_what_cannot_be_evaluated_is_one_line(pairs_file: Path, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_devices_that_are_not_there_are_an_error_of_ours(tiny: Path, pairs_file: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="accelerator, devices or precision: "):
+        evaluate(tiny, {"val_source": str(pairs_file)}, str(tmp_path / "out"), accelerator="cpu", devices=0)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("where", ["model", "."])
 def test_nothing_but_an_earlier_evaluation_is_replaced(trained: Path, pairs_file: Path, where: str):
     before = {path: path.read_bytes() for path in (trained / where).iterdir() if path.is_file()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,17 @@ def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str
         assert torch.allclose(in_order(batch, pair_logits(plain, batch)), expected, atol=1e-5), cost
     single = [pair_logits(model, collate([pair], backbones[family])) for pair in PAIRS[-3:]]
     assert torch.allclose(torch.cat(single), expected[-3:], atol=1e-5)
+
+
+def test_a_causal_model_is_not_packed(backbones: dict[str, str], tmp_path: Path):
+    folder = shutil.copytree(backbones["bert"], tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    model, plain = (load_model(str(folder), name).eval() for name in (None, "sdpa"))
+    plain.load_state_dict(model.state_dict())
+    inputs = load_tokenizer(folder)([list(pair) for pair in PAIRS[:8]], padding=True, return_tensors="pt")
+    batch = collate(PAIRS[:8], str(folder))
+    assert torch.allclose(in_order(batch, pair_logits(model, batch)), plain(**inputs).logits[:, 0], atol=1e-5)
 
 
 def test_padding_that_a_text_spells_is_the_models_own(backbones: dict[str, str], tmp_path: Path):

@@ -112,6 +112,14 @@ def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
     assert sorted(lines) == [["1", "Q0", "0"], ["1", "Q0", "1"]]
 
 
+def test_a_title_that_is_null_is_no_word(tiny: Path):
+    corpus = [{"text": "b", "title": title} for title in (float("nan"), None, "", "t", 5)]
+    ((*ranked,),) = rerank(str(tiny), ["a"], corpus)
+    found = {row["corpus_id"]: row["score"] for row in ranked}
+    assert [found[row] for row in (3, 4)] == list(score(str(tiny), [("a", "t b"), ("a", "5 b")]))
+    assert len({found[row] for row in (0, 1, 2)}) == 1
+
+
 def test_figures_are_those_of_hand():
     relevant = {"a": {"x": 1}, "b": {"x": 1, "y": 1}}
     ranking = [[(1, 0.9), (0, 0.9)], [(0, 0.5), (2, 0.4), (1, 0.3)]]
