@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 Split: TypeAlias = Literal["position", "question"]
 OnMismatch: TypeAlias = Literal["refuse", "continue"]
 
+# A process that is forked while a thread of torch.distributed enters Python may hang: python/cpython, issue 112275.
+_FORKS_HANG = sys.version_info < (3, 11, 8)
+
 QUORA, QUORA_SUBSET = "sentence-transformers/quora-duplicates", "pair-class"
 
 
@@ -68,7 +71,8 @@ class PairDataModule(LightningDataModule):
         window: Sort the pairs of this many steps by length before they are cut into steps: faster, but steps are less
             alike, which can cost quality. 1 is a plain shuffle; see `benchmarks/README.md` for figures.
         eval_tokens: Tokens in an evaluation batch, including padding. Null: 16,384 on a CPU, 65,536 elsewhere.
-        num_workers: Processes that make batches; 0 uses the main process, which is enough for cached tokens.
+        num_workers: Processes that make batches; 0 uses the main process, which is enough for cached tokens. On several
+            devices, more need Python 3.11.8.
         num_proc: Processes that tokenize; null uses the tokenizer's own threads, one for each core.
         transitive: Add training pairs that follow from others: if a and b are duplicates, a is to c what b is to c.
             Pairs that are among the dev or test pairs are not added.
@@ -204,6 +208,8 @@ class PairDataModule(LightningDataModule):
                 )
         if stage != "fit":
             return
+        if self.num_workers and not self._workers():
+            log.info("data.num_workers %d is not used: on several devices it needs Python 3.11.8", self.num_workers)
         if "val" not in loaded:
             log.info(
                 "there are no dev pairs to choose the best checkpoint, a threshold and a calibration; to have some, "
@@ -380,6 +386,9 @@ class PairDataModule(LightningDataModule):
     def _accumulated(self) -> int:
         return self.trainer.accumulate_grad_batches if self.trainer else 1
 
+    def _workers(self) -> int:
+        return 0 if _FORKS_HANG and self._rank_and_devices()[1] > 1 else self.num_workers
+
     def _limit(self) -> int | float:
         """The batches of an epoch that the Trainer takes, or their share if it is a float."""
         whole = self.trainer is None or self.trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -408,8 +417,8 @@ class PairDataModule(LightningDataModule):
             "dataset": part.with_format("arrow", columns=[name for name in part.column_names if name != "cut"]),
             "batch_size": None,  # the order yields whole batches
             "collate_fn": PairCollator(self.tokenizer, mean_pairs, cost),
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": self._workers(),
+            "persistent_workers": self._workers() > 0,
             "worker_init_fn": _leave_process_group,
             "generator": torch.Generator(),  # of its own: making an iterator must not advance the one of dropout
         }

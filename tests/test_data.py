@@ -119,6 +119,19 @@ def test_worker_processes_need_no_process_group(pairs_file: Path, tiny: Path, mo
     assert [len(batch["row"]) for batch in data.train_dataloader()] == [24, 24]
 
 
+@pytest.mark.parametrize(("old", "devices", "workers"), [(True, 2, 0), (True, 1, 1), (False, 2, 1)])
+def test_no_workers_are_forked_where_they_may_hang(
+    pairs_file: Path, monkeypatch: pytest.MonkeyPatch, caplog, old: bool, devices: int, workers: int
+):
+    monkeypatch.setattr("crossenc.data._FORKS_HANG", old)
+    data = PairDataModule(str(pairs_file), backbone=BACKBONE, num_workers=1)
+    data.trainer = trainer(world_size=devices)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+    assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == workers
+    assert ("data.num_workers 1 is not used" in caplog.text) == (workers == 0)
+
+
 def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write):
     def made(source: Path = pairs_file, accumulated: int = 1, limit: float = 1.0, **settings: Any) -> PairDataModule:
         data = PairDataModule(str(source), backbone=BACKBONE, **settings)
