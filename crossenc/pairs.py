@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
@@ -183,7 +183,11 @@ def _checked_rows(origin: dict[str, Any], where: str, columns: dict[str, str], l
     source and the row."""
     rows: Iterable[dict[str, Any] | str]
     if "path" in origin:
-        rows = rows_of_file(Path(origin["path"]), where)
+
+        def needed(found: list[str]) -> list[str]:
+            return list(match_columns(found, where, columns, labelled).values())
+
+        rows = rows_of_file(Path(origin["path"]), where, needed)
     elif "sample" in origin:
         pairs = sample_pairs()
         rows = (row for split, part in pairs.items() if origin["sample"] in (split, "all") for row in part)
@@ -207,15 +211,22 @@ def _checked_rows(origin: dict[str, Any], where: str, columns: dict[str, str], l
         raise DataError(f"{where} has no rows")
 
 
-def rows_of_file(path: Path, where: str) -> Iterator[dict[str, Any] | str]:
+def rows_of_file(
+    path: Path, where: str, needed: Callable[[list[str]], list[str]] | None = None
+) -> Iterator[dict[str, Any] | str]:
     """The rows of a file, unchanged; a string in place of a row says what is wrong with that row.
 
-    `where` is the file's name in messages. Raises `DataError` if the file as a whole cannot be read.
+    `where` is the file's name in messages. Of a parquet file's columns, only those that `needed` names are read: others
+    may be large, such as vectors, or of types that Python does not have.
+
+    Raises:
+        DataError: The file as a whole cannot be read.
     """
     if path.suffix.lower() == ".parquet":
         with open_parquet(path, where) as file:
-            refuse_twice(file.schema_arrow.names, where)
-            for batch in file.iter_batches(10_000):
+            names = file.schema_arrow.names
+            refuse_twice(names, where)
+            for batch in file.iter_batches(10_000, columns=needed(names) if needed else None):
                 yield from batch.to_pylist()
         return
     # utf-8-sig: spreadsheets start a csv with a byte-order mark, which would become part of the first column's name.

@@ -43,6 +43,13 @@ def test_a_long_parquet_is_read_to_its_end(tmp_path: Path):
     assert [row["text_a"] for row in rows] == list(map(str, range(count)))
 
 
+def test_columns_of_a_parquet_that_are_not_needed_are_not_read(tmp_path: Path):
+    times = pa.array([1], pa.timestamp("us", tz="Foo/Bar"))  # which Python cannot represent
+    pq.write_table(pa.table({"a.b": times, "a": ["x"], "text_b": ["y"], "label": [1]}), tmp_path / "p.parquet")
+    read = pairs.read(str(tmp_path / "p.parquet"), columns={"text_a": "a"})
+    assert read.to_list() == [{"row": 0, "text_a": "x", "text_b": "y", "label": 1.0}]
+
+
 def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path: Path):
     (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbf" + (HEADER + "a,b,1\n").encode())
     assert pairs.read(str(tmp_path / "p.csv"))["text_a"][:] == ["a"]
