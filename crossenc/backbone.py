@@ -163,11 +163,12 @@ def resolve_max_length(backbone: str, max_length: int | None, revision: str | No
             f"max_length {max_length} does not fit {backbone}: it takes pairs of {special + 2} to {limit} tokens; "
             "set --model.max_length"
         )
-    if not isinstance(limit, int) or limit < special:
+    if max_length is None and not (limit == int(limit) >= special):
         raise BackboneError(
-            f"{backbone}: its tokenizer's model_max_length, {limit}, must be at least {special}, and whole"
+            f"{backbone}: its longest pair by its tokenizer and config, {limit} tokens, must be a whole number of at "
+            f"least {special}; correct model_max_length in tokenizer_config.json"
         )
-    return max_length or limit
+    return max_length or int(limit)
 
 
 def load_model(

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .errors import CheckpointError, StoppedError
+from .errors import CheckpointError, StoppedError, one_line
 from .parts import replacing, writing
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     torch.save(checkpoint, file)  # Lightning's own writer makes a copy in memory and another in /tmp
                 except RuntimeError as error:  # which torch raises in place of the OSError of a full disk
                     raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-            _load(unfinished, path, mmap=True)  # what cannot be read back is told now, and not at the end of the run
+            try:
+                torch.load(unfinished, weights_only=True, mmap=True)  # in milliseconds: no weights are read
+            except Exception as error:  # told now, and not at the end of the run, or when it is to resume
+                kind = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+                raise CheckpointError(
+                    f"{path} could not be read back ({kind[1] if kind else one_line(error)[:200]}): the state of a "
+                    "callback or an argument of the module is no plain value; give it as a number of Python (not of "
+                    "NumPy), a text, a list, a dict or a tensor"
+                ) from error
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -263,23 +271,15 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder; name a checkpoint in it: {found}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    loaded = _load(path, path, mmap)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # for arbitrary bytes, the unpickler raises errors of any kind
+        raise CheckpointError(
+            f"{path} cannot be read: the file is truncated, damaged or not a checkpoint of tensors and plain values"
+        ) from error
     if not isinstance(loaded, dict) or "crossenc" not in loaded:
         raise CheckpointError(f"{path} was not written by crossenc")
     return loaded
-
-
-def _load(file: Path, name: Path, mmap: bool) -> Any:
-    """The content of a file of tensors and plain values; raises `CheckpointError` about a checkpoint of this name."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # for arbitrary bytes, the unpickler raises errors of any kind
-        if kind := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
-            raise CheckpointError(
-                f"{name} cannot be read back, since the state of a callback or an argument of the module holds a "
-                f"{kind[1]}; make it a number, a text, a list, a dict or a tensor"
-            ) from error
-        raise CheckpointError(f"{name} cannot be read: the file is truncated, damaged or not a checkpoint") from error
 
 
 def owner(path: Path) -> str:

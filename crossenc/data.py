@@ -72,7 +72,7 @@ class PairDataModule(LightningDataModule):
             alike, which can cost quality. 1 is a plain shuffle; see `benchmarks/README.md` for figures.
         eval_tokens: Tokens in an evaluation batch, including padding. Null: 16,384 on a CPU, 65,536 elsewhere.
         num_workers: Processes that make batches; 0 uses the main process, which is enough for cached tokens. On several
-            devices, more need Python 3.11.8.
+            devices, more need Python 3.11.8 or newer.
         num_proc: Processes that tokenize; null uses the tokenizer's own threads, one for each core.
         transitive: Add training pairs that follow from others: if a and b are duplicates, a is to c what b is to c.
             Pairs that are among the dev or test pairs are not added.
@@ -176,7 +176,7 @@ class PairDataModule(LightningDataModule):
                     "tokenizer": sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12],
                     "devices": self._rank_and_devices()[1],
                     "accumulated batches": self._accumulated(),
-                    "limit_train_batches": self._limit(),
+                    **self._limited(),
                     "batch_size": self.batch_size,
                     "batch_by": self.batch_by,
                     "window": self.window,
@@ -209,7 +209,9 @@ class PairDataModule(LightningDataModule):
         if stage != "fit":
             return
         if self.num_workers and not self._workers():
-            log.info("data.num_workers %d is not used: on several devices it needs Python 3.11.8", self.num_workers)
+            log.info(
+                "data.num_workers %d is not used: on several devices it needs Python 3.11.8 or newer", self.num_workers
+            )
         if "val" not in loaded:
             log.info(
                 "there are no dev pairs to choose the best checkpoint, a threshold and a calibration; to have some, "
@@ -333,7 +335,7 @@ class PairDataModule(LightningDataModule):
             symmetric=self.symmetric,
             twice=self.twice,
         )
-        limit, batches = self._limit(), len(order)
+        limit, batches = self.trainer.limit_train_batches if self.trainer else 1.0, len(order)
         limit = min(limit, batches) if isinstance(limit, int) else int(limit * batches)  # as Lightning counts them
         self.train_loader = PairLoader(order, limit, **self._loader_arguments("train", order.mean_pairs()))
         # Lightning would restore the loader's state, but when it counts steps it makes the loader before it has read
@@ -389,10 +391,11 @@ class PairDataModule(LightningDataModule):
     def _workers(self) -> int:
         return 0 if _FORKS_HANG and self._rank_and_devices()[1] > 1 else self.num_workers
 
-    def _limit(self) -> int | float:
-        """The batches of an epoch that the Trainer takes, or their share if it is a float."""
-        whole = self.trainer is None or self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        return 1.0 if whole else self.trainer.limit_train_batches  # type: ignore[union-attr]
+    def _limited(self) -> dict[str, str]:
+        """What the Trainer takes of an epoch, for the plan. Not that of fast_dev_run, which may try any checkpoint."""
+        if self.trainer is None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return {}
+        return {"limit_train_batches": str(self.trainer.limit_train_batches)}  # as text, 1 is not 1.0
 
     def _on_cpu(self) -> bool:
         return self.trainer is None or self.trainer.strategy.root_device.type == "cpu"

@@ -56,9 +56,10 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
 def longest_pair(folder: Path) -> int:
     """The length in tokens to which pairs are truncated for a trained model, the same as in sentence-transformers."""
     stored = read_config(folder, "sentence_bert_config.json").get("max_seq_length") or sys.maxsize
-    if not isinstance(stored, int) or stored < 3:
+    special = load_tokenizer(str(folder)).num_special_tokens_to_add(pair=True)
+    if not isinstance(stored, int) or stored < special:
         raise BackboneError(
-            f"{folder}: max_seq_length {stored!r} in sentence_bert_config.json is too short, or no number"
+            f"{folder}: max_seq_length {stored!r} in sentence_bert_config.json must be a whole number from {special} on"
         )
     return min(resolve_max_length(str(folder), None), stored)
 
@@ -71,13 +72,25 @@ def require_head(model: str, folder: Path) -> None:
     load_config(str(folder))  # checks the number of labels
     if prompt := read_config(folder, "config_sentence_transformers.json").get("default_prompt_name"):
         raise BackboneError(f"{model} puts its prompt {prompt!r} before the texts, which crossenc does not support")
-    changes = read_config(folder, "sentence_bert_config.json")
-    added = [name for name in ("do_lower_case", "processing_kwargs") if changes.get(name)]
-    modules = folder / "modules.json"
-    if modules.is_file() and len(json.loads(modules.read_text(encoding="utf-8"))) > 1:
-        added.append(modules.name)
-    if added:
-        raise BackboneError(f"{model} changes texts or scores by {added[0]}, which crossenc does not support")
+    settings, unsupported = read_config(folder, "sentence_bert_config.json"), None
+    if settings.get("do_lower_case") and len({str(load_tokenizer(str(folder)).tokenize(text)) for text in "aA"}) > 1:
+        unsupported = "do_lower_case"
+    elif settings.get("processing_kwargs"):
+        unsupported = "processing_kwargs"
+    elif len(_layers(folder)) > 1:
+        unsupported = "modules.json: layers after the transformer"
+    if unsupported:
+        raise BackboneError(f"{model} has settings that crossenc does not support ({unsupported})")
+
+
+def _layers(folder: Path) -> list[Any]:
+    """The layers of a model of sentence-transformers; empty if it does not list them."""
+    file = folder / "modules.json"
+    try:
+        layers = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except ValueError:  # damaged: sentence-transformers itself could not load it
+        return []
+    return layers if isinstance(layers, list) else []
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -133,7 +146,7 @@ def read_threshold(model: str | Path) -> float | None:
         stored = read_config(path).get("crossenc") or {}
     threshold: float | None = stored.get("threshold") if isinstance(stored, dict) else None
     if not isinstance(threshold, float | int | None):
-        raise BackboneError(f"{model}: the threshold {threshold!r} in its config.json is no number")
+        raise BackboneError(f"{model}: its stored threshold, {threshold!r}, is no number")
     return threshold
 
 

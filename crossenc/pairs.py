@@ -143,7 +143,6 @@ def _refuse_saved(folder: Path) -> None:
 
 def files_of(folder: Path) -> dict[str, str]:
     """The file of each split in a folder: `train.*`, and any `dev.*` (or `val.*`, `validation.*`) and `test.*`."""
-    _refuse_saved(folder)
     by_split: dict[str, str] = {}
     for split, stems in _SPLIT_FILES.items():
         files = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
@@ -154,6 +153,7 @@ def files_of(folder: Path) -> dict[str, str]:
         if files:
             by_split[split] = str(files[0])
     if "train" not in by_split:
+        _refuse_saved(folder)
         names = ", ".join(f"train{suffix}" for suffix in SUFFIXES)
         raise DataError(
             f"{folder} has no train file ({names}); if it is laid out like a Hub data set, give {folder}:train"
@@ -201,7 +201,8 @@ def _checked_rows(origin: dict[str, Any], where: str, columns: dict[str, str], l
             raise DataError(f"{place}: {values}")
         names = names or match_columns(list(values), where, columns, labelled)
         if problem := what_is_wrong(values, [names["text_a"], names["text_b"]]):
-            hint = " (from a csv, datasets reads words such as NA as null)" if "dataset" in origin else ""
+            null = "dataset" in origin and " is null; " in problem
+            hint = " (if this is a csv: datasets reads words such as NA as null)" if null else ""
             raise DataError(f"{place}: {problem}{hint}")
         pair: dict[str, Any] = {"row": row, "text_a": values[names["text_a"]], "text_b": values[names["text_b"]]}
         if labelled:

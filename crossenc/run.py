@@ -286,7 +286,9 @@ class RunCLI(LightningCLI):
         kwargs["plugins"] = [*_as_list(given.plugins), AtomicCheckpointIO()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except RuntimeError as error:  # such as two callbacks of one kind
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
             raise UsageError(f"an option cannot be used: {one_line(error)}") from error
         refuse_forks(trainer)
         return trainer
@@ -439,44 +441,43 @@ def _check_words(words: list[str]) -> None:
     """Refuse what the parser would tell of unclearly, or not at all.
 
     Raises:
-        UsageError: A config file is not YAML, or has an empty section; or an argument is given that follows from
-            another option, and would be overwritten without a word.
+        UsageError: A config is not YAML, has no options, an empty section or a key twice; or an argument is given that
+            follows from another option or from the run's folder, and would be overwritten without a word.
     """
     for word, following in pairwise([*words, ""]):
         if word.startswith("-c"):  # the short form of --config
-            word = f"--config={word[2:].removeprefix('=') or following}"
-        name, equals, value = word.removeprefix("--").partition("=")
-        value = value if equals else following
+            name, value = "config", word[2:].removeprefix("=") or following
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            value = value if equals else following
+        else:
+            continue
         given, where = {name}, "on the command line"
         if name == "trainer.default_root_dir":
             raise UsageError("--trainer.default_root_dir is the run's folder; set --output and --run instead")
-        if name in ("config", "data"):
+        if name in ("config", "data") and value:
             where = f"in {value[:200]}"
             config = _read_yaml(value) if name == "config" else {"data": value}
-            if config is None or isinstance(config, list):
+            if not config or isinstance(config, list):
                 raise UsageError(f"the config {value[:200]} has no options; write some, or leave it out")
             config = config if isinstance(config, dict) else {}
             for section in ("model", "data", "trainer"):
-                if config.get(section) in ("", "~", "null"):
+                if str(config.get(section, "some")).lower() in ("", "~", "null"):
                     raise UsageError(f"the section {section}, {where}, is empty; give it an option, or remove it")
             data = config.get("data")
-            data = _read_yaml(data, Path(value).expanduser().parent if name == "config" else Path())
+            data = _read_yaml(data, Path(value).parent if name == "config" else Path())
             given = {*config, *(f"data.{key}" for key in (data if isinstance(data, dict) else ()))}
         for target in given & _LINKED.keys():
             raise UsageError(f"{target}, given {where}, follows from {_LINKED[target]}; set {_LINKED[target]} instead")
 
 
 def _read_yaml(source: Any, folder: Path = Path()) -> Any:
-    """The content of a YAML file, whose name is relative to `folder`, or of a text in YAML; all values are texts.
-
-    The parser knows no dates, and 2026-02-30 is a fine name of a run. Its loader is libyaml's too: the other one
-    refuses a list such as [What?, Why?].
-    """
+    """The content of a YAML file, whose name is relative to `folder`, or of a text in YAML; all values are texts."""
     if not isinstance(source, str):
         return source
     try:
-        opened: Any = (folder / Path(source).expanduser()).open(encoding="utf-8")
-    except OSError:  # no file: the options themselves
+        opened: Any = (folder.expanduser() / Path(source).expanduser()).open(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError):  # not a file, or not even a name of one: the options themselves
         opened = nullcontext(source)
     try:
         with opened as text:
@@ -486,12 +487,16 @@ def _read_yaml(source: Any, folder: Path = Path()) -> Any:
 
 
 class _Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):  # type: ignore[misc]
-    """Refuses a key that stands twice in a mapping, of which the parser would take the last without a word."""
+    """Reads YAML as the parser does, but refuses a key that stands twice, of which the parser would take the last.
+
+    libyaml's loader, as the parser's is: PyYAML's own refuses a list such as [What?, Why?]. The base one leaves values
+    as texts: the parser knows no dates, and 2026-02-30 is a fine name of a run.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: set[str] = set()
         for key, _ in node.value:
-            if str(key.value) in seen:
+            if str(key.value) in seen - {"<<"}:  # a mapping may merge several others
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
             seen.add(str(key.value))
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
@@ -507,10 +512,8 @@ def _check_trainer(command: str, config: Any) -> None:
     trainer, seed = config.trainer, config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         raise UsageError(f"--seed_everything must be from 0 to {2**32 - 1}, or true or false, not {seed}")
-    for callback in _as_list(trainer.callbacks):
-        name = callback.class_path.rpartition(".")[2]
-        if name in _UNSUPPORTED_CALLBACKS:
-            raise UsageError(f"{name} does not work with crossenc; use {_UNSUPPORTED_CALLBACKS[name]}")
+    for callback in _as_list(trainer.callbacks):  # early: some of them could not be written to config.yaml either
+        _refuse_unsupported(callback.class_path.rpartition(".")[2])
     if trainer.barebones:
         raise UsageError("--trainer.barebones would leave out the run's checkpoints and metrics; remove it")
     if trainer.overfit_batches:
@@ -536,12 +539,19 @@ def _check_trainer(command: str, config: Any) -> None:
         trainer.check_val_every_n_epoch = 1
 
 
+def _refuse_unsupported(name: str) -> None:
+    """Raise `UsageError` if a callback's class has the name of one that does not work with crossenc."""
+    if name in _UNSUPPORTED_CALLBACKS:
+        raise UsageError(f"{name} does not work with crossenc; use {_UNSUPPORTED_CALLBACKS[name]}")
+
+
 def _check_callbacks(callbacks: list[Any], strategy: Any) -> None:
     """Refuse callbacks that would fail hours later in the run; raises `UsageError`."""
     # A monitored metric is only checked if all callbacks are Lightning's, since others may log metrics of their own.
     all_known = all(type(callback).__module__.startswith("lightning.") for callback in callbacks)
     for callback in callbacks:
         name = type(callback).__name__
+        _refuse_unsupported(name)
         if isinstance(callback, WeightAveraging) and strategy == "fsdp":
             raise UsageError(f"{name} does not work with --trainer.strategy fsdp, which shards the weights; use ddp")
         monitor = getattr(callback, "monitor", None)

@@ -150,13 +150,15 @@ def test_bad_files_name_file_and_row(write, name: str, text: str, said: str):
 def test_what_other_readers_write_or_would_read_is_named(write, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.csv").write_text(HEADER + "NA,b,1\n")
-    with pytest.raises(DataError, match=r"row 1: question1 is null; .* datasets reads words such as NA as null"):
+    with pytest.raises(DataError, match=r"row 1: question1 is null; .*datasets reads words such as NA as null"):
         pairs.read(f"{tmp_path}/folder:train")
     assert pairs.read(f"{tmp_path}/folder/train.csv")["text_a"][:] == ["NA"]
     pairs.read(f"{tmp_path}/folder/train.csv").save_to_disk(tmp_path / "saved")
     for named in (f"{tmp_path}/saved:train", f"{tmp_path}/saved"):
         with pytest.raises(DataError, match=r"was written by save_to_disk; turn it into a file: datasets\.load_from"):
             pairs.read(named) if ":" in named else pairs.files_of(Path(named))
+    (tmp_path / "folder" / "state.json").write_text("{}")
+    assert pairs.files_of(tmp_path / "folder") == {"train": f"{tmp_path}/folder/train.csv"}
     broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
     pq.write_table(pa.table({"text_a": broken, "text_b": ["b"], "label": [1]}), tmp_path / "broken.parquet")
     with pytest.raises(DataError, match=r"broken.parquet cannot be read as parquet: 'utf-8' codec can't decode"):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateFinder
 from safetensors.torch import load_file
 
 from crossenc import data
@@ -35,6 +36,10 @@ def fit(pairs_file: Path, backbone: Path, output: Path, *more: str) -> list[str]
     named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": backbone, "output": output}
     named |= {"trainer.precision": "32-true", "trainer.accelerator": "cpu"}
     return ["fit", *(f"--{name}={value}" for name, value in named.items()), *more]
+
+
+def finder() -> LearningRateFinder:
+    return LearningRateFinder()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -368,6 +373,7 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
             ["--trainer.callbacks+=LearningRateFinder"],
             "LearningRateFinder does not work with crossenc; use --model.learn",
         ),
+        ([f"--trainer.callbacks+={__name__}.finder"], "LearningRateFinder does not work with crossenc"),
         (["--trainer.callbacks+=BackboneFinetuning"], "use --model.freeze_layers"),
         (["--trainer.callbacks+=SpikeDetection"], "use --trainer.gradient_clip_val"),
         (["--trainer.barebones=true"], "would leave out the run's checkpoints"),
@@ -462,6 +468,19 @@ def test_a_config_that_would_undo_options_is_refused(write, tmp_path: Path, caps
     assert main(["fit", "--output", str(tmp_path / "runs"), "-c", str(config)]) == 2
     assert said.format(config) in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
+
+
+def test_words_that_are_named_like_options_and_keys_that_merge_are_fine(write, capsys):
+    config = write("own.yaml", "model:\n  <<: &a {max_length: 32}\n  <<: &b {dropout: 0.5}\n")
+    for words in (["--run", "data"], ["--data.source", "config"], ["-c", str(config)], [f"-c{config}"]):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["fit", "--print_config", *words])
+    said = capsys.readouterr().out
+    assert "run: data\n" in said
+    assert "source: config\n" in said
+    assert said.count("  max_length: 32\n") == said.count("  dropout: 0.5\n") == 2
+    assert main(["fit", "--config"]) == 2
+    assert "expected one argument" in capsys.readouterr().err
 
 
 def test_a_config_with_questions_in_a_list_and_what_looks_like_a_date_is_read(write, capsys):

@@ -539,7 +539,7 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
     three = changed("three", "config.json", id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
     prompted = changed("prompted", "config_sentence_transformers.json", default_prompt_name="query")
     inner = "sentence_bert_config.json"
-    lower, short = changed("lower", inner, do_lower_case=True), changed("short", inner, max_seq_length=2)
+    lower, short = changed("lower", inner, processing_kwargs={"text": {}}), changed("short", inner, max_seq_length=2)
     layered, threshold = (
         changed("layered", "modules.json"),
         changed("threshold", "config.json", crossenc={"threshold": "a"}),
@@ -551,16 +551,22 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
     weightless = changed("weightless", "config.json")
     (Path(weightless) / "model.safetensors").rename(tmp_path / "junk.ckpt")
     refusals = {three: "3 labels", prompted: "puts its prompt 'query' before", weightless: "has no model.safetensors"}
-    refusals |= {lower: "by do_lower_case", layered: "by modules.json", adapter: "is an adapter; merge it"}
+    refusals |= {
+        lower: r"does not support \(processing_kwargs\)",
+        layered: "layers after the transformer",
+        adapter: "is an adapter; merge it",
+    }
     for model, said in refusals.items():
         with pytest.raises(BackboneError, match=said):
             Scoring(model).find()
+    (Path(layered) / "modules.json").write_text("[{")  # damaged, but nothing that is read
+    Scoring(layered).find()
     with pytest.raises(CheckpointError, match=r"junk\.ckpt"):
         Scoring(tmp_path / "junk.ckpt").find()
-    for model, said in {short: "max_seq_length 2 in", limitless: "model_max_length, -1, must"}.items():
+    for model, said in {short: "max_seq_length 2 in", limitless: "-1 tokens, must be a whole"}.items():
         with pytest.raises(BackboneError, match=said):
             score(model, [("a", "b")])
-    with pytest.raises(BackboneError, match=r"the threshold 'a' in its config\.json is no number"):
+    with pytest.raises(BackboneError, match="its stored threshold, 'a', is no number"):
         score(threshold, [("a", "b")], decision="same")
 
 
