@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from . import pairs
 from .backbone import DEFAULT_BACKBONE, load_config, load_tokenizer, resolve_max_length
 from .encode import PairBatch, PairCollator, encode, tell_cut
-from .errors import CheckpointError, DataError, UsageError, require_choice
+from .errors import CheckpointError, DataError, UsageError, require_choice, require_count
 from .forward import piece_cost
 from .sampler import BatchBy, EvaluationOrder, TrainingOrder
 
@@ -124,13 +124,16 @@ class PairDataModule(LightningDataModule):
         self.source, self.val_source, self.test_source = (str(name or "") for name in (source, val_source, test_source))
         self.subset, self.columns, self.split = subset, columns, split
         self.val_size, self.test_size = val_size, test_size
-        # From Python these may be numpy numbers, which `weights_only` does not load from a checkpoint.
-        self.batch_size, self.window, self.limit = int(batch_size), int(window), None if limit is None else int(limit)
-        self.batch_by, self.eval_tokens, self.num_workers, self.num_proc = batch_by, eval_tokens, num_workers, num_proc
-        for option in ("batch_size", "window", "eval_tokens", "num_proc", "limit", "num_workers"):
-            value, least = getattr(self, option), 0 if option == "num_workers" else 1
-            if value is not None and value < least:
-                raise UsageError(f"data.{option} must be at least {least}, not {value}")
+        self.batch_size, self.window = (
+            require_count("data.batch_size", batch_size),
+            require_count("data.window", window),
+        )
+        self.num_workers = require_count("data.num_workers", num_workers, 0)
+        self.limit, self.eval_tokens, self.num_proc = (
+            None if value is None else require_count(f"data.{name}", value)
+            for name, value in (("limit", limit), ("eval_tokens", eval_tokens), ("num_proc", num_proc))
+        )
+        self.batch_by = batch_by
         self.on_mismatch = on_mismatch
         self.trained_limit: int | None = None  # the `limit` of the run whose checkpoint is evaluated
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice

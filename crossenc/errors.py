@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from numbers import Real
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 
 
 class CrossencError(Exception):
@@ -77,6 +78,13 @@ def require_choice(name: str, value: object, choices: object) -> None:
     """Raise `UsageError` if a value is not one of a `Literal`'s: only the command line checks this by itself."""
     if value not in get_args(choices):
         raise UsageError(f"{name} {value!r} is not one of {', '.join(get_args(choices))}")
+
+
+def require_count(name: str, value: Any, least: int = 1) -> int:
+    """The value as Python's int, whatever kind of number it is; raises `UsageError` if it is not whole or too small."""
+    if not isinstance(value, Real) or value // 1 != value or value < least:
+        raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return int(value)  # type: ignore[call-overload,no-any-return]
 
 
 def offline_remedy(asked_for: str, reason: object) -> str:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from .calibration import sigmoid
-from .errors import DataError, UsageError, require, require_choice
+from .errors import DataError, UsageError, require, require_choice, require_count
 from .loading import fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, PAIR_BYTES, Index, embed, find_candidates, find_retriever, kind_of_index
 from .pairs import SUFFIXES, normalized, read
@@ -138,8 +138,9 @@ def mine(
     require_choice("linkage", linkage, Linkage)
     require_choice("on_error", on_error, OnError)
     require_choice("index", index, Index)
-    if top_k < 1 or not -1 <= min_similarity <= 1 or not 0 <= (threshold or 0) <= 1:
-        raise UsageError("top_k must be at least 1, min_similarity from -1 to 1, and threshold from 0 to 1")
+    top_k = require_count("top_k", top_k)
+    if not -1 <= min_similarity <= 1 or not 0 <= (threshold or 0) <= 1:
+        raise UsageError("min_similarity must be from -1 to 1, and threshold from 0 to 1")
     if output == STANDARD:
         raise UsageError("mine writes two files, so output cannot be -; name the file of the pairs")
     if output is not None:

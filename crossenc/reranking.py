@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from .calibration import sigmoid
-from .errors import DataError, UsageError, require
+from .errors import DataError, UsageError, require, require_count
 from .neighbors import embed
 from .pairs import NOT_UTF8, SUFFIXES, SURROGATE, is_local
 from .parts import replacing, writing
@@ -82,11 +82,10 @@ def rerank(
         raise UsageError("give either candidates, or a retriever that finds them, not both")
     if retriever is None and retrieve_k is not None:
         raise UsageError("retrieve_k needs a retriever; name one with --retriever")
-    retrieve_k = 100 if retrieve_k is None else retrieve_k
+    top_k = require_count("top_k", top_k)
+    retrieve_k = 100 if retrieve_k is None else require_count("retrieve_k", retrieve_k)
     if [source for source in (queries, corpus, candidates, qrels) if isinstance(source, str)].count(STANDARD) > 1:
         raise UsageError("only one of queries, corpus, candidates and qrels can be - (standard input)")
-    if top_k < 1 or retrieve_k < 1:
-        raise UsageError("top_k and retrieve_k must be at least 1")
     if qrels is not None:
         require("ir_measures", "rank")  # fail before the work, not after it
     if output is not None:

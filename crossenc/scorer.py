@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from .backbone import load_tokenizer
 from .encode import PairCollator, encode_texts
-from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require_choice
+from .errors import BackboneError, CrossencError, LostProcessError, UsageError, require_choice, require_count
 from .forward import padded, pair_logits, piece_cost
 from .loading import find, fingerprint, load, longest_pair, require_head
 from .onnx_model import OnnxModel, find_onnx
@@ -53,8 +53,7 @@ class Scoring:
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, Precision)
         require_choice("backend", self.backend, Backend)
-        if self.devices < 1:
-            raise UsageError(f"devices must be at least 1, not {self.devices}")
+        require_count("devices", self.devices)
         if self.backend != "torch" and self.precision != "32-true":
             raise UsageError(f"precision {self.precision} needs backend torch; {self.backend} has its own precision")
 

@@ -74,8 +74,12 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch:
         with pytest.raises(UsageError, match="write the list to a file"):
             PairDataModule(**{name: [("a", "b", 1)]}, **make)
     for name in ("batch_size", "window", "eval_tokens", "num_proc", "limit"):
-        with pytest.raises(UsageError, match=rf"data\.{name} must be at least 1, not 0"):
+        with pytest.raises(UsageError, match=rf"data\.{name} must be a whole number of at least 1, not 0"):
             PairDataModule(**{name: 0}, **make)
+    for value in (0.5, float("nan"), "8", [8]):
+        with pytest.raises(UsageError, match=r"data\.limit must be a whole number of at least 1, not "):
+            PairDataModule(limit=value, **make)
+    assert type(PairDataModule(limit=np.int64(8), **make).limit) is int  # a checkpoint holds no number of numpy's
     for name in ("split", "batch_by", "on_mismatch"):
         with pytest.raises(UsageError, match=rf"data\.{name} 'questions' is not one of"):
             PairDataModule(**{name: "questions"}, **make)

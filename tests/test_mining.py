@@ -277,7 +277,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(DataError, "is it separated by ';'.* name it with --column", str(write("t.csv", "x;text\n1;a\n")))
     refused(DataError, r"has no texts; row 1: no text; it has \['x'\]", str(write("u.csv", "x\na\n")), on_error="skip")
     refused(DataError, "has no texts", [])
-    refused(UsageError, "top_k must be", top_k=0)
+    refused(UsageError, "top_k must be a whole number of at least 1, not 0", top_k=0)
     refused(BackboneError, "cannot be loaded as a bi-encoder", retriever=str(trained / "best.ckpt"))
     refused(BackboneError, "there is no folder nope", retriever="./nope")
     refused(UsageError, "threshold from 0 to 1", threshold=5)
