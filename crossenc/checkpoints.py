@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 except RuntimeError as error:  # which torch raises in place of the OSError of a full disk
                     raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             try:
-                torch.load(unfinished, weights_only=True, mmap=True)  # in milliseconds: no weights are read
+                _load(unfinished, mmap=True)  # in milliseconds: no weights are read
             except Exception as error:  # told now, and not at the end of the run, or when it is to resume
                 kind = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
                 raise CheckpointError(
@@ -272,7 +272,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        loaded = _load(path, mmap)
     except Exception as error:  # for arbitrary bytes, the unpickler raises errors of any kind
         raise CheckpointError(
             f"{path} cannot be read: the file is truncated, damaged or not a checkpoint of tensors and plain values"
@@ -280,6 +280,11 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(loaded, dict) or "crossenc" not in loaded:
         raise CheckpointError(f"{path} was not written by crossenc")
     return loaded
+
+
+def _load(file: Path, mmap: bool) -> Any:
+    # On the CPU: weights that were saved on a GPU would be copied there, each of them.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def owner(path: Path) -> str:
