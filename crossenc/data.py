@@ -124,17 +124,14 @@ class PairDataModule(LightningDataModule):
         self.source, self.val_source, self.test_source = (str(name or "") for name in (source, val_source, test_source))
         self.subset, self.columns, self.split = subset, columns, split
         self.val_size, self.test_size = val_size, test_size
-        self.batch_size, self.window = (
-            require_count("data.batch_size", batch_size),
-            require_count("data.window", window),
-        )
+        self.batch_size = require_count("data.batch_size", batch_size)
+        self.window = require_count("data.window", window)
         self.num_workers = require_count("data.num_workers", num_workers, 0)
         self.limit, self.eval_tokens, self.num_proc = (
             None if value is None else require_count(f"data.{name}", value)
             for name, value in (("limit", limit), ("eval_tokens", eval_tokens), ("num_proc", num_proc))
         )
-        self.batch_by = batch_by
-        self.on_mismatch = on_mismatch
+        self.batch_by, self.on_mismatch = batch_by, on_mismatch
         self.trained_limit: int | None = None  # the `limit` of the run whose checkpoint is evaluated
         self.transitive, self.symmetric, self.twice = transitive, symmetric, twice
         self.train_loader: PairLoader | None = None

@@ -396,7 +396,7 @@ def _parse_label(value: object, place: str, column: str) -> float:
 def sizes(rows: int, val_size: float | None, test_size: float | None, where: str) -> tuple[int, int]:
     """The number of dev and test rows. A size under 1 is a fraction of the rows, and gives at least one; None means
     10,000 (as in the reference recipe), or a tenth of a source with fewer than 100,000 rows. Raises `DataError` if a
-    size is negative or not finite, or if nothing is left for training."""
+    size is negative, neither whole nor under 1, or not finite, or if nothing is left for training."""
     wanted = [min(10_000, rows // 10) if size is None else size for size in (val_size, test_size)]
     if not all(0 <= size < math.inf and (size < 1 or size == int(size)) for size in wanted):
         raise DataError(

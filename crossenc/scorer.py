@@ -53,7 +53,7 @@ class Scoring:
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, Precision)
         require_choice("backend", self.backend, Backend)
-        require_count("devices", self.devices)
+        object.__setattr__(self, "devices", require_count("devices", self.devices))  # the class is frozen
         if self.backend != "torch" and self.precision != "32-true":
             raise UsageError(f"precision {self.precision} needs backend torch; {self.backend} has its own precision")
 

@@ -513,6 +513,7 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
     for name in ("precision", "backend", "on_error"):
         with pytest.raises(UsageError, match=f"{name} 'best' is not one of"):
             score(str(tiny), path, **{name: "best"})
+    assert type(Scoring(str(tiny), devices=2.0).devices) is int
     with pytest.raises(UsageError, match="devices must be a whole number of at least 1, not 0"):
         score(str(tiny), path, devices=0)
     with pytest.raises(UsageError, match="precision"):
