@@ -7,7 +7,6 @@ best.ckpt   after the validation with the best average precision so far
 from __future__ import annotations
 
 import logging
-import os
 import random
 import re
 import shlex
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -145,10 +145,10 @@ class LastCheckpoint(Checkpoint):
     def _install_handlers(self, trainer: Trainer) -> None:
         if self.handlers:
             return
-        slurm, cluster = "SLURM_JOB_ID" in os.environ, _cluster_environment(trainer)
-        numbers = [] if slurm else [signal.SIGTERM, signal.SIGINT]
-        if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue and cluster.requeue_signal is not None:
-            numbers = [cluster.requeue_signal]
+        cluster, numbers = _cluster_environment(trainer), [signal.SIGTERM, signal.SIGINT]
+        slurm = isinstance(cluster, SLURMEnvironment)
+        if slurm:  # if the job is requeued, there is a handler to delay
+            numbers = [n for n in (cluster.requeue_signal,) if cluster.auto_requeue and callable(signal.getsignal(n))]
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             self.handlers = {number: signal.signal(number, self._note_signal) for number in numbers}
         if trainer.received_sigterm and not slurm:  # Lightning got it before these handlers were installed
@@ -205,7 +205,9 @@ class LastCheckpoint(Checkpoint):
         raise StoppedError(
             f"{signal.Signals(number).name} at step {trainer.global_step}; resume with: {command_to_go_on(trainer)}",
             # Lightning's launcher kills the first process if one that it launched ends with a code other than 0.
-            0 if trainer.local_rank and not _is_launched_externally(trainer) else 128 + number,
+            0
+            if trainer.local_rank and isinstance(_cluster_environment(trainer), LightningEnvironment)
+            else 128 + number,
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -246,18 +248,22 @@ def command_to_go_on(trainer: Trainer) -> str:
     folder = Path(trainer.default_root_dir)
     # With slashes, which Windows reads too: backslashes would be quoted, and its cmd does not know these quotes.
     config, checkpoint = (shlex.quote((folder / name).as_posix()) for name in ("config.yaml", "last.ckpt"))
-    launcher = "torchrun ... -m" if _is_launched_externally(trainer) else "python -m"
+    launcher = "torchrun ... -m" if TorchElasticEnvironment.detect() else "python -m"
     return f"{launcher} crossenc fit --config {config} --ckpt_path {checkpoint}"
 
 
-def _is_launched_externally(trainer: Trainer) -> bool:
-    """Whether torchrun or a cluster launched the processes, and not Lightning."""
-    return not isinstance(_cluster_environment(trainer), LightningEnvironment | None)
-
-
 def _cluster_environment(trainer: Trainer) -> Any:
-    """What tells each process its rank; None if there is only one process."""
-    return getattr(trainer.strategy, "cluster_environment", None)
+    """What launched the processes. For a single one, only SLURM, whose signals Lightning handles then too, else None.
+
+    Not every process of a SLURM job is SLURM's: one may be started by hand in an interactive job, or by torchrun.
+    """
+    known = getattr(trainer.strategy, "cluster_environment", None)
+    return SLURMEnvironment() if known is None and is_slurm_task() else known
+
+
+def is_slurm_task() -> bool:
+    """Whether `srun` started this process, as Lightning decides it."""
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -192,24 +192,25 @@ def test_a_process_ends_when_the_first_one_dies_before_they_are_joined(
     assert log.read_text().endswith("error: the first process of the run died, so this one stops too\n")
 
 
+@pytest.mark.parametrize("count", [1, 2])
 def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(
-    alone: Path, pairs_file: Path, tiny_backbone: Path, tmp_path: Path
+    alone: Path, pairs_file: Path, tiny_backbone: Path, tmp_path: Path, count: int
 ):
-    """Two tasks with what srun tells them, and a scontrol that takes a note (codecarbon asks it for more)."""
+    """Tasks with what srun tells them, and a scontrol that takes a note (codecarbon asks it for more)."""
     scontrol, queue = tmp_path / "bin" / "scontrol", tmp_path / "queue"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\n[ "$1" != requeue ] || echo "$@" >> {queue}\n')
     scontrol.chmod(0o755)
-    job = {"JOB_ID": str(os.getpid()), "JOB_NAME": "crossenc", "NTASKS": "2", "NNODES": "2", "NODELIST": "127.0.0.1"}
-    job["NTASKS_PER_NODE"] = "1"
+    job = {"JOB_ID": str(os.getpid()), "JOB_NAME": "crossenc", "NODELIST": "127.0.0.1", "NTASKS_PER_NODE": "1"}
+    job |= dict.fromkeys(("NTASKS", "NNODES"), str(count))
     environment = {f"SLURM_{name}": value for name, value in job.items()}
     environment["PATH"] = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
     words = [*readme("srun")[1:], *options(pairs_file, tiny_backbone, tmp_path), "--trainer.devices=1"]
-
-    logs = [tmp_path / f"log{rank}" for rank in "01"]
+    words += [f"--trainer.num_nodes={count}", f"--data.batch_size={8 // count}"]
+    logs = [tmp_path / f"log{rank}" for rank in range(count)]
 
     def tasks() -> list[subprocess.Popen[bytes]]:
-        places = ({"SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": "0"} for rank in "01")
+        places = ({"SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": "0"} for rank in map(str, range(count)))
         return [start(words, log, **environment, **place) for log, place in zip(logs, places, strict=True)]
 
     first = tasks()
@@ -227,6 +228,9 @@ def test_slurm_puts_the_job_into_the_queue_again_and_it_goes_on(
     assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
     again = tasks()
     said = end(again, logs, 240)
-    assert [process.returncode for process in again] == [0, 0], said
+    assert [process.returncode for process in again] == [0] * count, said
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 16 * 6
+    if count == 1:
+        alone = tmp_path / "alone"
+        end([start([*words, f"--output={alone}"], logs[0])], logs, 240)
     assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(tmp_path).items())

@@ -178,10 +178,20 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     [(signal.SIGTERM, 143, 1, True), (signal.SIGINT, 130, 2, True), (signal.SIGTERM, 143, 2, False)],
 )
 def test_a_signal_ends_the_step_and_tells_how_to_go_on(
-    whole: Path, options: dict[str, Any], tmp_path: Path, number: int, code: int, processes: int, to_all: bool
+    whole: Path,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    processes: int,
+    to_all: bool,
 ):
     """To all processes, loaders' workers too, as a terminal and most schedulers send it; or to the first alone."""
     command = fit(options, tmp_path)
+    # An interactive job of SLURM, in which Lightning leaves the signals alone.
+    for name, value in {"JOB_ID": "12", "JOB_NAME": "bash", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     if processes > 1:
         command = fit(options, tmp_path, trainer__devices=2, trainer__strategy="ddp", trainer__max_epochs=500)
     with start(command) as process:
