@@ -153,6 +153,8 @@ class PairDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read everything from the cache that `prepare_data` has filled, and log what there is."""
+        if self.trainer and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            refuse_part_of_batches(self.trainer, stage)
         loaded = self._load(stage)
         if stage == "fit":
             self.position, self.begun = {}, (0, 0)  # forget an earlier fit; a checkpoint's values are loaded later
@@ -206,6 +208,8 @@ class PairDataModule(LightningDataModule):
                 log.info(
                     "--data.%s_size %s is not used, since the %s pairs have a source of their own", name, size, name
                 )
+        if stage == TrainerFn.PREDICTING and len(loaded["predict"]) == self.limit:
+            log.info("data.limit %d: no pairs after the first %d are scored", self.limit, self.limit)
         if stage != "fit":
             return
         if self.num_workers and not self._workers():
@@ -490,6 +494,19 @@ class PairLoader(DataLoader[PairBatch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.batches = state.get("epoch", 0), min(state.get("batches", 0), len(self))
+
+
+def refuse_part_of_batches(trainer: Any, stage: str) -> None:
+    """Raise `UsageError` if the Trainer, or its options, would evaluate only a part of the batches or break them up."""
+    if trainer.overfit_batches:
+        raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
+    names = {"fit": ("val", "test"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+    for name in names[stage]:
+        limit = getattr(trainer, f"limit_{name}_batches")
+        if limit == 0 and stage != "fit":
+            raise UsageError(f"--trainer.limit_{name}_batches 0 leaves no batches")
+        if limit and not (isinstance(limit, float) and limit == 1):  # batches are sorted by length, the longest first
+            raise UsageError(f"--trainer.limit_{name}_batches would take only the longest pairs; use --data.limit")
 
 
 def _leave_process_group(worker: int) -> None:

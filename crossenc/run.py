@@ -39,11 +39,12 @@ from .checkpoints import (
     LastCheckpoint,
     command_to_go_on,
     find_newest,
+    is_slurm_task,
     owner,
     read_checkpoint,
     what_lacks,
 )
-from .data import PairDataModule
+from .data import PairDataModule, refuse_part_of_batches
 from .errors import CheckpointError, HubError, LostProcessError, UsageError, one_line, parser_line
 from .evaluating import finish, print_figures, refuse_forks
 from .exporting import export, score_pairs
@@ -287,10 +288,16 @@ class RunCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except RuntimeError as error:
-            if "more than one stateful callback" not in str(error):
+            if not any(known in str(error) for known in ("more than one stateful callback", "SLURM")):
                 raise
             raise UsageError(f"an option cannot be used: {one_line(error)}") from error
         refuse_forks(trainer)
+        # Lightning does not check this if the options name one device: each process would train alone.
+        if is_slurm_task() and trainer.world_size != int(os.environ["SLURM_NTASKS"]):
+            raise UsageError(
+                f"SLURM starts {os.environ['SLURM_NTASKS']} processes, but the options make {trainer.world_size}; set "
+                "--trainer.devices and --trainer.num_nodes as --ntasks-per-node and --nodes"
+            )
         return trainer
 
     def _callbacks(self, given: Any, users: list[Any]) -> list[Any]:
@@ -517,16 +524,9 @@ def _check_trainer(command: str, config: Any) -> None:
         _refuse_unsupported(callback.class_path.rpartition(".")[2])
     if trainer.barebones:
         raise UsageError("--trainer.barebones would leave out the run's checkpoints and metrics; remove it")
-    if trainer.overfit_batches:
-        raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
     if any(way in str(trainer.strategy) for way in ("spawn", "fork", "notebook")):
         raise UsageError("--trainer.strategy: the results of ddp_spawn and the like stay in other processes; use ddp")
-    for name in ("val", "test") if command == "fit" else ({"validate": "val"}.get(command, command),):
-        limit = trainer[f"limit_{name}_batches"]
-        if limit == 0 and command != "fit":
-            raise UsageError(f"--trainer.limit_{name}_batches 0 leaves nothing to {command}")
-        if limit and not (isinstance(limit, float) and limit == 1):  # batches are sorted by length, the longest first
-            raise UsageError(f"--trainer.limit_{name}_batches would take only the longest pairs; use --data.limit")
+    refuse_part_of_batches(trainer, command)
     if (every := trainer.check_val_every_n_epoch) is not None and every < 1:
         raise UsageError(f"--trainer.check_val_every_n_epoch must be at least 1, or null, not {every}")
     if (trainer.gradient_clip_val or 0) < 0:

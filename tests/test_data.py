@@ -112,7 +112,8 @@ def trainer(function: TrainerFn = TrainerFn.FITTING, **settings: float) -> Any:
     state = SimpleNamespace(fn=function)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     settings = {"global_rank": 0, "global_step": 0, "world_size": 1, "accumulate_grad_batches": 1, **settings}
-    settings = {"fast_dev_run": False, "limit_train_batches": 1.0, **settings}
+    limits = {f"limit_{name}_batches": 1.0 for name in ("train", "val", "test", "predict")}
+    settings = {"fast_dev_run": False, "overfit_batches": 0, **limits, **settings}
     return SimpleNamespace(state=state, strategy=strategy, **settings)
 
 
@@ -199,6 +200,12 @@ def test_pairs_that_follow_from_others_are_added_where_it_is_asked_for(write):
     assert rows_of(data) == {"train": 4, "val": 1, "test": 1}
     (made,) = data.tables["train"].select([3])
     assert {made["text_a"], made["text_b"]} == {"a", "d"}
+
+
+def test_a_limit_that_predict_takes_over_from_a_run_is_told(pairs_file: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="crossenc"):
+        PairDataModule(str(pairs_file), limit=7, backbone=BACKBONE).setup("predict")
+    assert caplog.text.endswith("data.limit 7: no pairs after the first 7 are scored\n")
 
 
 def test_predict_needs_no_labels_and_takes_named_columns(write):

@@ -419,6 +419,26 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (
+            {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2"},
+            "SLURM starts 2 processes, but the options make 1; set",
+        ),
+        ({"NTASKS": "2"}, "an option cannot be used: You set `--ntasks=2` in your SLURM bash script"),
+    ],
+)
+def test_what_slurm_starts_must_be_what_the_options_say(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys, monkeypatch, told: dict[str, str], said: str
+):
+    for name, value in {"JOB_NAME": "job", "PROCID": "0", "LOCALID": "0", "NODEID": "0", **told}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert main(fit(pairs_file, tiny_backbone, tmp_path)) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["data:\n  max_length: 16\n", "data.max_length: 16\n"])
 def test_a_config_cannot_set_what_follows_from_another_option(
     pairs_file: Path, tiny_backbone: Path, write, tmp_path: Path, capsys, content: str
