@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -237,11 +237,16 @@ class CrossEncoderModule(LightningModule):
         """Choose the losses to log: those that reach the loggers, and, for callbacks that watch it, the first of a run
         and the last of an epoch. For each one, a GPU waits for the CPU, and devices wait for each other."""
         done, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logged = every > 0 and (done + 1) % every == 0
-        self.is_logged = logged or done == self.first_step or self.trainer.is_last_batch
+        logged = self.trainer.should_stop or (every > 0 and (done + 1) % every == 0)  # as Lightning decides it
+        is_last = self.trainer.is_last_batch or done + 1 == self.trainer.max_steps
+        self.is_logged = logged or is_last or done == self.first_step
 
     def _can_graph(self) -> bool:
         return can_pack(base_model(self.model)) and not self.hparams["gradient_checkpointing"]
+
+    def on_train_end(self) -> None:
+        if any(isinstance(own, StochasticWeightAveraging) for own in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self.evaluated_step = -1  # the average, which it has just put in place, was not validated
 
     def on_fit_end(self) -> None:
         self.graphed = None  # graphs hold the addresses of the weights, which move now

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -102,6 +103,11 @@ def test_the_optimizer_and_its_schedule_are_those_that_were_asked_for(tiny_backb
         schedule["scheduler"].step()
 
 
+class Stopping(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == 3
+
+
 def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
     tiny_backbone: Path, pairs_file: Path, tmp_path: Path
 ):
@@ -122,6 +128,13 @@ def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
     second = Trainer(max_epochs=2, log_every_n_steps=5, **QUIET)
     second.fit(module, data, ckpt_path=tmp_path / "first.ckpt")
     assert steps == [8, 9, 14, 15]
+    steps.clear()
+    Trainer(max_steps=4, log_every_n_steps=3, **QUIET).fit(Telling(str(tiny_backbone)), data)
+    assert steps == [0, 2, 3]  # Lightning logs the last step too
+    steps.clear()
+    stopping = Trainer(max_steps=8, min_steps=5, log_every_n_steps=3, callbacks=[Stopping()], **QUIET)
+    stopping.fit(Telling(str(tiny_backbone)), data)
+    assert steps == [0, 2, 3, 4, 5, 6, 7]  # and those after a wish to stop
     assert {"val/loss", "val/average_precision"} <= set(second.validate(module, data, verbose=False)[0])
 
 
@@ -139,6 +152,11 @@ def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pai
     assert read_checkpoint(tmp_path / "first.ckpt")["hyper_parameters"]["learning_rate"] == 1e-3
     Trainer(**quiet | {"max_steps": 8}).fit(module, data, ckpt_path=tmp_path / "first.ckpt")
     assert module.evaluation()["threshold"] == module.threshold
+    averaging = Trainer(max_epochs=3, callbacks=[StochasticWeightAveraging(1e-3, swa_epoch_start=1)], **QUIET)
+    with pytest.warns(UserWarning, match="SWA is currently only supported every epoch"):
+        averaging.fit(CrossEncoderModule(tiny_backbone), data)
+    averaging.save_checkpoint(tmp_path / "average.ckpt")  # of weights that no validation has seen
+    assert read_checkpoint(tmp_path / "average.ckpt")["crossenc"]["threshold"] is None
     rows = []
     module.on_train_batch_start = lambda batch, _: rows.extend(batch["row"].tolist())
     last = Trainer(**quiet | {"max_steps": 8}, limit_val_batches=0)  # as many steps, and no validation
@@ -272,6 +290,22 @@ def test_a_fit_without_dev_pairs_leaves_the_trainer_as_it_was(tiny_backbone: Pat
     with pytest.raises(ZeroDivisionError):
         trainer.fit(module, data)
     assert trainer.limit_val_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"limit_val_batches": 0.5}, "limit_val_batches would take only the longest pairs"),
+        ({"limit_val_batches": 0}, "limit_val_batches 0 leaves no batches"),
+        ({"overfit_batches": 2}, "overfit_batches would break up the batches"),
+    ],
+)
+def test_no_part_of_the_batches_is_evaluated(
+    tiny_backbone: Path, pairs_file: Path, options: dict[str, float], said: str
+):
+    data = PairDataModule(str(pairs_file), backbone=str(tiny_backbone))
+    with pytest.raises(UsageError, match=said):
+        Trainer(**{**QUIET, **options}).validate(CrossEncoderModule(tiny_backbone), data)
 
 
 def test_pairs_are_of_the_modules_tokens(tiny_backbone: Path, pairs_file: Path, tmp_path: Path):
