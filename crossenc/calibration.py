@@ -86,7 +86,8 @@ def _fit(logits: Tensor, truth: Tensor, shifted: bool) -> Calibration:
         gradient = np.array([(residuals * scaled).mean(), residuals.mean() * shifted])
         return float((np.logaddexp(0, calibrated) - targets * calibrated).mean()), gradient
 
-    log_scale, shift = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B").x
+    with np.errstate(over="ignore", invalid="ignore"):  # a step of the search may go too far
+        log_scale, shift = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B").x
     return Calibration(float(np.exp(log_scale)), float(shift))
 
 

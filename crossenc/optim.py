@@ -73,8 +73,8 @@ def _depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
             f"{model.config.model_type} has no separate layers; leave out layer_decay, head_rate and freeze_layers"
         )
     depths: dict[nn.Parameter, int] = {}
-    for part in model.base_model.children():
-        depths |= dict.fromkeys(part.parameters(), total + 1)
+    for name, part in model.base_model.named_children():
+        depths |= dict.fromkeys(() if name == "pooler" else part.parameters(), total + 1)  # some have it before them
         if any(inner is stack[0] for inner in part.modules()):
             break
     for number, layer in enumerate(reversed(stack), start=1):

@@ -75,6 +75,7 @@ def test_rates_fall_from_the_head_to_the_embeddings(lora: dict | None):
         ("electra", ["embeddings_project"], ["classifier"]),
         ("mpnet", ["relative_attention_bias"], ["classifier"]),
         ("modernbert", ["embeddings"], ["final_norm", "head", "classifier"]),
+        ("nomic_bert", ["embeddings"], ["pooler", "classifier"]),  # has its pooler before its layers
     ],
 )
 def test_what_all_layers_share_learns_as_the_embeddings_do(kind: str, shared: list[str], head: list[str]):
