@@ -171,10 +171,10 @@ def _load_from_hub(source: str, subset: str | None) -> Dataset:
     requested = f"data set {repo}" + (f", subset {subset}" if subset else "")
     try:
         return datasets.load_dataset(repo, subset, split=split or "train")
-    except OSError as error:  # errors of the network and of the Hub are subclasses
-        raise HubError(offline_remedy(requested, error)) from error
-    # An unknown subset or split (the message lists those that exist), a loading script, or files that cannot be read.
-    except (ValueError, RuntimeError, DatasetsError) as error:
+    except Exception as error:  # the HTTP library's own too, as in `exporting.upload`
+        if isinstance(error, OSError) or not isinstance(error, ValueError | RuntimeError | DatasetsError):
+            raise HubError(offline_remedy(requested, error)) from error
+        # An unknown subset or split (the message lists those that exist), a loading script, or unreadable files.
         raise DataError(f"{requested}, split {split or 'train'}: {one_line(error.__cause__ or error)}") from error
 
 

@@ -44,7 +44,11 @@ def hub(trained: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFac
     for name, content in broken.items():
         (folder / name).parent.mkdir()
         (folder / name).write_text(content)
+    (folder / "part").mkdir()
+    (folder / "part" / "part.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "label": 1}\n' * 9)
     repositories = {
+        "datasets/owner/part": folder / "part",
+        "models/owner/part": tiny_backbone,
         "datasets/owner/script": folder / "script",
         "datasets/owner/bad": folder / "bad",
         "models/distilbert/distilroberta-base": tiny_backbone,
@@ -52,6 +56,7 @@ def hub(trained: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFac
         "datasets/sentence-transformers/quora-duplicates": folder,
     }
     with serve(repositories) as server:
+        server.broken = {"datasets/owner/part", "models/owner/part"}
         yield server
 
 
@@ -62,6 +67,7 @@ def fit(home: Path, *arguments: str) -> list[str]:
 ASKED = {
     "backbone owner/gone could not be read from the Hugging Face Hub": ["--model.backbone", "owner/gone"],
     "data set owner/gone could not be read from the Hugging Face Hub": ["--data.source", "owner/gone"],
+    "data set owner/part could not be read from the Hugging Face Hub (": ["--data.source", "owner/part"],
     "subset pairs, split train: BuilderConfig 'pairs' not found": ["--data.subset", "pairs"],
     "owner/script, split train: Dataset scripts are no longer": ["--data.source", "owner/script"],
     "data set owner/bad, split train: JSON parse error": ["--data.source", "owner/bad"],
@@ -79,6 +85,7 @@ def answers(hub: HubServer, home: Path, trained: Path, pairs_file: Path) -> dict
     """What the commands of several tests said, and their exit codes: imports take longer than all that they do."""
     commands = {"fit": fit(home), **{line: fit(home / "bad", *arguments) for line, arguments in ASKED.items()}}
     commands["test"] = ["test", "--ckpt_path", str(trained / "best.ckpt"), "--data.source", "owner/gone"]
+    commands["part"] = ["score", "owner/part", str(pairs_file), str(home / "part.csv")]
     for model, name in (("owner/cross", "hub"), (str(trained / "model"), "folder")):
         where = ["--data.val_source", str(pairs_file), "--accelerator", "cpu", "--output", str(home / name)]
         commands[f"evaluate {name}"] = ["evaluate", model, *where]
@@ -111,6 +118,11 @@ def test_what_the_hub_does_not_have_is_one_line(answers: dict[str, tuple[int, st
         assert line in said.splitlines()[-1]
         assert "Traceback" not in said
     assert not list((home / "bad" / "runs").iterdir())
+    code, said = answers["part"]
+    assert code == 2
+    assert said.splitlines()[-1].startswith(
+        "crossenc score: error: model owner/part could not be read from the Hugging Face"
+    )
     code, said = answers["test"]
     assert code == 2
     assert said.endswith(f"; for the options of the checkpoint's run, add --config {trained / 'config.yaml'}\n")
