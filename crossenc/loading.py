@@ -118,7 +118,7 @@ def find(model: str | Path, onnx: bool = False) -> Path:
         return Path(snapshot_download(located, allow_patterns=[*_MODEL_FILES, *(_ONNX_FILES if onnx else ())]))
     except HFValidationError as error:
         raise BackboneError(f"{model} is not a folder, a .ckpt file or a Hub id: {one_line(error)}") from error
-    except OSError as error:  # errors of the network and of the Hub are subclasses
+    except Exception as error:  # the HTTP library's own too, as in `exporting.upload`
         raise HubError(
             f"model {model} could not be read from the Hugging Face Hub ({one_line(error)}); "
             "give a model on this machine: its folder, package:NAME/PATH, or, for scoring, a .ckpt file"
@@ -128,7 +128,8 @@ def find(model: str | Path, onnx: bool = False) -> Path:
 def fingerprint(path: Path) -> str:
     """A short hash of everything that determines a model's scores: weights, config and tokenizer, or the checkpoint."""
     digest = sha256()
-    files = [path] if path.is_file() else sorted(f for kind in (*_MODEL_FILES, *_ONNX_FILES) for f in path.rglob(kind))
+    kinds = (*_MODEL_FILES, *_ONNX_FILES, "*.bin")  # bi-encoders may have weights of the last kind
+    files = [path] if path.is_file() else sorted(file for kind in kinds for file in path.rglob(kind))
     for file in filter(Path.is_file, files):
         digest.update(file.name.encode())
         digest.update(file_digest(file).encode())

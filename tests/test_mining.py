@@ -21,6 +21,7 @@ from crossenc import mine, mining, score
 from crossenc.backbone import locate
 from crossenc.cli import main
 from crossenc.errors import BackboneError, DataError, OutputError, UsageError
+from crossenc.loading import fingerprint
 from crossenc.mining import DUPLICATE, first_copies, group
 from crossenc.pairs import sample_groups
 
@@ -336,3 +337,12 @@ def test_ids_of_any_kind_and_a_broken_first_row(
     rows = [{"id": True, "text": "What is it?"}, {"id": 3, "text": "what is it?"}]
     found = mine(tiny, rows, tmp_path / "out.parquet", overwrite=True, **options)
     assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["True", "3"]]
+
+
+def test_work_belongs_to_the_weights_of_older_formats_too(tmp_path: Path):
+    for part in ("", "1_Dense"):
+        file = tmp_path / part / "pytorch_model.bin"
+        file.parent.mkdir(exist_ok=True)
+        before = fingerprint(tmp_path)
+        file.write_bytes(b"weights")
+        assert fingerprint(tmp_path) != before
