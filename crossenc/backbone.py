@@ -108,7 +108,8 @@ def _read_tokenizer(backbone: str, revision: str | None, files: tuple[Any, ...])
         tokenizer = _separate_texts(tokenizer)
     if "token_type_ids" in tokenizer.model_input_names and not _has_segments(config):
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else save_pretrained would lose it
+    # Else save_pretrained would lose them, and which ones are the default depends on transformers' version.
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     return tokenizer  # type: ignore[return-value]
 
 

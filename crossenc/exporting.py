@@ -267,6 +267,10 @@ def _write(folder: Path, module: CrossEncoderModule, tokenizer: PreTrainedTokeni
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
+    # The one name of the general class that transformers 4 knows too.
+    settings = folder / "tokenizer_config.json"
+    named = settings.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    settings.write_text(named, encoding="utf-8")
     # sentence-transformers needs all three files: if one is missing, it drops the classifier.
     files: dict[str, Any] = {
         "modules.json": [

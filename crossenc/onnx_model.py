@@ -119,5 +119,7 @@ class OnnxModel:
 
     def __call__(self, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """Logits of shape (pairs,) of padded inputs, each of shape (pairs, tokens)."""
-        logits: NDArray[np.float32] = self.session.run(["logits"], {name: inputs[name] for name in self.inputs})[0]
+        zeros = np.zeros_like(inputs["input_ids"])  # as torch takes for segments, where the tokenizer gives none
+        given = {name: inputs.get(name, zeros) for name in self.inputs}
+        logits: NDArray[np.float32] = self.session.run(["logits"], given)[0]
         return logits[:, 0]

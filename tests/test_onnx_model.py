@@ -118,6 +118,16 @@ def test_onnx_alone_is_written_and_checked(small: Path, tmp_path: Path, monkeypa
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_graph_may_take_segments_that_the_tokenizer_does_not_give(exported: Path, tmp_path: Path):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = score(str(folder), PAIRS, backend="onnx")
+    assert found == pytest.approx(score(str(folder), PAIRS), abs=1e-5)
+    assert found != pytest.approx(score(str(exported), PAIRS, backend="onnx"), abs=1e-5)
+
+
 def test_a_decoder_has_a_graph_too(tmp_path: Path):
     """Without the keys and values that it would keep for a next token."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
