@@ -68,7 +68,7 @@ _POSITIONAL = {
     "rerank": {"model": _MODEL_HELP},
     "mine": {
         "model": _MODEL_HELP,
-        "questions": "A csv, tsv, jsonl or parquet file of questions.",
+        "questions": "A csv, tsv, jsonl or parquet file of questions, or - for jsonl from stdin.",
         "output": "The file to write the pairs to; the groups go to a file beside it.",
     },
 }

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from . import pairs
 from .backbone import DEFAULT_BACKBONE, load_config, load_tokenizer, resolve_max_length
+from .card import TITLES
 from .encode import PairBatch, PairCollator, encode, tell_cut
 from .errors import CheckpointError, DataError, UsageError, require_choice, require_count
 from .forward import piece_cost
@@ -202,11 +203,11 @@ class PairDataModule(LightningDataModule):
     @rank_zero_only
     def _log(self, loaded: dict[str, Dataset], stage: str) -> None:
         for name in sorted(loaded.keys() - self.encoded):  # once for each split
-            tell_cut(loaded[name], f"{name} pairs", self.max_length)
+            tell_cut(loaded[name], f"{TITLES.get(name, name)} pairs", self.max_length)
             size = {"val": self.val_size, "test": self.test_size}.get(name)
             if size is not None and name in self._sources():
                 log.info(
-                    "--data.%s_size %s is not used, since the %s pairs have a source of their own", name, size, name
+                    "--data.%s_size %s is not used, since the %s pairs have their own source", name, size, TITLES[name]
                 )
         if stage == TrainerFn.PREDICTING and len(loaded["predict"]) == self.limit:
             log.info("data.limit %d: no pairs after the first %d are scored", self.limit, self.limit)
@@ -222,7 +223,7 @@ class PairDataModule(LightningDataModule):
                 "set --data.val_source or --data.val_size"
             )
         for name, share in self.facts["duplicates"].items():
-            log.info("%s: %s pairs, %.1f %% duplicates", name, f"{len(loaded[name]):,}", 100 * share)
+            log.info("%s: %s pairs, %.1f %% duplicates", TITLES.get(name, name), f"{len(loaded[name]):,}", 100 * share)
             if name == "val" and share in (0, 1):
                 log.warning(
                     "all dev pairs have the same label, so they choose no threshold and no checkpoint: the last one is "
@@ -293,8 +294,9 @@ class PairDataModule(LightningDataModule):
             rows = pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
             if empty := [name for name, size in (("val", val), ("test", test)) if size and not rows[name]]:
                 raise DataError(
-                    f"--data.split question leaves no {empty[0]} pairs of {sources['train']}: its questions are too "
-                    f"connected; set --data.split position, --data.{empty[0]}_source, or --data.{empty[0]}_size 0"
+                    f"--data.split question leaves no {TITLES[empty[0]]} pairs of {sources['train']}: its questions "
+                    "are too connected; set --data.split position, "
+                    f"--data.{empty[0]}_source, or --data.{empty[0]}_size 0"
                 )
             return rows
         return pairs.split_by_position(len(table), val, test)
@@ -361,7 +363,8 @@ class PairDataModule(LightningDataModule):
         tokens = self.eval_tokens or (16_384 if self._on_cpu() else 65_536)
         lengths = self._lengths(split)
         if len(lengths) < ranks:  # some would have no batch, and with sharded weights the others would wait for them
-            raise DataError(f"{len(lengths)} {split} pairs are too few for {ranks} devices; use fewer devices")
+            name = TITLES.get(split, split)
+            raise DataError(f"{len(lengths)} {name} pairs are too few for {ranks} devices; use fewer devices")
         if self._in_both_orders(split):
             lengths = np.tile(lengths, 2)
         order = EvaluationOrder(lengths, tokens, rank=rank, ranks=ranks)
@@ -406,8 +409,8 @@ class PairDataModule(LightningDataModule):
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
         if split not in self.encoded:
-            where = self.source or "an empty source"
-            raise DataError(f"{where} leaves no {split} pairs; set --data.{split}_source or --data.{split}_size")
+            where, name = self.source or "an empty source", TITLES.get(split, split)
+            raise DataError(f"{where} leaves no {name} pairs; set --data.{split}_source or --data.{split}_size")
         part = self.encoded[split]
         return part.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]
 

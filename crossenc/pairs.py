@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib import resources
 from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -519,7 +518,7 @@ def normalized(text: str) -> str:
 @cache
 def sample_groups() -> tuple[dict[str, Any], ...]:
     """The groups of the bundled sample, topic by topic: a `topic`, and `questions` that all ask the same thing."""
-    text = resources.files("crossenc").joinpath("sample/questions.jsonl").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("sample").joinpath("questions.jsonl").read_text(encoding="utf-8")
     return tuple(json.loads(line) for line in text.splitlines())
 
 

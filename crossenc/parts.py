@@ -46,16 +46,14 @@ class Parts:
 
     def _is_begun(self) -> bool:
         """Whether the folder holds these facts; raises `OutputError` if it holds others."""
-        if not self.facts_file.is_file():
-            return False
         known = read_json(self.facts_file)
-        if known != self.facts:
+        if known and known != self.facts:
             differing = [name for name in sorted(known.keys() | self.facts) if known.get(name) != self.facts.get(name)]
             raise OutputError(
                 f"{self.folder} holds work that differs in {', '.join(differing)}; "
                 "continue with the same, or drop it with --overwrite"
             )
-        return True
+        return bool(known)
 
     def __contains__(self, number: int) -> bool:
         return self._file(number).is_file()
@@ -90,7 +88,9 @@ def _write(file: Path, content: bytes | memoryview) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; raises `DataError` if the file is damaged."""
+    """The object that a JSON file holds, empty if there is no file; raises `DataError` if the file is damaged."""
+    if not file.is_file():
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

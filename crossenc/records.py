@@ -53,17 +53,15 @@ def read_figures(folder: Path, owner: str) -> tuple[dict[str, float], dict[str, 
 
 
 def _read(folder: Path, owner: str) -> dict[str, Any]:
-    file = folder / FIGURES_FILE
-    content: dict[str, Any] = read_json(file) if file.is_file() else {}
+    content = read_json(folder / FIGURES_FILE)
     return content if content.pop("checkpoint", None) == owner else {}
 
 
 def is_evaluation(folder: Path) -> bool:
     """Whether a folder holds a report of `evaluate`, and neither a run nor a model."""
-    file = folder / FIGURES_FILE
-    if not file.is_file() or (folder / "config.yaml").exists() or (folder / "config.json").exists():
+    if (folder / "config.yaml").exists() or (folder / "config.json").exists():
         return False
-    return read_json(file).get("checkpoint", "none") is None
+    return read_json(folder / FIGURES_FILE).get("checkpoint", "none") is None
 
 
 SCORES_FILE = "scores.parquet"

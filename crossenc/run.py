@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from inspect import signature
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from .checkpoints import (
     read_checkpoint,
     what_lacks,
 )
-from .data import PairDataModule, refuse_part_of_batches
+from .data import OnMismatch, PairDataModule, refuse_part_of_batches
 from .errors import CheckpointError, HubError, LostProcessError, UsageError, one_line, parser_line
 from .evaluating import finish, print_figures, refuse_forks
 from .exporting import export, score_pairs
@@ -200,7 +200,7 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument(
             "--on_mismatch",
-            type=Literal["refuse", "continue"],
+            type=OnMismatch,
             default="refuse",
             help="When a run is resumed with other data, tokenizer, devices or batches: `refuse`, or keep weights and "
             "optimizer and `continue` with the next epoch.",
@@ -361,7 +361,7 @@ class RunCLI(LightningCLI):
 
     def _test_and_export(self) -> None:
         """Test the best checkpoint, export it, and print the figures."""
-        if self.trainer.interrupted or self.config["fit"].trainer.fast_dev_run:
+        if self.config["fit"].trainer.fast_dev_run:
             return
         done, planned = self.trainer.global_step, self.model.planned_steps()
         if 0 < done < planned:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -114,7 +115,7 @@ class Scorer:
             if self.device.type == "cpu" and scoring.devices > 1:
                 torch.set_num_threads(threads)
             self.model.to(self.device, torch.bfloat16 if scoring.precision == "bf16-true" else torch.float32)
-            self.compute, self.tokens = self._by_torch, _TOKENS[self.device.type]
+            self.compute, self.tokens = partial(pair_logits, self.model), _TOKENS[self.device.type]
             cost = piece_cost(self.model.config.model_type, self.device.type)
         self.collate = PairCollator(self.tokenizer, piece_cost=cost)
 
@@ -144,9 +145,6 @@ class Scorer:
                 f"{self.scoring.backend} in {self.scoring.precision}"
             )
         return logits.reshape(2, -1).mean(0) if self.scoring.both_orders else logits
-
-    def _by_torch(self, batch: Any) -> torch.Tensor:
-        return pair_logits(self.model, batch)
 
     def _by_onnx(self, batch: Any) -> torch.Tensor:
         (inputs,) = padded(batch)

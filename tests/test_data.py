@@ -40,7 +40,7 @@ def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(UsageError, match="split question has nothing to split"):
         rows_of(PairDataModule(str(pairs_file), val_source=str(pairs_file), split="question", **make))
     (tmp_path / "star.csv").write_text("text_a,text_b,label\n" + "".join(f"one,{n},{n % 2}\n" for n in range(30)))
-    with pytest.raises(DataError, match=r"split question leaves no val pairs of \S+star.csv: its questions are too "):
+    with pytest.raises(DataError, match=r"split question leaves no dev pairs of \S+star.csv: its questions are too "):
         rows_of(PairDataModule(str(tmp_path / "star.csv"), split="question", test_size=0, **make))
     (tmp_path / "train.csv").write_text(pairs_file.read_text())
     (tmp_path / "dev.csv").write_text(pairs_file.read_text())
@@ -179,7 +179,7 @@ def test_a_size_that_nothing_is_cut_off_by_is_told(pairs_file: Path, caplog: pyt
     with caplog.at_level(logging.INFO):
         rows_of(PairDataModule(str(pairs_file), val_source=str(pairs_file), val_size=9, test_size=9, backbone=BACKBONE))
     told = [line for line in caplog.messages if "is not used" in line]
-    assert told == ["--data.val_size 9 is not used, since the val pairs have a source of their own"]
+    assert told == ["--data.val_size 9 is not used, since the dev pairs have their own source"]
 
 
 def test_pairs_that_follow_from_others_are_added_where_it_is_asked_for(write):
@@ -226,7 +226,7 @@ def test_what_is_cut_is_told_and_what_cannot_be_trained_is_refused(pairs_file: P
         data.setup("fit")
     assert "train pairs are longer than 16 tokens and are truncated" in caplog.text
     data.trainer = trainer(world_size=7)
-    with pytest.raises(DataError, match="6 val pairs are too few for 7 devices"):
+    with pytest.raises(DataError, match="6 dev pairs are too few for 7 devices"):
         data.val_dataloader()
     with pytest.raises(DataError, match="there are no training pairs"):
         PairDataModule("", val_source=str(pairs_file), backbone=BACKBONE).setup("fit")
