@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -82,8 +83,7 @@ Arrays: TypeAlias = Parts | dict[int, NDArray[Any]]
 
 
 def _write(file: Path, content: bytes | memoryview) -> None:
-    # Each process has its own mark: an earlier run that was thought dead may still be writing.
-    with replacing(file, mark=str(os.getpid())) as unfinished:
+    with replacing(file, alone=False) as unfinished:  # an earlier run that was thought dead may still be writing
         unfinished.write_bytes(content)
 
 
@@ -107,9 +107,16 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def replacing(file: Path, mark: str = "unfinished") -> Iterator[Path]:
-    """A temporary name to write a file under. At the end it replaces the file; if something fails, it is removed."""
-    unfinished = file.with_name(f".{file.name}-{mark}")
+def replacing(file: Path, alone: bool = True) -> Iterator[Path]:
+    """A temporary name to write a file under. At the end it replaces the file; if something fails, it is removed.
+
+    Each process has its own. If `alone`, what others left is dropped: they were killed, or they fail at the end, in
+    place of which two would write into one file.
+    """
+    unfinished = file.with_name(f".{file.name}-unfinished-{os.getpid()}")
+    for left in file.parent.glob(f".{glob.escape(file.name)}-unfinished-*") if alone else ():
+        with suppress(OSError):  # Windows keeps a file that is open
+            left.unlink()
     try:
         yield unfinished
         with unfinished.open("r+b") as written:  # Windows flushes no file that is open for reading only

@@ -199,7 +199,7 @@ def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
     assert "Scores are calibrated" in card.text
     assert "Scores are calibrated" not in made(tmp_path, [1.0, 0.0]).text
     assert "Pairs of more than 128 tokens are truncated" in card.text
-    assert "It was trained from `first/model` with" in card.text  # and no more of the machine
+    assert "It was trained from `first/model` and" in card.text  # and no more of the machine
     assert 'CrossEncoder("path/to/this/folder")' in card.text
     assert "| duration | 2.0 minutes |" in card.text
     assert "| transitive | True |" in card.text

@@ -76,6 +76,17 @@ def test_a_file_is_replaced_by_a_whole_one_only(tmp_path: Path):
     assert file.read_text() == "new"
 
 
+def test_of_two_that_write_one_file_only_the_later_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "out[1].csv"
+    with pytest.raises(OutputError, match="No such file"), writing(file), replacing(file) as first:  # noqa: PT012
+        first.write_text("first")
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        with replacing(file) as second:
+            assert not first.exists()
+            second.write_text("second")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("out[1].csv", "second")]
+
+
 def test_a_file_is_flushed_as_windows_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fsync(number: int) -> None:
         if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -104,6 +106,11 @@ def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
     for name in ("x.qrels", "qrels.dl19-passage"):
         (tmp_path / name).write_text("\ufeff1 0 1 1\n")  # as some editors begin a file
         assert read_qrels(tmp_path / name) == {"1": {"1": 1}}
+    os.mkfifo(tmp_path / "pipe")  # as of `<(zcat qrels.gz)`
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["1 0 1 1\n"])
+    writer.start()
+    assert read_qrels(tmp_path / "pipe") == {"1": {"1": 1}}
+    writer.join()
     with caplog.at_level(logging.INFO):
         given = {"candidates": [(1, 0, 0.5), (1, "1", 0.9)], "qrels": [(1, 1, 1)]}
         rerank(tiny, ["a", "b"], ["c", "d"], tmp_path / "out.run", overwrite=True, **given)

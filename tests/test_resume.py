@@ -157,10 +157,11 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     whole: Path, options: dict[str, Any], tmp_path: Path
 ):
     command = fit(options, tmp_path, ckpt_path="last")
-    last, unfinished = tmp_path / "run" / "last.ckpt", tmp_path / "run" / ".last.ckpt-unfinished"
+    last = tmp_path / "run" / "last.ckpt"
     for _ in range(5):  # a kill may come a moment too late
         with start(command) as process:
             wait_for(last, process)
+            unfinished = last.with_name(f".last.ckpt-unfinished-{process.pid}")
             wait_for(unfinished, process)
             os.killpg(process.pid, signal.SIGKILL)
         if unfinished.exists():
