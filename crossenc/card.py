@@ -24,6 +24,7 @@ TITLES = {
 SHOWN = {
     "rows": ("pairs", "{:,.0f}"),
     "duplicates": ("share of duplicates", "{:.3f}"),
+    "threshold": ("threshold", "{:.4f}"),
     "average_precision": ("average precision", "{:.4f}"),
     "roc_auc": ("ROC AUC", "{:.4f}"),
     "accuracy": ("accuracy", "{:.4f}"),

@@ -258,12 +258,9 @@ def _cluster_environment(trainer: Trainer) -> Any:
     Not every process of a SLURM job is SLURM's: one may be started by hand in an interactive job, or by torchrun.
     """
     known = getattr(trainer.strategy, "cluster_environment", None)
-    return SLURMEnvironment() if known is None and is_slurm_task() else known
-
-
-def is_slurm_task() -> bool:
-    """Whether `srun` started this process, as Lightning decides it."""
-    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    if known is None and SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        return SLURMEnvironment()
+    return known
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:

@@ -264,7 +264,7 @@ _IGNORED_WARNINGS = (
     "GPU available but not used",  # an option or a config, such as quickstart.yaml, has chosen the CPU
     "The PyTorch Profiler default schedule will be overridden",  # a dev set of few batches is recorded as a whole
     ".*is smaller than the logging interval",  # a short run is no mistake
-    "The .srun. command is available",  # where it is not used, the job is an interactive one, or of one process
+    "The .srun. command is available",  # it is nearly always an interactive job, or a login node
     ".*exists and is not empty",  # a resumed run writes into its own folder, after metrics.csv was renamed
 )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -155,7 +155,7 @@ class PairDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read everything from the cache that `prepare_data` has filled, and log what there is."""
         if self.trainer and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            refuse_part_of_batches(self.trainer, stage)
+            refuse_part_of_batches(self.trainer, {"test": ["test"], "predict": []}.get(stage, ["val"]))
         loaded = self._load(stage)
         if stage == "fit":
             self.position, self.begun = {}, (0, 0)  # forget an earlier fit; a checkpoint's values are loaded later
@@ -499,15 +499,12 @@ class PairLoader(DataLoader[PairBatch]):
         self.epoch, self.batches = state.get("epoch", 0), min(state.get("batches", 0), len(self))
 
 
-def refuse_part_of_batches(trainer: Any, stage: str) -> None:
-    """Raise `UsageError` if the Trainer, or its options, would evaluate only a part of the batches or break them up."""
+def refuse_part_of_batches(trainer: Any, splits: Iterable[str]) -> None:
+    """Raise `UsageError` if a Trainer, or its options, would take only a part of these splits, or break up batches."""
     if trainer.overfit_batches:
         raise UsageError("--trainer.overfit_batches would break up the batches; set --data.limit instead")
-    names = {"fit": ("val", "test"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-    for name in names[stage]:
+    for name in splits:
         limit = getattr(trainer, f"limit_{name}_batches")
-        if limit == 0 and stage != "fit":
-            raise UsageError(f"--trainer.limit_{name}_batches 0 leaves no batches")
         if limit and not (isinstance(limit, float) and limit == 1):  # batches are sorted by length, the longest first
             raise UsageError(f"--trainer.limit_{name}_batches would take only the longest pairs; use --data.limit")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
 from .calibration import Calibration
-from .card import metric_table, write_report
+from .card import TITLES, metric_table, write_report
 from .data import PairDataModule
 from .errors import DataError, OutputError, UsageError, one_line
 from .figures import draw, save
@@ -21,6 +22,8 @@ from .metrics import evaluation_figures, intervals
 from .module import CrossEncoderModule
 from .parts import writing
 from .records import is_evaluation, split_of, write_figures, write_scores
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -73,7 +76,7 @@ def evaluate(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (TypeError, ValueError, MisconfigurationException) as error:
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise UsageError(f"accelerator, devices or precision: {one_line(error)}") from error
     refuse_forks(trainer)
     splits = data.splits()
@@ -128,6 +131,8 @@ def finish(
     figures = dict(module.figures)
     for split, columns in module.scored.items():
         unseen = data.unseen(split, columns["row"])
+        if not unseen.any():
+            log.warning("all %s pairs share a question with the training pairs; new ones may be harder", TITLES[split])
         parts = {split: columns}
         if unseen.any() and not unseen.all():
             parts[f"{split}_unseen"] = {name: values[unseen] for name, values in columns.items()}

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -243,10 +243,6 @@ class CrossEncoderModule(LightningModule):
 
     def _can_graph(self) -> bool:
         return can_pack(base_model(self.model)) and not self.hparams["gradient_checkpointing"]
-
-    def on_train_end(self) -> None:
-        if any(isinstance(own, StochasticWeightAveraging) for own in self.trainer.callbacks):  # type: ignore[attr-defined]
-            self.evaluated_step = -1  # the average, which it has just put in place, was not validated
 
     def on_fit_end(self) -> None:
         self.graphed = None  # graphs hold the addresses of the weights, which move now

@@ -116,10 +116,14 @@ class OnnxModel:
         except Exception as error:  # onnxruntime's own exceptions have no common base class
             raise BackboneError(f"{file} cannot be read by onnxruntime: {one_line(error)[:300]}") from error
         self.inputs = [item.name for item in self.session.get_inputs()]
+        if others := set(self.inputs) - {"input_ids", "attention_mask", "token_type_ids"}:
+            raise BackboneError(
+                f"{file} takes {min(others)} too; write another with: crossenc export CHECKPOINT FOLDER --onnx"
+            )
 
     def __call__(self, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """Logits of shape (pairs,) of padded inputs, each of shape (pairs, tokens)."""
-        zeros = np.zeros_like(inputs["input_ids"])  # as torch takes for segments, where the tokenizer gives none
-        given = {name: inputs.get(name, zeros) for name in self.inputs}
-        logits: NDArray[np.float32] = self.session.run(["logits"], given)[0]
+        segments = np.zeros_like(inputs["input_ids"])  # as torch takes, where the tokenizer gives none
+        given = {"token_type_ids": segments} | inputs
+        logits: NDArray[np.float32] = self.session.run(["logits"], {name: given[name] for name in self.inputs})[0]
         return logits[:, 0]

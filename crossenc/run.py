@@ -39,7 +39,6 @@ from .checkpoints import (
     LastCheckpoint,
     command_to_go_on,
     find_newest,
-    is_slurm_task,
     owner,
     read_checkpoint,
     what_lacks,
@@ -158,6 +157,8 @@ class RunCLI(LightningCLI):
                     f"a config file or an option cannot be read or written in this system's encoding ({one_line(error)}"
                     "); save config files as UTF-8, and where the system has another encoding, set PYTHONUTF8=1"
                 ) from error
+            if isinstance(error, RuntimeError | ValueError) and "SLURM" in str(error):  # Lightning's advice
+                raise UsageError(one_line(error)) from error
             if isinstance(error, ValueError) and "val_check_interval" in str(error):  # raised once the pairs are read
                 raise UsageError(f"{one_line(error)}; 1.0 is the end of an epoch") from error
             # DistError is torch's own class; gloo raises a plain RuntimeError.
@@ -288,15 +289,15 @@ class RunCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except RuntimeError as error:
-            if not any(known in str(error) for known in ("more than one stateful callback", "SLURM")):
+            if "more than one stateful callback" not in str(error):
                 raise
             raise UsageError(f"an option cannot be used: {one_line(error)}") from error
         refuse_forks(trainer)
-        # Lightning does not check this if the options name one device: each process would train alone.
-        if is_slurm_task() and trainer.world_size != int(os.environ["SLURM_NTASKS"]):
+        # Lightning checks this only for several devices. srun sets the variable, and sbatch does not.
+        if trainer.world_size == 1 and (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
             raise UsageError(
-                f"SLURM starts {os.environ['SLURM_NTASKS']} processes, but the options make {trainer.world_size}; set "
-                "--trainer.devices and --trainer.num_nodes as --ntasks-per-node and --nodes"
+                f"srun started {tasks} processes, but each would train alone; set --trainer.devices and "
+                "--trainer.num_nodes as --ntasks-per-node and --nodes"
             )
         return trainer
 
@@ -526,7 +527,10 @@ def _check_trainer(command: str, config: Any) -> None:
         raise UsageError("--trainer.barebones would leave out the run's checkpoints and metrics; remove it")
     if any(way in str(trainer.strategy) for way in ("spawn", "fork", "notebook")):
         raise UsageError("--trainer.strategy: the results of ddp_spawn and the like stay in other processes; use ddp")
-    refuse_part_of_batches(trainer, command)
+    splits = ("val", "test") if command == "fit" else ({"validate": "val"}.get(command, command),)
+    refuse_part_of_batches(trainer, splits)
+    if command != "fit" and trainer[f"limit_{splits[0]}_batches"] == 0:
+        raise UsageError(f"--trainer.limit_{splits[0]}_batches 0 leaves nothing to {command}")
     if (every := trainer.check_val_every_n_epoch) is not None and every < 1:
         raise UsageError(f"--trainer.check_val_every_n_epoch must be at least 1, or null, not {every}")
     if (trainer.gradient_clip_val or 0) < 0:

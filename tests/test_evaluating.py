@@ -30,6 +30,7 @@ def report(capsys, model: Path, pairs: Path, output: Path, *more: str) -> tuple[
     assert main(["evaluate", str(model), *where, "--output", str(output), "--accelerator", "cpu", *more]) == 0
     said = capsys.readouterr()
     assert "arning" not in said.err
+    assert "all dev pairs share a question with the training pairs" in said.err
     assert f"report: {output}" in said.out
     return json.loads((output / "metrics.json").read_text()), (output / "README.md").read_text()
 

@@ -128,6 +128,16 @@ def test_a_graph_may_take_segments_that_the_tokenizer_does_not_give(exported: Pa
     assert found != pytest.approx(score(str(exported), PAIRS, backend="onnx"), abs=1e-5)
 
 
+def test_a_graph_that_takes_more_is_refused(exported: Path, tmp_path: Path):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    model = onnx.load(folder / "onnx" / "model.onnx")
+    more = onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["batch", "length"])
+    model.graph.input.append(more)
+    onnx.save(model, folder / "onnx" / "model.onnx")
+    with pytest.raises(BackboneError, match="takes position_ids too; write another with"):
+        score(str(folder), PAIRS, backend="onnx")
+
+
 def test_a_decoder_has_a_graph_too(tmp_path: Path):
     """Without the keys and values that it would keep for a next token."""
     from transformers import GPT2Config, GPT2ForSequenceClassification

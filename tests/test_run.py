@@ -420,21 +420,19 @@ def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("told", "devices", "said"),
     [
-        (
-            {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2"},
-            "SLURM starts 2 processes, but the options make 1; set",
-        ),
-        ({"NTASKS": "2"}, "an option cannot be used: You set `--ntasks=2` in your SLURM bash script"),
+        ({"NTASKS": "2", "NTASKS_PER_NODE": "1", "STEP_NUM_TASKS": "2"}, 1, "srun started 2 processes, but each would"),
+        ({"NTASKS": "2"}, 1, "You set `--ntasks=2` in your SLURM bash script, but this variable is not supported"),
+        ({"NTASKS": "1", "NTASKS_PER_NODE": "1"}, 2, "You set `devices=2` in Lightning, but the number of tasks"),
     ],
 )
 def test_what_slurm_starts_must_be_what_the_options_say(
-    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys, monkeypatch, told: dict[str, str], said: str
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, capsys, monkeypatch, told: dict[str, str], devices: int, said
 ):
     for name, value in {"JOB_NAME": "job", "PROCID": "0", "LOCALID": "0", "NODEID": "0", **told}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert main(fit(pairs_file, tiny_backbone, tmp_path)) == 2
+    assert main(fit(pairs_file, tiny_backbone, tmp_path, f"--trainer.devices={devices}")) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
