@@ -169,6 +169,9 @@ def main(args: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
     except Exception as error:
+        if isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+            about = f"{one_line(error)[:200]}; set a smaller --data.batch_size, --data.eval_tokens or model"
+            error = UsageError(about)
         if debug or not _is_user_error(error):
             raise
         if isinstance(error, StoppedError):

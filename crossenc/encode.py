@@ -205,8 +205,8 @@ class PairCollator:
         self.mean_pairs, self.piece_cost = mean_pairs, piece_cost
         self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self.pads_left = tokenizer.padding_side == "left"
-        # Tensor cores need multiples of 8; elsewhere, more padding is only more work.
-        self.multiple = 8 if torch.cuda.is_available() else 1
+        # Tensor cores need multiples of 8; on a CPU, where pieces cost less, more padding is only more work.
+        self.multiple = 8 if torch.cuda.is_available() and piece_cost >= 4_096 else 1
 
     def __call__(self, table: pyarrow.Table) -> PairBatch:
         lengths = table["length"].to_numpy().astype(np.int64)

@@ -216,6 +216,7 @@ class CrossEncoderModule(LightningModule):
         fully_shard(self, mesh=mesh)
 
     def on_fit_start(self) -> None:
+        self.graphed = None  # an earlier fit may have failed
         wanted = self.hparams["cuda_graphs"]
         possible = self.trainer.accumulate_grad_batches == 1 and self.device_mesh is None and self._can_graph()
         if wanted and not possible:
@@ -256,7 +257,8 @@ class CrossEncoderModule(LightningModule):
         too, a number for each pair, for evaluation; both of shape (pairs,).
         """
         graphs = self.graphed if self.training and "pieces" in batch else None
-        if graphs and self.trainer.accumulate_grad_batches == 1:  # a callback can change it
+        # A callback can change the former; the search for NaN reads from the GPU, which no graph can.
+        if graphs and self.trainer.accumulate_grad_batches == 1 and not torch.is_anomaly_enabled():
             return graphs(batch)[:, 0].float()
         return pair_logits(self.model, batch)
 
@@ -265,7 +267,7 @@ class CrossEncoderModule(LightningModule):
         if self.training and self.hparams["label_smoothing"]:
             labels = torch.lerp(labels, torch.full_like(labels, 0.5), self.hparams["label_smoothing"])
         weight = self.hparams["pos_weight"] if self.training else None
-        weight = None if weight is None else labels.new_tensor(weight)
+        weight = None if weight is None else labels.new_full((), weight)  # a tensor of Python's would be copied
         return binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="none")
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:

@@ -110,7 +110,7 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         providers: list[Any] = ["CPUExecutionProvider"]
         if "CUDAExecutionProvider" in runtime.get_available_providers():
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": rank}))
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": rank, "use_tf32": 0}))
         try:
             self.session = runtime.InferenceSession(str(file), options, providers=providers)
         except Exception as error:  # onnxruntime's own exceptions have no common base class

@@ -111,7 +111,7 @@ def require_name(source: object) -> None:
 def is_local(source: str) -> bool:
     """Whether the source is a local file; raises `DataError` if it is a folder, or looks like a file but is missing."""
     path = Path(source)
-    if path.is_file() or path.is_fifo():  # of `<(zcat run.gz)`
+    if path.is_file():
         return True
     if path.is_dir():
         raise DataError(f"{source or 'an empty name'} refers to a folder; give one file")

@@ -185,7 +185,7 @@ def _triples(source: Any, fields: Sequence[str]) -> Iterator[tuple[str, str, str
     """A name for each row, its query, text and number, from a TREC file with these fields, or from a table."""
     # A file that is not a table is a TREC file, whose name can have any suffix: qrels.dl19-passage, bm25.res.
     trec = isinstance(source, str | Path) and Path(source).suffix.lower() not in SUFFIXES and str(source) != STANDARD
-    if trec and not is_local(str(source)):
+    if trec and not (Path(source).is_fifo() or is_local(str(source))):  # a pipe is that of `<(zcat run.gz)`
         raise DataError(f"{source}: no such file")
     with ExitStack() as stack:
         if trec:

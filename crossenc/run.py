@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
@@ -294,7 +295,8 @@ class RunCLI(LightningCLI):
             raise UsageError(f"an option cannot be used: {one_line(error)}") from error
         refuse_forks(trainer)
         # Lightning checks this only for several devices. srun sets the variable, and sbatch does not.
-        if trainer.world_size == 1 and (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        if trainer.world_size == 1 and tasks > 1 and SLURMEnvironment.detect():  # not in an interactive shell
             raise UsageError(
                 f"srun started {tasks} processes, but each would train alone; set --trainer.devices and "
                 "--trainer.num_nodes as --ntasks-per-node and --nodes"

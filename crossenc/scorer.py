@@ -224,7 +224,7 @@ def _work(scoring: Scoring, rank: int, tasks: Any, results: Any) -> None:
     try:
         for number, logits in _overlapped(Scorer(scoring, rank), iter(tasks.get, None)):
             results.put((number, logits))
-    except CrossencError as error:
+    except (CrossencError, torch.OutOfMemoryError) as error:
         results.put((None, type(error)(str(error))))
     except Exception as error:
         results.put((None, RuntimeError(f"in a scoring process: {type(error).__name__}: {error}")))

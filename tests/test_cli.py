@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
 from crossenc import __version__, cli
@@ -88,6 +89,18 @@ def test_how_a_command_may_end(monkeypatch: pytest.MonkeyPatch, capsys, does: An
     monkeypatch.setitem(cli.COMMANDS, "export", ("", lambda *_: does()))
     assert main(["export"]) == code
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_full_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys):
+    def fill(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setitem(cli.COMMANDS, "export", ("", fill))
+    assert main(["export"]) == 2
+    said = "crossenc export: error: CUDA out of memory. Tried to allocate 2.00 GiB.; set a smaller --data.batch_size"
+    assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["export", "--debug"])
 
 
 def test_sigterm_ends_a_command_with_its_code(monkeypatch: pytest.MonkeyPatch):

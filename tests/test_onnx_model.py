@@ -192,7 +192,7 @@ def test_each_process_has_a_gpu_of_its_own(exported: Path, monkeypatch: pytest.M
     )
     monkeypatch.setattr("crossenc.onnx_model.require", lambda *_: runtime)
     OnnxModel(exported, "onnx", rank=3, threads=2)
-    assert opened == [(2, [("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"])]
+    assert opened == [(2, [("CUDAExecutionProvider", {"device_id": 3, "use_tf32": 0}), "CPUExecutionProvider"])]
 
 
 def test_dev_pairs_are_those_of_the_run(small: Path, tmp_path: Path):

@@ -190,8 +190,9 @@ def test_a_signal_ends_the_step_and_tells_how_to_go_on(
 ):
     """To all processes, loaders' workers too, as a terminal and most schedulers send it; or to the first alone."""
     command = fit(options, tmp_path)
-    # An interactive job of SLURM, in which Lightning leaves the signals alone.
-    for name, value in {"JOB_ID": "12", "JOB_NAME": "bash", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+    # `srun -n 4 --pty bash`: in an interactive job of SLURM, Lightning leaves the signals alone.
+    job = {"JOB_ID": "12", "JOB_NAME": "bash", "NTASKS": "4", "STEP_NUM_TASKS": "4", "PROCID": "0", "LOCALID": "0"}
+    for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     if processes > 1:
         command = fit(options, tmp_path, trainer__devices=2, trainer__strategy="ddp", trainer__max_epochs=500)
