@@ -132,7 +132,7 @@ def command_table() -> str:
     lines = "".join(f"  {name:<10}{text}\n" for name, (text, _) in COMMANDS.items())
     return (
         f"usage: python -m crossenc COMMAND [options]\n\n{lines}\n"
-        "first run, without network:  python -m crossenc fit --config configs/quickstart.yaml\n"
+        "first run, in a checkout:    python -m crossenc fit --config configs/quickstart.yaml\n"
         "options of a command:        python -m crossenc COMMAND --help"
     )
 
