@@ -110,8 +110,8 @@ def file_digest(path: Path) -> str:
 def replacing(file: Path, alone: bool = True) -> Iterator[Path]:
     """A temporary name to write a file under. At the end it replaces the file; if something fails, it is removed.
 
-    Each process has its own. If `alone`, what others left is dropped: they were killed, or they fail at the end, in
-    place of which two would write into one file.
+    Each process has its own name, so that two never write into one file. If `alone`, what others have under theirs is
+    dropped: they were killed, or they fail at the end, and only the later one replaces the file.
     """
     unfinished = file.with_name(f".{file.name}-unfinished-{os.getpid()}")
     for left in file.parent.glob(f".{glob.escape(file.name)}-unfinished-*") if alone else ():
