@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,21 @@ def test_the_pipeline_gives_the_modules_scores(trained: Path):
     ]  # the pipeline reads an empty second text as none at all
     found = [scorer({"text": a, "text_pair": b}, truncation=True)["score"] for a, b in pairs]
     assert found == pytest.approx(module_scores(trained / "best.ckpt", pairs), abs=1e-5)
+
+
+def test_transformers_4_knows_the_tokenizers_class_and_its_inputs(tiny_backbone: Path, tmp_path: Path):
+    backbone, export = shutil.copytree(tiny_backbone, tmp_path / "backbone"), tmp_path / "export"
+    settings = json.loads((backbone / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("model_input_names", None)
+    (backbone / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = copy.deepcopy(load_tokenizer(str(backbone)))
+    assert type(tokenizer).__name__ == "TokenizersBackend"
+    exporting._write(export, CrossEncoderModule(str(backbone)), tokenizer)
+    written = json.loads((export / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["model_input_names"] == tokenizer.model_input_names
+    assert load_tokenizer(str(export))("a b", "c").data == tokenizer("a b", "c").data
 
 
 def test_the_files_hold_what_readers_look_for(trained: Path):
