@@ -15,6 +15,8 @@ from .pairs import SUFFIXES
 _TEMPLATES = Path(__file__).with_name("templates")
 
 TITLES = {
+    "train": "train",
+    "predict": "predict",
     "val": "dev",
     "val_unseen": "dev, unseen questions",
     "test": "test",

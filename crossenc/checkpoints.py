@@ -202,12 +202,11 @@ class LastCheckpoint(Checkpoint):
             self.handlers[number](number, None)
             return
         self.save(trainer)
+        # Lightning's launcher kills the first process if one that it launched ends with a code other than 0.
+        launched = trainer.local_rank and isinstance(_cluster_environment(trainer), LightningEnvironment)
         raise StoppedError(
             f"{signal.Signals(number).name} at step {trainer.global_step}; resume with: {command_to_go_on(trainer)}",
-            # Lightning's launcher kills the first process if one that it launched ends with a code other than 0.
-            0
-            if trainer.local_rank and isinstance(_cluster_environment(trainer), LightningEnvironment)
-            else 128 + number,
+            0 if launched else 128 + number,
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -203,7 +203,7 @@ class PairDataModule(LightningDataModule):
     @rank_zero_only
     def _log(self, loaded: dict[str, Dataset], stage: str) -> None:
         for name in sorted(loaded.keys() - self.encoded):  # once for each split
-            tell_cut(loaded[name], f"{TITLES.get(name, name)} pairs", self.max_length)
+            tell_cut(loaded[name], f"{TITLES[name]} pairs", self.max_length)
             size = {"val": self.val_size, "test": self.test_size}.get(name)
             if size is not None and name in self._sources():
                 log.info(
@@ -223,7 +223,7 @@ class PairDataModule(LightningDataModule):
                 "set --data.val_source or --data.val_size"
             )
         for name, share in self.facts["duplicates"].items():
-            log.info("%s: %s pairs, %.1f %% duplicates", TITLES.get(name, name), f"{len(loaded[name]):,}", 100 * share)
+            log.info("%s: %s pairs, %.1f %% duplicates", TITLES[name], f"{len(loaded[name]):,}", 100 * share)
             if name == "val" and share in (0, 1):
                 log.warning(
                     "all dev pairs have the same label, so they choose no threshold and no checkpoint: the last one is "
@@ -363,8 +363,7 @@ class PairDataModule(LightningDataModule):
         tokens = self.eval_tokens or (16_384 if self._on_cpu() else 65_536)
         lengths = self._lengths(split)
         if len(lengths) < ranks:  # some would have no batch, and with sharded weights the others would wait for them
-            name = TITLES.get(split, split)
-            raise DataError(f"{len(lengths)} {name} pairs are too few for {ranks} devices; use fewer devices")
+            raise DataError(f"{len(lengths)} {TITLES[split]} pairs are too few for {ranks} devices; use fewer devices")
         if self._in_both_orders(split):
             lengths = np.tile(lengths, 2)
         order = EvaluationOrder(lengths, tokens, rank=rank, ranks=ranks)
@@ -409,7 +408,7 @@ class PairDataModule(LightningDataModule):
 
     def _lengths(self, split: str) -> NDArray[np.int64]:
         if split not in self.encoded:
-            where, name = self.source or "an empty source", TITLES.get(split, split)
+            where, name = self.source or "an empty source", TITLES[split]
             raise DataError(f"{where} leaves no {name} pairs; set --data.{split}_source or --data.{split}_size")
         part = self.encoded[split]
         return part.with_format("numpy", columns=["length"])[:]["length"].astype(np.int64)  # type: ignore[no-any-return]

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _CHARACTERS = 500_000
 # Two texts are long if, in the geometric mean, they have more characters than this for each token that a pair may have.
 _LONG = 8
+# What one more piece of a batch costs on a GPU, in tokens: it launches operations one by one, so padding is cheap.
+GPU_PIECE_COST = 4_096
 _Encoded: TypeAlias = tuple[list[int], list[int], bool]  # ids, types, and whether the pair is cut
 
 
@@ -206,7 +208,7 @@ class PairCollator:
         self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self.pads_left = tokenizer.padding_side == "left"
         # Tensor cores need multiples of 8; on a CPU, where pieces cost less, more padding is only more work.
-        self.multiple = 8 if torch.cuda.is_available() and piece_cost >= 4_096 else 1
+        self.multiple = 8 if torch.cuda.is_available() and piece_cost >= GPU_PIECE_COST else 1
 
     def __call__(self, table: pyarrow.Table) -> PairBatch:
         lengths = table["length"].to_numpy().astype(np.int64)

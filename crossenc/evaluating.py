@@ -131,10 +131,10 @@ def finish(
     figures = dict(module.figures)
     for split, columns in module.scored.items():
         unseen = data.unseen(split, columns["row"])
+        parts = {split: columns}
         if not unseen.any():
             log.warning("all %s pairs share a question with the training pairs; new ones may be harder", TITLES[split])
-        parts = {split: columns}
-        if unseen.any() and not unseen.all():
+        elif not unseen.all():
             parts[f"{split}_unseen"] = {name: values[unseen] for name, values in columns.items()}
         threshold = figures[f"{split}/threshold"]
         for name, part in parts.items():

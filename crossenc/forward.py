@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attention import ATTENTION, Packing, attend_packed
-from .encode import PairBatch
+from .encode import GPU_PIECE_COST, PairBatch
 from .sampler import cut
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives
@@ -196,5 +196,5 @@ def piece_cost(model_type: str, device: str, training: bool = False) -> int:
     if the whole backbone is, 75. A GPU launches operations one by one, so padding is cheaper there.
     """
     if device != "cpu":
-        return 4_096
+        return GPU_PIECE_COST
     return 75 if model_type not in _HEADS else 16 if training else 0

@@ -123,7 +123,7 @@ class OnnxModel:
 
     def __call__(self, inputs: dict[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """Logits of shape (pairs,) of padded inputs, each of shape (pairs, tokens)."""
-        segments = np.zeros_like(inputs["input_ids"])  # as torch takes, where the tokenizer gives none
-        given = {"token_type_ids": segments} | inputs
-        logits: NDArray[np.float32] = self.session.run(["logits"], {name: given[name] for name in self.inputs})[0]
+        if "token_type_ids" not in inputs:  # torch takes zeros, too, where the tokenizer gives none
+            inputs = {**inputs, "token_type_ids": np.zeros_like(inputs["input_ids"])}
+        logits: NDArray[np.float32] = self.session.run(["logits"], {name: inputs[name] for name in self.inputs})[0]
         return logits[:, 0]

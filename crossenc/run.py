@@ -22,6 +22,7 @@ import torch
 import yaml
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, WeightAveraging
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
@@ -248,7 +249,7 @@ class RunCLI(LightningCLI):
             config.verbose = False  # print only our own table
         elif self.command == "predict":
             config.return_predictions = True  # PredictionFile needs them
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun determines the number of processes
+        if TorchElasticEnvironment.detect():  # torchrun determines the number of processes
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             config.trainer.devices, config.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
         if not self.goes_on:

@@ -64,9 +64,8 @@ def test_the_pipeline_gives_the_modules_scores(trained: Path):
     from transformers import pipeline
 
     scorer = pipeline("text-classification", model=str(trained / "model"), device="cpu")
-    pairs = [(a, b) for a, b in PAIRS if b] + [
-        ("long " * 600, "b")
-    ]  # the pipeline reads an empty second text as none at all
+    pairs = [(a, b) for a, b in PAIRS if b]  # the pipeline reads an empty second text as none at all
+    pairs.append(("long " * 600, "b"))
     found = [scorer({"text": a, "text_pair": b}, truncation=True)["score"] for a, b in pairs]
     assert found == pytest.approx(module_scores(trained / "best.ckpt", pairs), abs=1e-5)
 
