@@ -2,7 +2,7 @@
 
 torch draws a 32-bit random number for every element, which takes a sixth of a bf16 training step on a CPU. Here, 64
 bits from the same generator are enough for four elements, so that seeds and checkpoints work as usual. On other
-devices, torch's own dropout runs. `benchmarks/README.md` shows what this saves.
+devices, torch's own dropout runs.
 """
 
 from __future__ import annotations
