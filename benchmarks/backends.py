@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import BACKBONE, begin, make_export, make_parser, peak_memory, quiet, read_record, spread, write_record
+from machine import (
+    BACKBONE,
+    begin,
+    make_export,
+    make_parser,
+    peak_memory,
+    quiet,
+    read_record,
+    read_tsv,
+    spread,
+    write_record,
+    write_tsv,
+)
 
 WARM_UP = 200
 
@@ -31,8 +43,7 @@ def run_peer(folder: str, files: Any, replies: Any, bf16: bool) -> None:
     quiet()
     model = CrossEncoder(folder, device="cpu", model_kwargs={"dtype": torch.bfloat16 if bf16 else torch.float32})
     for file in iter(files.get, None):
-        with Path(file).open(encoding="utf-8", newline="") as rows:
-            pairs = [(row["question1"], row["question2"]) for row in csv.DictReader(rows, delimiter="\t")]
+        pairs = [(a, b) for a, b, _ in read_tsv(file)]
         start = time.perf_counter()
         scores = model.predict(pairs, show_progress_bar=False, convert_to_numpy=True)
         replies.put((time.perf_counter() - start, peak_memory(), scores.astype(np.float32)))
@@ -64,15 +75,9 @@ CONTENDERS: dict[str, tuple[Any, Any]] = {
 
 def take_pairs(data: Path, file: Path, start: int, count: int) -> None:
     """Real pairs from row `start` on; after the last of both files their questions are paired anew, off by one."""
-    rows: list[list[str]] = []
-    for name in ("train.tsv", "dev.tsv"):
-        with (data / name).open(encoding="utf-8", newline="") as lines:
-            rows += list(csv.reader(lines, delimiter="\t"))[1:]
+    rows = read_tsv(data / "train.tsv") + read_tsv(data / "dev.tsv")
     turned = [[a, b, "0"] for (a, _, _), (_, b, _) in zip(rows, [*rows[1:], rows[0]], strict=True)]
-    with file.open("w", encoding="utf-8", newline="") as out:
-        writer = csv.writer(out, delimiter="\t")
-        writer.writerow(["question1", "question2", "is_duplicate"])
-        writer.writerows((rows + turned)[start : start + count])
+    write_tsv(file, (rows + turned)[start : start + count])
 
 
 def main() -> None:

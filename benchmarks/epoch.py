@@ -1,7 +1,7 @@
 """One epoch of as many pairs as Quora has, by `crossenc fit`, and where the time of its steps goes.
 
     python benchmarks/epoch.py --shape distilroberta --batch-size 512                  # on a GPU
-    python benchmarks/epoch.py --rows 9000 --batch-size 64                             # on a CPU
+    python benchmarks/epoch.py --rows 9000 --batch-size 64 --precision 32-true         # on a CPU
 
 The real pairs, blown up to 404,290 rows: 384,290 to train on, 10,000 to validate with, 10,000 to test. Seconds are from
 the first step to the end of the last validation; those of the whole command include start-up, reading, tokenizing (no

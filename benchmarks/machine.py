@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,16 +122,25 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
+def read_tsv(file: Path) -> list[list[str]]:
+    """Both questions and the label of each row."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.reader(lines, delimiter="\t"))[1:]
+
+
+def write_tsv(file: Path, rows: Iterable[Sequence[str]]) -> None:
+    """A file like train.tsv."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, delimiter="\t")
+        writer.writerow(["question1", "question2", "is_duplicate"])
+        writer.writerows(rows)
+
+
 def take_rows(source: Path, target: Path, rows: int, numbered: bool = False) -> None:
     """Copy the first pairs, from the start again where the source has fewer; `numbered` then, no two are the same."""
-    with source.open(newline="", encoding="utf-8") as file:
-        header, *pairs = csv.reader(file, delimiter="\t")
-    with target.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t")
-        writer.writerow(header)
-        for row in range(rows):
-            a, b, label = pairs[row % len(pairs)]
-            writer.writerow((f"{a} {row}" if numbered and row >= len(pairs) else a, b, label))
+    pairs = read_tsv(source)
+    taken = ((row, *pairs[row % len(pairs)]) for row in range(rows))
+    write_tsv(target, ((f"{a} {row}" if numbered and row >= len(pairs) else a, b, label) for row, a, b, label in taken))
 
 
 def make_bert(folder: Path, layers: int, width: int, **settings: Any) -> Path:

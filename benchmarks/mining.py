@@ -35,7 +35,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import BACKBONE, begin, make_parser, make_tiny, peak_memory, quiet, read_record, require_data, write_record
+from machine import (
+    BACKBONE,
+    begin,
+    make_parser,
+    make_tiny,
+    peak_memory,
+    quiet,
+    read_record,
+    read_tsv,
+    require_data,
+    write_record,
+)
 
 # The sample's duplicates are worded less alike than Quora's.
 SAMPLE_FLOOR = 0.35
@@ -60,9 +71,8 @@ def make_questions(data: Path, count: int) -> list[str]:
     """Real questions: all different ones first, then samples of them with light edits, three in ten exact copies."""
     texts: dict[str, None] = {}
     for name in ("train.tsv", "dev.tsv"):
-        with (data / name).open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines, delimiter="\t"):
-                texts |= {row["question1"]: None, row["question2"]: None}
+        for a, b, _ in read_tsv(data / name):
+            texts |= {a: None, b: None}
     real, draw = list(texts), random.Random(0)
     return (real + [edit(draw.choice(real), draw) for _ in range(count - len(real))])[:count]
 
@@ -225,14 +235,12 @@ def watch(command: list[str], work: Path) -> tuple[dict[str, tuple[float, float]
 def floor(data: Path) -> dict[str, Any]:
     from crossenc.neighbors import embed
 
-    with (data / "train.tsv").open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t"))
-    sides = [embed([row[name] for row in rows], BACKBONE, {}) for name in ("question1", "question2")]
-    similarities, labels = (sides[0] * sides[1]).sum(1), np.array([row["is_duplicate"] == "1" for row in rows])
-    record = {}
+    first, second, labels = zip(*read_tsv(data / "train.tsv"), strict=True)
+    similarities = (embed(first, BACKBONE, {}) * embed(second, BACKBONE, {})).sum(1)
+    same, record = np.array(labels) == "1", {}
     print("| cosine of at least | of the duplicates | of the other pairs |\n|---|---|---|")
     for limit in (0.4, 0.5, 0.6, 0.7, 0.8):
-        record[str(limit)] = [float((similarities[labels == of] >= limit).mean()) for of in (True, False)]
+        record[str(limit)] = [float((similarities[same == of] >= limit).mean()) for of in (True, False)]
         print(f"| {limit} | {100 * record[str(limit)][0]:.1f} % | {100 * record[str(limit)][1]:.1f} % |")
     return record
 
@@ -240,22 +248,24 @@ def floor(data: Path) -> dict[str, Any]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("what", choices=["pairs", "quality", "scale", "floor"])
-    parser.add_argument("--model", default="checkpoints/quickstart/model", help="the export that quality is told of")
+    parser.add_argument("--model", default="checkpoints/quickstart/model", help="the export that quality mines with")
     parser.add_argument("--rows", type=json.loads, default=[20_000, 60_000, 200_000], help="list of sizes")
     parser.add_argument("--options", default="--top-k 5 --min-similarity 0.8")
     parser.add_argument("--folder", type=Path, default=Path("pairs"), help="where train.csv and dev.csv are")
     arguments = begin(parser, "mine", "offline", data=False)
     quiet()
+    if arguments.what in ("scale", "floor"):
+        require_data(arguments.data)
     if arguments.what == "pairs":
         arguments.folder.mkdir(parents=True, exist_ok=True)
         write_pairs(arguments.folder)
         return
     if arguments.what == "quality":
         record = quality(arguments.model, arguments.folder / "dev.csv")
+    elif arguments.what == "scale":
+        record = scale(arguments.data, arguments.rows, arguments.options.split())
     else:
-        require_data(arguments.data)
-        record = floor(arguments.data) if arguments.what == "floor" else {}
-        record |= scale(arguments.data, arguments.rows, arguments.options.split()) if arguments.what == "scale" else {}
+        record = floor(arguments.data)
     write_record(arguments.out, read_record(arguments.out) | record)
 
 

@@ -1,6 +1,6 @@
 """Ours against sentence-transformers' trainer in quality: one epoch on the same pairs with the same hyper-parameters.
 
-    python benchmarks/quality.py --data ../shared/data/quora
+    python benchmarks/quality.py
     python benchmarks/quality.py --only ours --name "ours, window 5" --options="--data.window 5"
     python benchmarks/quality.py --only ours --recipes     # every recipe of RECIPES, at as many steps
     OMP_NUM_THREADS=1 python benchmarks/quality.py --only ours --recipes --jobs 2    # the same, two at a time

@@ -16,11 +16,22 @@ import gc
 import statistics
 import tempfile
 import time
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import begin, best_matrix_product, make_export, make_parser, quiet, spread, take_rows, write_record
+from machine import (
+    begin,
+    best_matrix_product,
+    make_export,
+    make_parser,
+    quiet,
+    read_tsv,
+    spread,
+    take_rows,
+    write_record,
+)
 from train import count, make_backbone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,9 +88,8 @@ def main() -> None:
     contenders = list(dict.fromkeys(["peer, fp32", *ways]))
     import datasets
 
-    from crossenc.pairs import read
-
     quiet()
+    pairs = [(a, b) for a, b, _ in islice(cycle(read_tsv(arguments.data / "train.tsv")), arguments.pairs)]
     with tempfile.TemporaryDirectory() as space:
         backbone, folder = make_backbone(arguments.shape, Path(space) / "backbone"), str(Path(space) / "model")
         make_export(backbone, Path(folder))
@@ -89,9 +99,6 @@ def main() -> None:
             datasets.config.HF_DATASETS_CACHE = f"{space}/cache-{number}"
             file = Path(space) / f"pairs-{number}.tsv"
             take_rows(arguments.data / "train.tsv", file, arguments.pairs)
-            table = read(str(arguments.data / "train.tsv"))
-            texts = list(zip(table["text_a"][:], table["text_b"][:], strict=True))
-            pairs = [texts[i % len(texts)] for i in range(arguments.pairs)]
             for name in contenders:
                 who, kind = name.split(", ")
                 if who == "peer":
@@ -119,12 +126,16 @@ def main() -> None:
         "largest_logit_difference": differences,
     }
     write_record(arguments.out, record)
-    print("| | pairs/s (range) | x peer fp32 | MFU | largest logit difference |\n|---|---|---|---|---|")
-    theirs = statistics.median(seconds["peer, fp32"])
+    print("| | pairs/s (range) | x peer fp32 | x peer, same precision | MFU | largest logit difference |")
+    print("|---" * 6 + "|")
     for name, taken in seconds.items():
-        speeds, ratio = [arguments.pairs / one for one in taken], theirs / statistics.median(taken)
-        mfu = 100 * 2 * weights * tokens / statistics.median(taken) / limits[name.split(", ")[1]]
-        print(f"| {name} | {spread(speeds, '.0f')} | {ratio:.2f} | {mfu:.0f} % | {differences[name]:.1g} |")
+        speeds, kind = [arguments.pairs / one for one in taken], name.split(", ")[1]
+        ratios = [statistics.median(seconds[f"peer, {of}"]) / statistics.median(taken) for of in ("fp32", kind)]
+        mfu = 100 * 2 * weights * tokens / statistics.median(taken) / limits[kind]
+        print(
+            f"| {name} | {spread(speeds, '.0f')} | {ratios[0]:.2f} | {ratios[1]:.2f} | {mfu:.0f} % | "
+            f"{differences[name]:.1g} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Training speed beside sentence-transformers' trainer: same pairs, model, seed, precision; in interleaved rounds.
 
-    python benchmarks/train.py                                       # on the CPU, offline backbone
+    python benchmarks/train.py --pairs 1280 --skip 4                 # on the CPU, offline backbone
     python benchmarks/train.py --device cuda --shape distilroberta --pairs 12800 --skip 100 --precision bf16-mixed
 
-Each round trains every contender for one epoch on the first pairs of train.tsv, batch 64, from the first step (on a GPU
-the one after `--skip`, for graphs are made in the first ones) to the end of the last. Ours reads tokens from its cache,
-as each epoch and each later run does; the peer tokenizes in every step. MFU is 6 x layer parameters x real tokens over
-the best matrix product of the same machine in the same precision.
-Needs the extras `offline` and `peer`.
+Each round trains every contender for one epoch on the first pairs of train.tsv, batch 64. The clock runs from the first
+step, or the one after `--skip` (the first ones warm up, and make graphs on a GPU), to the end of the last. Ours reads
+tokens from its cache, as each epoch and each later run does; the peer tokenizes in every step. MFU is 6 x layer
+parameters x real tokens over the best matrix product of the same machine in the same precision. Needs the extras
+`offline` and `peer`.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main() -> None:
     names = list(OURS | OURS_ON_GPU)
     parser.add_argument("--ours", nargs="+", choices=names, default=names, help="settings; default: all")
     parser.add_argument("--skip", type=int, default=0, help="steps of an epoch before the clock starts")
-    parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
+    parser.add_argument("--precision", nargs="+", default=[*DTYPES], choices=[*DTYPES])
     arguments = begin(parser, "offline", "peer")
     quiet()
     with tempfile.TemporaryDirectory() as folder:
