@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -34,6 +35,28 @@ def collate(pairs: list[tuple[str, str]], backbone: str, piece_cost: int = 0, ma
     texts = [{"row": row, "text_a": a, "text_b": b, "label": row % 2.0} for row, (a, b) in enumerate(pairs)]
     encoded = encode(datasets.Dataset.from_list(texts), tokenizer, max_length)
     return PairCollator(tokenizer, piece_cost=piece_cost)(encoded.remove_columns("cut").with_format("arrow")[:])
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """The words of a command that set options."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def fail(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run a command that must end with exit code 2, and one line about it as the last on standard error: this one."""
+    capsys.readouterr()
+    assert main(list(words)) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = (line for line in said.splitlines() if "error:" in line)
+    assert said.endswith(f"{line}\n")
+    return line
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON file, which may be missing; None removes a key."""
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({name: value for name, value in (content | changes).items() if value is not None}))
 
 
 def run_all(commands: list[list[str]], **environment: str) -> list[tuple[int, str]]:
@@ -118,8 +141,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def no_pictures() -> Iterator[None]:
-    """For a file with many small runs, half of whose time would go into pictures that nobody looks at."""
+def no_pictures(trained: Path) -> Iterator[None]:
+    """For a file with many small runs, half of whose time would go into pictures that nobody looks at.
+
+    Those of `trained`, which some files look at, are there before.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("crossenc.callbacks.draw", lambda *_: {})
         patched.setattr("crossenc.figures.draw", lambda *_: {})
@@ -137,6 +163,13 @@ def write(tmp_path: Path):
         return path
 
     return _write
+
+
+@pytest.fixture
+def fit(pairs_file: Path, tiny_backbone: Path, tmp_path: Path) -> list[str]:
+    """The words of a fit of a small model in twelve steps, into `tmp_path`."""
+    options = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": tiny_backbone, "output": tmp_path}
+    return ["fit", *flags(options), "--trainer.precision=32-true", "--trainer.accelerator=cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -168,24 +201,25 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bert(tmp_path_factory.mktemp("tiny") / "backbone", 2, 32, intermediate_size=64)
 
 
+def short_run(output: Path, pairs_file: Path, backbone: str | Path, **more: Any) -> Path:
+    """The folder of a real run through the command line, of six steps if not told otherwise."""
+    options = {"data.source": pairs_file, "data.batch_size": 8, "model.backbone": backbone, "output": output}
+    options |= {"run": "short", "trainer.accelerator": "cpu", **more}
+    assert main(["fit", *flags(options)]) == 0
+    return output / "short"
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
-    """The folder of one real, short run through the command line."""
-    output = tmp_path_factory.mktemp("runs")
-    arguments = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--data.batch_size", "8"]
-    code = main(["fit", *arguments, "--output", str(output), "--run", "short", "--trainer.accelerator", "cpu"])
-    assert code == 0
-    return output / "short"
+    """The folder of one real, short run."""
+    return short_run(tmp_path_factory.mktemp("runs"), pairs_file, BACKBONE)
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path, tiny_backbone: Path) -> Path:
     """`trained` with a small model, for what goes on with a run or repeats it."""
-    output = tmp_path_factory.mktemp("runs")
-    arguments = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--data.batch_size", "8"]
-    arguments += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
-    assert main(["fit", *arguments, "--output", str(output), "--run", "short"]) == 0
-    return output / "short"
+    precision = {"trainer.precision": "32-true"}
+    return short_run(tmp_path_factory.mktemp("runs"), pairs_file, tiny_backbone, **precision)
 
 
 @pytest.fixture(scope="session")

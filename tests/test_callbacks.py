@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import pty
@@ -22,44 +21,34 @@ from lightning.pytorch.trainer.states import TrainerFn
 from crossenc import CrossEncoderModule, PairDataModule, callbacks
 from crossenc.cli import main
 
+from .conftest import logged
 
-def arguments(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
-    named = {"data.source": pairs_file, "data.batch_size": 4, "model.backbone": backbone, "output": output}
-    return ["fit", *(f"--{name}={value}" for name, value in named.items()), "--trainer.precision=32-true"]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_the_plain_log_tells_step_loss_rate_and_speed(
-    pairs_file: Path,
-    tiny_backbone: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    fit: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO, logger="crossenc"):
-        assert main([*arguments(pairs_file, tiny_backbone, tmp_path), "--model.head_rate=20"]) == 0
+        assert main([*fit, "--model.head_rate=20"]) == 0
     said = "\n".join(caplog.messages)
     assert re.search(r"^step 1[0-2]/12  loss \d\.\d{4}  lr \d\.\d\de-\d\d  \d+ pairs/s$", said, re.MULTILINE)
     last = r"^step 12  val/loss \d\.\d{4}  val/average_precision \d\.\d{4}  val/f1 \d\.\d{4}$"
     assert len(re.findall(last, said, re.MULTILINE)) == 1
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {"train/loss", "train/lr", "train/pairs_per_second"} <= set(rows[0])
-    told = next(row for row in rows if row["train/pairs_per_second"])
-    assert told["step"] == "9"
-    assert 0 < float(told["train/lr"]) <= 5e-5  # the layers' rate, and not the head's
-    assert [row["step"] for row in rows if row["val/f1"]] == ["11"]
+    names = ("train/loss", "train/lr", "train/pairs_per_second", "val/f1")
+    losses, rates, speeds, dev = (logged(tmp_path / "run", name) for name in names)
+    assert min(losses) == min(rates) == min(speeds) == 9
+    assert 0 < rates[9] <= 5e-5  # the layers' rate, and not the head's
+    assert list(dev) == [11]
 
 
-def test_rate_and_speed_are_logged_in_epochs_that_are_shorter_than_the_interval(
-    pairs_file: Path, tiny_backbone: Path, tmp_path: Path
-):
+def test_rate_and_speed_are_logged_in_epochs_that_are_shorter_than_the_interval(fit: list[str], tmp_path: Path):
     options = ["--trainer.log_every_n_steps=8", "--trainer.max_epochs=4", "--trainer.accumulate_grad_batches=2"]
-    assert main([*arguments(pairs_file, tiny_backbone, tmp_path), *options]) == 0
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        rates = {row["step"]: float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]}
-    assert list(rates) == ["7", "15", "23"]
-    assert rates["7"] == pytest.approx(5e-5 * (24 - 7) / (24 - 3))  # of the step itself, and no earlier one
+    assert main([*fit, *options]) == 0
+    rates, speeds = (logged(tmp_path / "run", name) for name in ("train/lr", "train/pairs_per_second"))
+    assert list(rates) == list(speeds) == [7, 15, 23]
+    assert rates[7] == pytest.approx(5e-5 * (24 - 7) / (24 - 3))  # of the step itself, and no earlier one
 
 
 def test_the_speed_of_training_is_without_validations(
@@ -84,11 +73,11 @@ def test_the_speed_of_training_is_without_validations(
     assert trainer.callback_metrics["train/pairs_per_second"] == 4
 
 
-def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+def test_a_terminal_gets_a_bar_with_loss_rate_and_speed(fit: list[str]):
     """In a real pseudo-terminal, since the bar shows only there."""
     leader, follower = pty.openpty()
     environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
-    command = [sys.executable, "-m", "crossenc", *arguments(pairs_file, tiny_backbone, tmp_path)]
+    command = [sys.executable, "-m", "crossenc", *fit]
     with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
         os.close(follower)
         shown = b""

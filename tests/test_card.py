@@ -17,7 +17,7 @@ from crossenc.checkpoints import owner
 from crossenc.cli import main
 from crossenc.records import read_scores
 
-from .conftest import BACKBONE
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_the_card_tells_data_metrics_and_settings(trained: Path):
@@ -56,16 +56,16 @@ def test_the_card_tells_data_metrics_and_settings(trained: Path):
     )
 
 
-def test_the_card_names_the_source_of_each_split_and_what_changed_the_weights(pairs_file: Path, tmp_path: Path):
+def test_the_card_names_the_source_of_each_split_and_what_changed_the_weights(
+    fit: list[str], pairs_file: Path, tmp_path: Path
+):
     from huggingface_hub import ModelCard
 
     test = tmp_path / "other.csv"
     test.write_bytes(pairs_file.read_bytes())
-    options = ["--data.test_source", str(test), "--data.limit", "40", "--data.val_size", "6"]
-    options += ["--trainer.callbacks+=EMAWeightAveraging"]
-    named = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--model.max_length", "16"]
-    named += ["--trainer.max_steps", "1", "--trainer.accelerator", "cpu", "--output", str(tmp_path), *options]
-    assert main(["fit", *named]) == 0
+    options = ["--data.test_source", str(test), "--data.limit", "40", "--data.val_size", "6", "--trainer.max_steps=1"]
+    options += ["--trainer.callbacks+=EMAWeightAveraging", "--model.max_length=16"]
+    assert main([*fit, *options]) == 0
     card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
     names = {result.dataset_split: result.dataset_name for result in card.data.eval_results}
     content = json.loads((tmp_path / "run" / "model" / "sentence_bert_config.json").read_text())
@@ -82,13 +82,12 @@ def test_the_card_names_the_source_of_each_split_and_what_changed_the_weights(pa
     assert "| pairs | 6 |" in card.text
 
 
-def test_figures_of_other_test_pairs_are_not_told_of_the_runs(pairs_file: Path, tiny_backbone: Path, tmp_path: Path):
+def test_figures_of_other_test_pairs_are_not_told_of_the_runs(fit: list[str], pairs_file: Path, tmp_path: Path):
     from huggingface_hub import ModelCard
 
     other = tmp_path / "other.csv"
     other.write_bytes(pairs_file.read_bytes())
-    named = ["--data.source", str(pairs_file), "--model.backbone", str(tiny_backbone), "--output", str(tmp_path)]
-    assert main(["fit", *named, "--trainer.max_steps", "1", "--trainer.accelerator", "cpu"]) == 0
+    assert main([*fit, "--trainer.max_steps=1"]) == 0
     best = tmp_path / "run" / "best.ckpt"
     where = ["--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "best", "--data.limit", "50"]
     assert main(["test", *where, "--data.test_source", str(other)]) == 0
