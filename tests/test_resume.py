@@ -18,7 +18,9 @@ from itertools import count
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
+import kill_resume
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ from crossenc.checkpoints import AtomicCheckpointIO, find_newest
 from crossenc.cli import main
 from crossenc.errors import OutputError
 
-from .conftest import kill_runs, logged
+from .conftest import edit_json, fail, flags, kill_runs, logged
 
 EPOCHS, STEPS = 16, 96
 
@@ -67,7 +69,7 @@ def options(pairs_file: Path, tiny_backbone: Path) -> dict[str, Any]:
 
 def fit(options: dict[str, Any], output: Path, **more: Any) -> list[str]:
     named = {**options, "output": output, **{name.replace("__", "."): value for name, value in more.items()}}
-    return ["fit", *(f"--{name}={value}" for name, value in named.items())]
+    return ["fit", *flags(named)]
 
 
 def weights(file: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -96,6 +98,20 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
             if process.poll() is None:  # else what it says has no end, and neither has the test
                 os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"no {file}: {process.stderr.read()}")
+
+
+def kill_when(run: Path, patterns: list[str], command: list[str], log: Path) -> None:
+    """Kill a run when it has files of these names, one after the other."""
+    with patch.dict(os.environ):
+        kill_resume.start_server()
+    (process,) = kill_resume.start([*command, "--trainer.logger=false"], 1, log)
+    until = time.monotonic() + 120
+    for pattern in patterns:
+        while not list(run.glob(pattern)):
+            if not process.is_alive() or time.monotonic() > until:
+                kill_resume.kill([process])
+                pytest.fail(f"no {pattern}: {log.read_text()}")
+    kill_resume.kill([process])
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +146,7 @@ def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path, cap
     assert json.loads((run / "metrics.json").read_text())["test/loss"] == pytest.approx(figures["test/loss"], abs=1e-6)
     command = [*fit(options, tmp_path / "killed", ckpt_path="last"), *average]
     last = tmp_path / "killed" / "run" / "last.ckpt"
-    with start(command) as process:
-        wait_for(last, process)
-        os.killpg(process.pid, signal.SIGKILL)
+    kill_when(last.parent, ["last.ckpt"], command, tmp_path / "log")
     assert weights(last)[0] < STEPS * 4 / EPOCHS
     assert main(command) == 0
     assert same(last, tmp_path / "whole" / "run" / "last.ckpt")
@@ -140,8 +154,8 @@ def test_averaged_weights_go_on_too(options: dict[str, Any], tmp_path: Path, cap
     plain, averaged = checkpoint["current_model_state"], checkpoint["state_dict"]
     assert any(not torch.equal(value, averaged[name]) for name, value in plain.items() if name in averaged)
     # Without the callback, the average would be taken for the weights that the optimizer was at.
-    assert main(fit(options, tmp_path / "killed", ckpt_path="last", trainer__max_epochs=5)) == 2
-    assert "the callback EMAWeightAveraging (now None), which" in capsys.readouterr().err.splitlines()[-1]
+    said = fail(capsys, *fit(options, tmp_path / "killed", ckpt_path="last", trainer__max_epochs=5))
+    assert "the callback EMAWeightAveraging (now None), which" in said
 
 
 def test_no_average_begins_in_the_middle(whole: Path, options: dict[str, Any], tmp_path: Path, capsys):
@@ -150,28 +164,24 @@ def test_no_average_begins_in_the_middle(whole: Path, options: dict[str, Any], t
     assert main([*command, "--trainer.callbacks+=EMAWeightAveraging"]) == 2
     said = capsys.readouterr().err
     assert "the callback None (now EMAWeightAveraging), which" in said.splitlines()[-1]
-    assert "weight_averaging.py" not in said
+    assert "weight_averaging.py" not in said  # Lightning's own warning
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     whole: Path, options: dict[str, Any], tmp_path: Path
 ):
     command = fit(options, tmp_path, ckpt_path="last")
-    last = tmp_path / "run" / "last.ckpt"
+    last, unfinished = tmp_path / "run" / "last.ckpt", ".last.ckpt-unfinished-*"
     for _ in range(5):  # a kill may come a moment too late
-        with start(command) as process:
-            wait_for(last, process)
-            unfinished = last.with_name(f".last.ckpt-unfinished-{process.pid}")
-            wait_for(unfinished, process)
-            os.killpg(process.pid, signal.SIGKILL)
-        if unfinished.exists():
+        kill_when(last.parent, ["last.ckpt", unfinished], command, tmp_path / "log")
+        if list(last.parent.glob(unfinished)):
             break
-    assert unfinished.exists()
+    assert list(last.parent.glob(unfinished))
     assert weights(last)[0] < STEPS
     assert find_newest(tmp_path / "run") in (last, last.with_name("best.ckpt"))
     assert main(command) == 0
     assert same(last, whole / "last.ckpt")
-    assert not unfinished.exists()
+    assert not list(last.parent.glob(unfinished))
 
 
 @pytest.mark.parametrize(
@@ -329,8 +339,7 @@ def test_all_processes_must_find_the_checkpoint(
 ):
     copy(whole, tmp_path / "run")
     monkeypatch.setattr(checkpoints, "gather", lambda trainer, item: [item, True])  # another one has found none
-    assert main(fit(options, tmp_path, ckpt_path="last")) == 2
-    assert "a folder that all machines share" in capsys.readouterr().err
+    assert "a folder that all machines share" in fail(capsys, *fit(options, tmp_path, ckpt_path="last"))
 
 
 def test_last_begins_a_run_that_is_not_there_yet(
@@ -427,8 +436,7 @@ def changed(options: dict[str, Any], what: str, folder: Path) -> dict[str, Any]:
         return {"data.val_source": folder / "dev.csv", "data.test_size": 12}
     if what == "tokenizer":
         other = shutil.copytree(options["model.backbone"], folder / "other")
-        settings = json.loads((other / "tokenizer_config.json").read_text())
-        (other / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
+        edit_json(other / "tokenizer_config.json", do_lower_case=False)
         return {"model.backbone": other}
     if what == "layers":  # with the same tokenizer
         return {"model.backbone": make_bert(folder / "other", 3, 32, intermediate_size=64)}
@@ -460,8 +468,7 @@ def test_a_run_goes_on_with_the_same_only(
     folder = copy(whole, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
     other = options | changed(options, what, tmp_path)
-    assert main(fit(other, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1)) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = fail(capsys, *fit(other, tmp_path, ckpt_path="last", trainer__max_epochs=EPOCHS + 1))
     assert re.search(said, line), line
     assert ("--on_mismatch continue" in line) == (what in ("data", "dev pairs", "tokenizer", "data.batch_size=6"))
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if "tfevents" not in path.name}
@@ -485,8 +492,7 @@ class Unreadable(Callback):
 
 
 def test_what_cannot_be_read_back_is_told_when_it_is_written(options: dict[str, Any], tmp_path: Path, capsys):
-    assert main(fit(options, tmp_path, trainer__callbacks="tests.test_resume.Unreadable")) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
+    said = fail(capsys, *fit(options, tmp_path, trainer__callbacks="tests.test_resume.Unreadable"))
     assert "last.ckpt could not be read back (pathlib.PosixPath): the state of a callback or an argument" in said
     assert not list((tmp_path / "run").glob("*.ckpt*"))
 
