@@ -19,70 +19,85 @@ from crossenc.pairs import read
 
 from .conftest import BACKBONE
 
+MAKE = {"backbone": BACKBONE}
+
 
 def rows_of(data: PairDataModule) -> dict[str, int]:
     data.setup("fit")
     return data.facts["rows"]
 
 
-def test_sources_splits_and_limit(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    make = {"backbone": BACKBONE}
-    assert rows_of(PairDataModule(str(pairs_file), **make)) == {"train": 48, "val": 6, "test": 6}
-    cut = PairDataModule(str(pairs_file), val_size=0.5, test_size=10, **make)
+def test_splits_come_from_their_sources_or_are_cut_off(pairs_file: Path):
+    source = str(pairs_file)
+    assert rows_of(PairDataModule(source, **MAKE)) == {"train": 48, "val": 6, "test": 6}
+    cut = PairDataModule(source, val_size=0.5, test_size=10, **MAKE)
     assert rows_of(cut) == {"train": 20, "val": 30, "test": 10}
-    one = PairDataModule(str(pairs_file), val_source=str(pairs_file), limit=50, **make)
-    assert rows_of(one) == {"train": 50, "val": 50}
-    by_question = PairDataModule(str(pairs_file), split="question", val_size=0.1, test_size=0.1, **make)
-    assert sum(rows_of(by_question).values()) == 60
-    assert by_question.unseen("val", np.array(by_question.tables["val"]["row"][:])).all()
-    assert by_question.facts["split"] == "question"
-    assert one.facts["split"] is None  # which nothing was cut off
-    with pytest.raises(UsageError, match="split question has nothing to split"):
-        rows_of(PairDataModule(str(pairs_file), val_source=str(pairs_file), split="question", **make))
-    (tmp_path / "star.csv").write_text("text_a,text_b,label\n" + "".join(f"one,{n},{n % 2}\n" for n in range(30)))
-    with pytest.raises(DataError, match=r"split question leaves no dev pairs of \S+star.csv: its questions are too "):
-        rows_of(PairDataModule(str(tmp_path / "star.csv"), split="question", test_size=0, **make))
-    (tmp_path / "train.csv").write_text(pairs_file.read_text())
-    (tmp_path / "dev.csv").write_text(pairs_file.read_text())
-    monkeypatch.chdir(tmp_path.parent)
-    folder = PairDataModule(tmp_path.name, **make)
-    assert rows_of(folder) == {"train": 60, "val": 60}
-    assert folder.facts["source"] == folder.facts["sources"]["val"] == f"./{tmp_path.name}"  # and no Hub id's like
-    assert PairDataModule(f"{tmp_path.name}:dev", **make).read_from()["val"] == f"./{tmp_path.name}:dev"
-    (tmp_path / "a:b").mkdir()
-    colon = f"{tmp_path.name}/a:b"
-    assert PairDataModule(colon, **make).read_from()["val"] == f"./{colon}"
-    sample = rows_of(PairDataModule("sample", **make))
+    own = PairDataModule(source, val_source=source, limit=50, **MAKE)
+    assert rows_of(own) == {"train": 50, "val": 50}
+    assert own.facts["split"] is None  # which nothing was cut off
+    with pytest.raises(DataError, match="leaves no test pairs"):
+        own.test_dataloader()
+    sample = rows_of(PairDataModule("sample", **MAKE))
     assert sample["train"] > 4000
     assert min(sample["val"], sample["test"]) > 900
-    # Evaluated by itself or after training, a split is measured against the same training pairs.
-    fresh = PairDataModule(str(pairs_file), val_source=str(pairs_file), limit=50, **make)
-    fresh.tables["val"] = one.tables["val"]
+
+
+def test_a_split_by_question_leaves_no_question_in_two_splits(pairs_file: Path, write):
+    data = PairDataModule(str(pairs_file), split="question", val_size=0.1, test_size=0.1, **MAKE)
+    assert sum(rows_of(data).values()) == 60
+    assert data.unseen("val", np.array(data.tables["val"]["row"][:])).all()
+    assert data.facts["split"] == "question"
+    with pytest.raises(UsageError, match="split question has nothing to split"):
+        rows_of(PairDataModule(str(pairs_file), val_source=str(pairs_file), split="question", **MAKE))
+    star = write("star.csv", "text_a,text_b,label\n" + "".join(f"one,{n},{n % 2}\n" for n in range(30)))
+    with pytest.raises(DataError, match=r"split question leaves no dev pairs of \S+star.csv: its questions are too "):
+        rows_of(PairDataModule(str(star), split="question", test_size=0, **MAKE))
+
+
+def test_a_folder_is_named_so_that_no_hub_id_looks_like_it(
+    pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("train.csv", "dev.csv"):
+        (tmp_path / name).write_text(pairs_file.read_text())
+    monkeypatch.chdir(tmp_path.parent)
+    folder = PairDataModule(tmp_path.name, **MAKE)
+    assert rows_of(folder) == {"train": 60, "val": 60}
+    assert folder.facts["source"] == folder.facts["sources"]["val"] == f"./{tmp_path.name}"
+    (tmp_path / "a:b").mkdir()
+    for source in (f"{tmp_path.name}:dev", f"{tmp_path.name}/a:b"):
+        assert PairDataModule(source, **MAKE).read_from()["val"] == f"./{source}"
+
+
+def test_pairs_of_unseen_questions_are_those_of_no_training_pair_of_the_run(pairs_file: Path, write):
+    """Whether a split is evaluated by itself or after training."""
+    trained, fresh = (PairDataModule(str(pairs_file), val_source=str(pairs_file), limit=50, **MAKE) for _ in range(2))
+    trained.setup("fit")
+    fresh.tables["val"] = trained.tables["val"]
     rows = np.arange(0, 50, 7)
-    assert fresh.unseen("val", rows).tolist() == one.unseen("val", rows).tolist() == [False] * 8
+    assert fresh.unseen("val", rows).tolist() == trained.unseen("val", rows).tolist() == [False] * 8
     # A run's checkpoint tells how many training pairs there were; `limit` is of the evaluation.
-    head = pairs_file.read_text().splitlines(keepends=True)
-    (tmp_path / "late.csv").write_text(head[0] + "".join(head[-5:]))
-    later = PairDataModule(str(pairs_file), val_source=str(tmp_path / "late.csv"), limit=4, **make)
-    later.tables["val"] = read(str(tmp_path / "late.csv")).take(4)
+    head, *lines = pairs_file.read_text().splitlines(keepends=True)
+    late = str(write("late.csv", head + "".join(lines[-5:])))
+    later = PairDataModule(str(pairs_file), val_source=late, limit=4, **MAKE)
+    later.tables["val"] = read(late).take(4)
     assert not later.unseen("val", np.arange(4)).any()
     later.load_state_dict({"limit": 10})
     assert later.unseen("val", np.arange(4)).any()
-    with pytest.raises(DataError, match="leaves no test pairs"):
-        one.test_dataloader()
+
+
+def test_arguments_that_cannot_be_used_are_named():
     for name in ("source", "val_source", "test_source"):
         with pytest.raises(UsageError, match="write the list to a file"):
-            PairDataModule(**{name: [("a", "b", 1)]}, **make)
+            PairDataModule(**{name: [("a", "b", 1)]}, **MAKE)
     for name in ("batch_size", "window", "eval_tokens", "num_proc", "limit"):
         with pytest.raises(UsageError, match=rf"data\.{name} must be a whole number of at least 1, not 0"):
-            PairDataModule(**{name: 0}, **make)
+            PairDataModule(**{name: 0}, **MAKE)
     for value in (0.5, float("nan"), "8", [8]):
         with pytest.raises(UsageError, match=r"data\.limit must be a whole number of at least 1, not "):
-            PairDataModule(limit=value, **make)
-    assert type(PairDataModule(limit=np.int64(8), **make).limit) is int  # a checkpoint holds no number of numpy's
+            PairDataModule(limit=value, **MAKE)
     for name in ("split", "batch_by", "on_mismatch"):
         with pytest.raises(UsageError, match=rf"data\.{name} 'questions' is not one of"):
-            PairDataModule(**{name: "questions"}, **make)
+            PairDataModule(**{name: "questions"}, **MAKE)
 
 
 def test_batches_are_padded_to_their_longest_and_shuffled_by_the_seed(pairs_file: Path):

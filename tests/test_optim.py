@@ -22,36 +22,43 @@ def test_vectors_do_not_decay():
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]
 
 
-def test_schedule_rises_and_falls():
+def rates(warmup: float, steps: int, total: int) -> list[float]:
+    """The learning rates of the first steps, in shares of the highest."""
     optimizer = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0, 1.0), 1.0)
-    schedule = make_schedule("linear", optimizer, warmup=0.1, steps=100)
-    rates = []
-    for _ in range(101):
-        rates.append(schedule.get_last_lr()[0])
+    schedule = make_schedule("linear", optimizer, warmup, total)
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert (rates[0], rates[5], rates[10], rates[55], rates[100]) == pytest.approx((0, 0.5, 1, 0.5, 0))
-    for warmup, steps in ((0.05, 3), (1, 1), (7.0, 7), (0, 0)):  # a share is rounded up, from 1 on it is a number
-        schedule = make_schedule("linear", optimizer, warmup, 50)
-        rates = []
-        for _ in range(10):
-            rates.append(schedule.get_last_lr()[0])
-            optimizer.step()
-            schedule.step()
-        assert rates.index(max(rates)) == steps
-    for name, kind in (("Adam W", "torch.optim has no optimizer"), ("Optimizers", "torch.optim has no optimizer")):
-        with pytest.raises(UsageError, match=kind):
+    return found
+
+
+def test_schedule_rises_and_falls():
+    found = rates(0.1, 101, 100)
+    assert (found[0], found[5], found[10], found[55], found[100]) == pytest.approx((0, 0.5, 1, 0.5, 0))
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.05, 3), (1, 1), (7.0, 7), (0, 0)])
+def test_a_share_of_warmup_is_rounded_up_and_from_1_on_it_is_a_number(warmup: float, steps: int):
+    assert rates(warmup, 10, total=50).index(1) == steps
+
+
+def test_an_optimizer_or_schedule_that_cannot_be_used_is_named():
+    for name in ("Adam W", "Optimizers"):
+        with pytest.raises(UsageError, match=r"torch\.optim has no optimizer"):
             make_optimizer(name, [], 1.0)
+    optimizer = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0, 1.0), 1.0)
     refusals = {"line": "not a valid SchedulerType.*'linear'", "reduce_lr_on_plateau": "a metric", "greedy": "a metric"}
     refusals |= {"warmup_stable_decay": "num_decay_steps", "cosine_with_min_lr": "min_lr"}
     for name, said in refusals.items():
         with pytest.raises(UsageError, match=rf"model\.schedule {name}.*{said}"):
             make_schedule(name, optimizer, 0.1, 10)
+    with pytest.raises(UsageError, match="max_epochs"):
+        make_schedule("linear", optimizer, 0.1, float("inf"))
     slow = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0, 1e-8), 1e-8)
     with pytest.raises(UsageError, match="must be smaller than initial lr"):
         make_schedule("polynomial", slow, 0.1, 10)
-    with pytest.raises(UsageError, match="max_epochs"):
-        make_schedule("linear", optimizer, 0.1, float("inf"))
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["query"]}])
