@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +77,8 @@ def test_two_long_texts_are_truncated_as_the_tokenizer_does(family: str, side: s
     expected = {size: tokenizer(pairs, truncation=True, max_length=size) for size in (9, 10)}
     monkeypatch.setattr(encoding, "_LONG", 4)
     alone: list[tuple[str, str]] = []
-    monkeypatch.setattr(encoding, "_encode_long", partial(_noted, alone, encoding._encode_long))
+    real = encoding._encode_long
+    monkeypatch.setattr(encoding, "_encode_long", lambda pairs, *more: alone.extend(pairs) or real(pairs, *more))
     for size, those in expected.items():
         table = encode_texts(pairs, tokenizer, size)
         assert table["input_ids"].to_pylist() == those["input_ids"]
@@ -98,11 +96,6 @@ def test_a_template_that_repeats_a_text_is_the_tokenizers_own():
     pairs = [("one two three four " * 12, "five six seven " * 14)]
     expected = tokenizer(pairs, truncation=True, max_length=16)["input_ids"]
     assert encode_texts(pairs, tokenizer, 16)["input_ids"].to_pylist() == expected
-
-
-def _noted(alone: list[tuple[str, str]], real: Callable[..., Any], pairs: list[tuple[str, str]], *more: Any) -> Any:
-    alone += pairs
-    return real(pairs, *more)
 
 
 def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch):

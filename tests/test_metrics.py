@@ -88,19 +88,13 @@ def test_distinct_scores_give_the_peers_thresholds():
     assert at_best["accuracy"] == ours["accuracy_best"]
 
 
-def test_a_threshold_lies_between_neighbours_in_fp32():
-    high = torch.tensor(0.7)
-    scores = torch.stack([high, torch.nextafter(high, torch.tensor(0.0)), torch.tensor(0.1)])
-    figures = pair_figures(scores, torch.tensor([1.0, 0.0, 0.0]))
-    assert figures["accuracy"] == figures["f1"] == figures["precision_best"] == figures["recall_best"] == 1.0
-    assert decision_figures(scores, torch.tensor([1, 0, 0]), figures["accuracy_best_threshold"])["accuracy"] == 1.0
-
-
-def test_a_threshold_lies_between_neighbours_in_fp64():
-    for high in np.random.default_rng(0).random(100):
-        scores, truth = torch.tensor([high, np.nextafter(high, 0), 0.0], dtype=torch.float64), torch.tensor([1, 0, 0])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_threshold_lies_between_neighbours(kind: type[np.floating]):
+    truth = torch.tensor([1, 0, 0])
+    for high in np.random.default_rng(0).random(100).astype(kind):
+        scores = torch.from_numpy(np.array([high, np.nextafter(high, kind(0)), 0], dtype=kind))
         figures = pair_figures(scores, truth)
-        assert figures["accuracy"] == figures["f1"] == 1.0
+        assert figures["accuracy"] == figures["f1"] == figures["precision_best"] == figures["recall_best"] == 1.0
         assert decision_figures(scores, truth, figures["accuracy_best_threshold"])["accuracy"] == 1.0
 
 

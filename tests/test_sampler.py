@@ -38,11 +38,11 @@ def test_a_plan_holds_each_row_once(lengths, pairs, by, window, shares, epoch):
         assert max(sizes) <= pairs or len(lengths) // shares < -(-len(lengths) // pairs)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_an_epoch_goes_on_from_any_batch_and_is_another_by_seed_and_number(symmetric: bool):
+@pytest.mark.parametrize(("symmetric", "window"), [(False, 1), (True, 1), (False, 10)])
+def test_an_epoch_goes_on_from_any_batch_and_is_another_by_seed_and_number(symmetric: bool, window: int):
     def made(seed: int, epoch: int, start: int = 0) -> list[list[int]]:
         lengths = np.arange(100) % 7 + 5
-        settings = {"by": "pairs", "window": 1, "accumulate": 3, "rank": 0, "ranks": 1, "symmetric": symmetric}
+        settings = {"by": "pairs", "window": window, "accumulate": 3, "rank": 0, "ranks": 1, "symmetric": symmetric}
         order = TrainingOrder(lengths, 4, seed=seed, **settings)
         order.set_epoch(epoch)
         order.start = start
@@ -85,16 +85,6 @@ def test_devices_and_accumulation_change_no_step(lengths, by, epoch):
             tokens = [lengths[part].sum() for part in parts]
             assert max(tokens) - min(tokens) <= max(lengths[part].max() for part in parts)
         assert shares[0].mean_pairs() == pytest.approx(len(lengths) / (len(batches) * ranks))
-
-
-def test_epochs_differ_and_seeds_repeat():
-    lengths = np.random.default_rng(0).integers(5, 90, 1000)
-
-    def first(seed: int, epoch: int) -> list[int]:
-        return plan_steps(lengths, 16, by="pairs", window=10, shares=1, seed=seed, epoch=epoch)[0].tolist()
-
-    assert first(1, 0) == first(1, 0)
-    assert len({tuple(first(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
 @pytest.mark.parametrize(("by", "least"), [("pairs", 0.95), ("tokens", 0.96)])
