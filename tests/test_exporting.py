@@ -16,13 +16,14 @@ from crossenc import export, exporting
 from crossenc.backbone import load_tokenizer
 from crossenc.checkpoints import read_checkpoint
 from crossenc.cli import main
-from crossenc.encode import PairCollator, encode
 from crossenc.errors import CheckpointError, ExportError, OutputError, UsageError
 from crossenc.exporting import score_pairs
 from crossenc.module import CrossEncoderModule
 from crossenc.parts import folder_beside
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, collate, edit_json
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 PAIRS = [
     ("How do I learn to swim?", "What is the best way to learn swimming?"),
@@ -34,17 +35,10 @@ PAIRS = [
 
 
 def module_scores(checkpoint: Path, pairs: list[tuple[str, str]]) -> list[float]:
-    import datasets
-
-    from crossenc.backbone import load_tokenizer
-
     module = CrossEncoderModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    tokenizer = load_tokenizer(module.hparams["backbone"])
-    rows = [{"row": i, "text_a": a, "text_b": b} for i, (a, b) in enumerate(pairs)]
-    encoded = encode(datasets.Dataset.from_list(rows), tokenizer, module.max_length).with_format("arrow")
-    collate = PairCollator(tokenizer)
+    batch = collate(pairs, module.hparams["backbone"], max_length=module.max_length)
     with torch.inference_mode():
-        return [module.predict_step(collate(encoded[[row]]), 0)["score"].item() for row in range(len(pairs))]
+        return module.predict_step(batch, 0)["score"][batch["row"].argsort()].tolist()
 
 
 def peer_scores(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
@@ -54,9 +48,11 @@ def peer_scores(folder: Path, pairs: list[tuple[str, str]]) -> list[float]:
 
 
 def test_sentence_transformers_gives_the_modules_scores(trained: Path):
-    expected = module_scores(trained / "best.ckpt", PAIRS)
-    assert peer_scores(trained / "model", PAIRS) == pytest.approx(expected, abs=1e-5)
-    assert [peer_scores(trained / "model", [pair])[0] for pair in PAIRS] == pytest.approx(expected, abs=1e-5)
+    from sentence_transformers import CrossEncoder
+
+    expected, peer = module_scores(trained / "best.ckpt", PAIRS), CrossEncoder(str(trained / "model"), device="cpu")
+    assert peer.predict(PAIRS) == pytest.approx(expected, abs=1e-5)
+    assert [peer.predict(pair) for pair in PAIRS] == pytest.approx(expected, abs=1e-5)
     assert score_pairs(trained / "model", PAIRS) == pytest.approx(expected, abs=1e-5)
 
 
@@ -72,10 +68,8 @@ def test_the_pipeline_gives_the_modules_scores(trained: Path):
 
 def test_transformers_4_knows_the_tokenizers_class_and_its_inputs(tiny_backbone: Path, tmp_path: Path):
     backbone, export = shutil.copytree(tiny_backbone, tmp_path / "backbone"), tmp_path / "export"
-    settings = json.loads((backbone / "tokenizer_config.json").read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.pop("model_input_names", None)
-    (backbone / "tokenizer_config.json").write_text(json.dumps(settings))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": None}
+    edit_json(backbone / "tokenizer_config.json", **settings)
     tokenizer = copy.deepcopy(load_tokenizer(str(backbone)))
     assert type(tokenizer).__name__ == "TokenizersBackend"
     exporting._write(export, CrossEncoderModule(str(backbone)), tokenizer)
@@ -85,21 +79,12 @@ def test_transformers_4_knows_the_tokenizers_class_and_its_inputs(tiny_backbone:
     assert load_tokenizer(str(export))("a b", "c").data == tokenizer("a b", "c").data
 
 
-def test_the_files_hold_what_readers_look_for(trained: Path):
+def test_an_export_has_these_files_and_the_dev_threshold(trained: Path):
     folder = trained / "model"
-    content = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    config = content["config.json"]
-    assert config["architectures"] == ["BertForSequenceClassification"]
-    assert len(config["id2label"]) == len(config["label2id"]) == 1
-    assert "problem_type" not in config
+    config = json.loads((folder / "config.json").read_text())
     assert not [key for key in config if "attn" in key]
-    assert config["sentence_transformers"]["activation_fn"] == "torch.nn.modules.activation.Sigmoid"
     figures = json.loads((trained / "metrics.json").read_text())
     assert config["crossenc"]["threshold"] == pytest.approx(figures["val/threshold"], abs=1e-6)
-    assert content["sentence_bert_config.json"]["max_seq_length"] == 512
-    assert content["config_sentence_transformers.json"]["model_type"] == "CrossEncoder"
-    assert content["modules.json"][0]["type"] == "sentence_transformers.base.modules.transformer.Transformer"
-    assert content["tokenizer_config.json"]["model_max_length"] == 512
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "config.json",

@@ -111,9 +111,7 @@ def test_blocks_of_texts_and_rows_make_what_one_would(monkeypatch: pytest.Monkey
     whole = embed(texts, BACKBONE, {})
     pairs = find_candidates(whole, 2, -1, "exact", {})
     monkeypatch.setattr("crossenc.neighbors.BLOCK", 2)
-    parts = {}
-    parts[1] = whole[2:4]
-    vectors = embed(texts, BACKBONE, parts)
+    vectors = embed(texts, BACKBONE, {1: whole[2:4]})
     assert vectors == pytest.approx(whole, abs=1e-6)
     assert find_candidates(vectors, 2, -1, "exact", {})[["a", "b"]].tolist() == pairs[["a", "b"]].tolist()
 
@@ -156,6 +154,7 @@ def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():
     vectors = embed(texts, BACKBONE, parts)
     model = SentenceTransformer(locate(BACKBONE), device="cpu")
     assert vectors == pytest.approx(model.encode(texts, normalize_embeddings=True), abs=1e-5)
-    assert embed(texts, "no such model", parts) is not vectors  # nothing is missing, so that nothing is loaded
-    with pytest.raises(BackboneError):
+    # Nothing is missing, so that nothing is loaded.
+    assert np.array_equal(embed(texts, "./gone", parts), vectors)
+    with pytest.raises(BackboneError, match="there is no folder gone"):
         embed(texts, "./gone", {})
