@@ -25,7 +25,7 @@ from crossenc.loading import fingerprint
 from crossenc.mining import DUPLICATE, first_copies, group
 from crossenc.pairs import sample_groups
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, edit_json
 
 QUESTIONS = [question for topic in sample_groups()[:12] for question in topic["questions"]]
 # A copy of the third, but for case and white space.
@@ -185,8 +185,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     other = shutil.copytree(locate(BACKBONE), tmp_path / "other")
-    settings = json.loads((other / "sentence_bert_config.json").read_text())
-    (other / "sentence_bert_config.json").write_text(json.dumps(settings | {"max_seq_length": 8}))
+    edit_json(other / "sentence_bert_config.json", max_seq_length=8)
     with pytest.raises(OutputError, match="holds work that differs in retriever"):
         mine(str(tiny), str(questions), str(tmp_path / "out.csv"), retriever=str(other), top_k=5, min_similarity=0.5)
     assert main(command[3:]) == 0
@@ -286,9 +285,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     (tmp_path / "out.groups.csv").write_text("mine")
     refused(OutputError, r"out\.groups\.csv already exists")
     (tmp_path / "out.groups.csv").unlink()
-    settings = json.loads((shutil.copytree(tiny, tmp_path / "bare") / "config.json").read_text())
-    del settings["crossenc"]
-    (tmp_path / "bare" / "config.json").write_text(json.dumps(settings))
+    edit_json(shutil.copytree(tiny, tmp_path / "bare") / "config.json", crossenc=None)
     with pytest.raises(UsageError, match="has no stored threshold; give --threshold or --dev"):
         mine(tmp_path / "bare", QUESTIONS, retriever=BACKBONE)
     with pytest.raises(BackboneError, match=r"\./gone: there is no folder"):  # known before the retriever is looked for
