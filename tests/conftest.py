@@ -1,4 +1,4 @@
-"""What several tests share: the real data, the offline backbone, and one short real run."""
+"""What several tests share: real data, small models, short runs, and ways to run a command."""
 
 from __future__ import annotations
 
@@ -218,8 +218,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path, tiny_backbone: Path) -> Path:
     """`trained` with a small model, for what goes on with a run or repeats it."""
-    precision = {"trainer.precision": "32-true"}
-    return short_run(tmp_path_factory.mktemp("runs"), pairs_file, tiny_backbone, **precision)
+    return short_run(tmp_path_factory.mktemp("runs"), pairs_file, tiny_backbone, **{"trainer.precision": "32-true"})
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ from crossenc.exporting import score_pairs
 from crossenc.onnx_model import OnnxModel, write_onnx
 from crossenc.pairs import sample_pairs
 
-from .conftest import BACKBONE
+from .conftest import BACKBONE, edit_json
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 DEV = sample_pairs()["val"][:80]
 PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["test"][:40]] + [("word " * 600, "")]
@@ -120,9 +122,7 @@ def test_onnx_alone_is_written_and_checked(small: Path, tmp_path: Path, monkeypa
 
 def test_a_graph_may_take_segments_that_the_tokenizer_does_not_give(exported: Path, tmp_path: Path):
     folder = shutil.copytree(exported, tmp_path / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["model_input_names"] = ["input_ids", "attention_mask"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit_json(folder / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
     found = score(str(folder), PAIRS, backend="onnx")
     assert found == pytest.approx(score(str(folder), PAIRS), abs=1e-5)
     assert found != pytest.approx(score(str(exported), PAIRS, backend="onnx"), abs=1e-5)
@@ -172,7 +172,7 @@ def test_a_kind_of_model_without_a_graph_is_one_line(
     assert notes.name not in {record.name for record in caplog.records}
 
 
-def test_what_is_missing_is_said(trained: Path, exported: Path, tmp_path: Path):
+def test_what_is_missing_is_said(trained: Path, tmp_path: Path):
     with pytest.raises(BackboneError, match=r"there is no .*model\.onnx; write it with: crossenc export"):
         score(str(trained / "model"), PAIRS, backend="onnx")
     shutil.copy(trained / "best.ckpt", tmp_path / "best.ckpt")
