@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from crossenc.backbone import load_model, load_tokenizer, locate
 from crossenc.forward import _LAST_LAYERS, _parts, pair_logits, piece_cost
 from crossenc.pairs import sample_pairs
 
-from .conftest import BACKBONE, collate
+from .conftest import BACKBONE, collate, edit_json
 
 PAIRS = [(row["text_a"], row["text_b"]) for row in sample_pairs()["train"][:30]]
 PAIRS += [("", "?"), ("word " * 100, "another " * 100), ("one text", "another")]
@@ -23,7 +22,7 @@ PAIRS += [("", "?"), ("word " * 100, "another " * 100), ("one text", "another")]
 
 def gradients(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
     model.zero_grad()
-    labels = torch.arange(len(logits)) % 2.0
+    labels = torch.arange(len(logits), device=logits.device) % 2.0
     nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
     # The pooler's key and the like get none; positions that no pair reaches get zeros either way.
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -94,8 +93,7 @@ def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str
 
 def test_a_causal_model_is_not_packed(backbones: dict[str, str], tmp_path: Path):
     folder = shutil.copytree(backbones["bert"], tmp_path / "bert")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    edit_json(folder / "config.json", is_decoder=True)
     model, plain = (load_model(str(folder), name).eval() for name in (None, "sdpa"))
     plain.load_state_dict(model.state_dict())
     inputs = load_tokenizer(folder)([list(pair) for pair in PAIRS[:8]], padding=True, return_tensors="pt")
@@ -210,7 +208,7 @@ def test_a_compiled_model_evaluates_too(backbones: dict[str, str]):
         assert torch.allclose(compiled, pair_logits(model, batch), atol=1e-5)
 
 
-def test_padding_on_the_left_is_the_models_own(backbones: dict[str, str], tmp_path: Path):
+def test_padding_on_the_left_is_the_models_own(backbones: dict[str, str]):
     """A model that takes padded pieces gets them on the side that its tokenizer pads."""
     tokenizer = load_tokenizer(backbones["electra"])
     expected = tokenizer([list(pair) for pair in PAIRS], padding=True, padding_side="left", max_length=128,

@@ -142,7 +142,7 @@ def test_an_output_that_is_asked_for_is_written_to(small: Path, pairs_file: Path
     assert {path.name: path.stat().st_mtime_ns for path in small.iterdir()} == before
 
 
-def test_fast_dev_run_writes_no_model(pairs_file: Path, tmp_path: Path, small: Path):
+def test_fast_dev_run_writes_no_model(small: Path, tmp_path: Path):
     config = ["--config", str(small / "config.yaml"), "--output", str(tmp_path), "--run", "dev"]
     assert main(["fit", *config, "--trainer.fast_dev_run", "true"]) == 0
     assert not list(tmp_path.iterdir())
