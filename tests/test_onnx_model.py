@@ -43,6 +43,14 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small one, for what is changed in its files."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("tiny") / "model")
+    write_onnx(folder, int8=False)
+    return folder
+
+
 def test_onnx_scores_as_torch_does_and_int8_nearly(exported: Path):
     expected = score_pairs(exported, PAIRS)
     assert score(str(exported), PAIRS, backend="onnx") == pytest.approx(expected, abs=1e-5)
@@ -66,8 +74,8 @@ def test_the_graph_is_what_readers_expect(exported: Path):
 
 
 @pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE])
-def test_graphs_of_other_precision_score_too(exported: Path, tmp_path: Path, kind: int):
-    folder = shutil.copytree(exported, tmp_path / "model")
+def test_graphs_of_other_precision_score_too(tiny_onnx: Path, tmp_path: Path, kind: int):
+    folder = shutil.copytree(tiny_onnx, tmp_path / "model")
     model = onnx.load(folder / "onnx" / "model.onnx")
     (last,) = (node for node in model.graph.node if "logits" in node.output)
     last.output[list(last.output).index("logits")] = "before"
@@ -75,7 +83,7 @@ def test_graphs_of_other_precision_score_too(exported: Path, tmp_path: Path, kin
     model.graph.output[0].type.tensor_type.elem_type = kind
     onnx.save(model, folder / "onnx" / "model.onnx")
     found = score(str(folder), PAIRS, backend="onnx")
-    assert found == pytest.approx(score(str(exported), PAIRS, backend="onnx"), abs=1e-3)
+    assert found == pytest.approx(score(str(tiny_onnx), PAIRS, backend="onnx"), abs=1e-3)
 
 
 def test_the_card_tells_what_8_bits_cost(exported: Path):
@@ -120,16 +128,16 @@ def test_onnx_alone_is_written_and_checked(small: Path, tmp_path: Path, monkeypa
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_graph_may_take_segments_that_the_tokenizer_does_not_give(exported: Path, tmp_path: Path):
-    folder = shutil.copytree(exported, tmp_path / "model")
+def test_a_graph_may_take_segments_that_the_tokenizer_does_not_give(tiny_onnx: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_onnx, tmp_path / "model")
     edit_json(folder / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
     found = score(str(folder), PAIRS, backend="onnx")
     assert found == pytest.approx(score(str(folder), PAIRS), abs=1e-5)
-    assert found != pytest.approx(score(str(exported), PAIRS, backend="onnx"), abs=1e-5)
+    assert found != pytest.approx(score(str(tiny_onnx), PAIRS, backend="onnx"), abs=1e-5)
 
 
-def test_a_graph_that_takes_more_is_refused(exported: Path, tmp_path: Path):
-    folder = shutil.copytree(exported, tmp_path / "model")
+def test_a_graph_that_takes_more_is_refused(tiny_onnx: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_onnx, tmp_path / "model")
     model = onnx.load(folder / "onnx" / "model.onnx")
     more = onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["batch", "length"])
     model.graph.input.append(more)
