@@ -102,8 +102,8 @@ def test_sigterm_ends_a_command_with_its_code(monkeypatch: pytest.MonkeyPatch):
 
 def process_that(does: str) -> list[str]:
     """The words of a process whose command does this."""
-    code = f"import sys; from crossenc import cli; cli.COMMANDS['export'] = ('', lambda *_: {does}); "
-    return [sys.executable, "-c", code + "sys.exit(cli.main(['export']))"]
+    code = f"import sys; from crossenc import cli; cli.COMMANDS['score'] = ('', lambda *_: {does}); "
+    return [sys.executable, "-c", code + "sys.exit(cli.main(['score']))"]  # which imports no Lightning
 
 
 def test_a_reader_that_has_seen_enough_gets_no_complaint():
