@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import logged, run_on
+from .conftest import flags, logged, run_on
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_any_number_of_processes_makes_the_same_updates(
             "output": tmp_path,
             "run": number,
         }
-        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())], tmp_path / "log")
+        run_on(devices, ["fit", *flags(named)], tmp_path / "log")
         if accumulated == 1:  # else it is the last batch's and not the step's
             steps.append(list(logged(tmp_path / str(number), "train/loss").values()))
         dev.append(json.loads((tmp_path / str(number) / "metrics.json").read_text())["val/loss"])

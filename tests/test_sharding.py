@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from crossenc import CrossEncoderModule
 
-from .conftest import kill_runs, logged, run_on
+from .conftest import flags, kill_runs, logged, run_on
 
 
 def test_each_layer_is_gathered_by_itself(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch):
@@ -40,7 +40,7 @@ def test_a_sharded_run_saves_and_exports_what_one_device_does(pairs_file: Path, 
             "output": tmp_path,
             "run": strategy,
         }
-        run_on(devices, ["fit", *(f"--{name}={value}" for name, value in named.items())], tmp_path / "log")
+        run_on(devices, ["fit", *flags(named)], tmp_path / "log")
         folder = tmp_path / strategy
         checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
         (optimizer,) = checkpoint["optimizer_states"]
