@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import run_on, runs
+from .conftest import flags, run_on, runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text().splitlines()
@@ -79,7 +79,7 @@ def options(pairs_file: Path, backbone: Path, output: Path) -> list[str]:
         "output": output,
         "run": "run",
     }
-    return [f"--{name}={value}" for name, value in named.items()]
+    return flags(named)
 
 
 def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
