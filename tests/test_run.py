@@ -117,8 +117,7 @@ def test_validate_and_test_repeat_the_fits_figures(trained: Path, capsys):
 
 def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pairs_file: Path, caplog):
     config = ["--config", str(trained / "config.yaml"), "--ckpt_path", "best", "--trainer.precision", "32-true"]
-    with caplog.at_level("INFO", logger="crossenc"):
-        assert main(["predict", *config, "--return_predictions", "false", "--model.max_length", "8"]) == 0
+    assert main(["predict", *config, "--return_predictions", "false", "--model.max_length", "8"]) == 0
     assert "model.max_length is taken from the checkpoint: None (not 8)" in caplog.messages
     with (trained / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -153,8 +152,7 @@ def test_fast_dev_run_writes_no_model(small: Path, tmp_path: Path):
 
 def test_a_fit_without_dev_pairs_keeps_its_last_weights(small: Path, pairs_file: Path, tmp_path: Path, caplog):
     where = ["--output", str(tmp_path), "--run", "blind", "--data.test_source", str(pairs_file)]
-    with caplog.at_level("INFO", logger="crossenc"):
-        assert main(["fit", "--config", str(small / "config.yaml"), *where]) == 0
+    assert main(["fit", "--config", str(small / "config.yaml"), *where]) == 0
     figures = json.loads((tmp_path / "blind" / "metrics.json").read_text())
     assert (figures["checkpoint"], figures["test/threshold"], figures["test/rows"]) == ("last.ckpt, step 8", 0.5, 60)
     assert "val/rows" not in figures
@@ -175,8 +173,7 @@ def test_a_fit_without_dev_pairs_keeps_its_last_weights(small: Path, pairs_file:
 def test_dev_pairs_of_one_label_choose_no_threshold(fit: list[str], write, tmp_path: Path, caplog, label: int):
     dev = write("dev.csv", f"question1,question2,label\na,b,{label}\nc,d,{label}\n")
     options = ["--data.val_source", str(dev), "--data.test_size=6", "--trainer.val_check_interval=5"]
-    with caplog.at_level("WARNING", logger="crossenc"):
-        assert main([*fit, *options]) == 0
+    assert main([*fit, *options]) == 0
     assert "all dev pairs have the same label" in caplog.text
     assert not (tmp_path / "run" / "best.ckpt").exists()
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -219,8 +216,7 @@ def test_precision_is_what_the_hardware_does(
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {capability: True})
     assert native_precision("mps") == "32-true"
     fit.remove("--trainer.precision=32-true")  # what is asked for is the default
-    with caplog.at_level("INFO", logger="crossenc"):
-        assert main([*fit, "--trainer.fast_dev_run=true"]) == 0
+    assert main([*fit, "--trainer.fast_dev_run=true"]) == 0
     assert f"precision {precision}: this hardware {has} native bf16 arithmetic" in caplog.messages
 
 
@@ -270,8 +266,7 @@ def test_texts_that_are_cut_are_told_of_in_evaluation_too(small: Path, write, tm
         source = ["--data.test_source" if command == "test" else "--data.source", str(path)]
         where = ["--output", str(tmp_path), "--run", command, "--ckpt_path", str(small / "best.ckpt")]
         caplog.clear()
-        with caplog.at_level("INFO", logger="crossenc"):
-            assert main([command, "--config", str(small / "config.yaml"), *where, *source]) == 0
+        assert main([command, "--config", str(small / "config.yaml"), *where, *source]) == 0
         assert caplog.text.count("1 of 2") == 1
         assert "pairs are longer than 512 tokens and are truncated: rows 1" in caplog.text
 
@@ -323,8 +318,7 @@ def test_a_signal_in_the_test_after_training_tells_how_to_go_on(fit: list[str], 
 def test_without_a_checkpoint_nothing_is_tested_and_exported(
     fit: list[str], tmp_path: Path, caplog, options: list[str], left: bool
 ):
-    with caplog.at_level("INFO", logger="crossenc"):
-        assert main([*fit, *options]) == 0
+    assert main([*fit, *options]) == 0
     assert "there is nothing to test and export" in caplog.text
     assert (tmp_path / "run" / "metrics.csv").is_file() == left
     assert not (tmp_path / "run" / "model").exists()
@@ -497,9 +491,8 @@ def test_bars_profilers_and_an_early_stop_are_lightnings(
     kept = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=step", "--trainer.callbacks.mode=max"]
     stop = [*kept, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     stop += ["--trainer.callbacks.divergence_threshold=0", "--trainer.val_check_interval=4"]
-    with caplog.at_level("INFO", logger="crossenc"):
-        options = [*stop, "--trainer.callbacks+=TQDMProgressBar", "--trainer.profiler=simple"]
-        assert main([*fit, *options]) == 0
+    options = [*stop, "--trainer.callbacks+=TQDMProgressBar", "--trainer.profiler=simple"]
+    assert main([*fit, *options]) == 0
     assert "training ended at step 4 of 12, due to max_time, a callback" in caplog.text
     assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
     assert (tmp_path / "run" / "model" / "config.json").is_file()
@@ -530,8 +523,7 @@ def test_a_finished_run_of_another_name_is_not_gone_on_with(small: Path, tmp_pat
 
 def test_scores_of_a_new_head_are_told(pairs_file: Path, tmp_path: Path, caplog):
     where = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--output", str(tmp_path)]
-    with caplog.at_level("INFO", logger="crossenc"):
-        assert main(["predict", *where]) == 0
+    assert main(["predict", *where]) == 0
     assert "the head is new" in caplog.text
 
 
