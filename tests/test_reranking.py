@@ -61,8 +61,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 def test_the_command_retrieves_reranks_and_reports(trained: Path, files: dict[str, str], caplog, capsys):
     arguments = ["rerank", str(trained / "model"), "--queries", files["queries"], "--corpus", files["corpus"]]
     retrieved = ["--retriever", BACKBONE, "--retrieve-k", "12", "--top-k", "12", "--qrels", files["qrels"]]
-    with caplog.at_level(logging.INFO):
-        assert main([*arguments, *retrieved, "--output", files["run"]]) == 0
+    assert main([*arguments, *retrieved, "--output", files["run"]]) == 0
     figures = {line.split()[0]: line for line in caplog.messages if " before " in line}
     assert set(figures) == {"MRR@10", "nDCG@10", "MAP"}
     lines = [line.split() for line in Path(files["run"]).read_text().splitlines()]
