@@ -152,7 +152,7 @@ def test_no_workers_are_forked_where_they_may_hang(
     assert ("data.num_workers 1 is not used" in caplog.text) == (workers == 0)
 
 
-def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write):
+def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write, monkeypatch: pytest.MonkeyPatch):
     def made(source: Path = pairs_file, accumulated: int = 1, limit: float = 1.0, **settings: Any) -> PairDataModule:
         data = PairDataModule(str(source), backbone=BACKBONE, **settings)
         data.trainer = trainer(accumulate_grad_batches=accumulated, limit_train_batches=limit)
@@ -172,10 +172,15 @@ def test_a_run_goes_on_in_the_same_order_only(pairs_file: Path, write):
         (made(limit=1), r"limit_train_batches 1.0 \(now 1\)"),
         (made(symmetric=True), r"symmetric False \(now True\)"),
         (made(twice=True), r"twice False \(now True\)"),
+        (made(window=2), r"window 1 \(now 2\)"),
+        (made(batch_by="tokens"), r"batch_by pairs \(now tokens\)"),
         (made(labels), "training tokens"),
     ):
         with pytest.raises(CheckpointError, match=said):
             other.load_state_dict(before)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    with pytest.raises(CheckpointError, match=r"seed \d \(now 7\)"):
+        made().load_state_dict(before)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(2, 2), (0.7, 8), (40, 12), (1.0, 12)])
