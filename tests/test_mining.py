@@ -37,7 +37,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_copies_are_found_without_a_model():
-    assert first_copies(["a b", "c", "A  B ", "Ｃ", "c"]).tolist() == [0, 1, 0, 3, 1]
+    assert first_copies(["a b", "c", "A  B ", "Ｃ", "c", "ß", "SS"]).tolist() == [0, 1, 0, 3, 1, 5, 5]
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,7 @@ def test_positions_are_the_peers_and_sizes_fit():
     assert len(split["train"]) == 384_290
     assert pairs.sizes(200, None, 0.25, "x") == (20, 50)
     assert pairs.sizes(10, 1, 2.0, "x") == (1, 2)
+    assert pairs.sizes(10, 0.01, 0, "x") == (1, 0)
     with pytest.raises(DataError, match="leave none for training"):
         pairs.sizes(10, 5, 5, "x")
     for wrong in (1.5, -0.5, float("inf"), float("nan")):
@@ -299,7 +300,7 @@ def test_sample_pairs_are_split_by_group_and_always_the_same():
 
 
 def test_pairs_follow_from_others_and_from_no_contradiction(write):
-    rows = "a,b,1\nB ,c,1\nc,x,0\nx,y,1\nk,l,1\nl,m,1\nm,k,0\nm,a,0\nu,v,0.4\nq,p,0\np,q,1\nq,r,1\n"
+    rows = "a,b,1\nB ,c,1\nc,x,0\ny,x,1\nk,l,1\nl,m,1\nm,k,0\nm,a,0\nu,v,0.4\nq,p,0\np,q,1\nq,r,1\n"
     table = pairs.read(str(write("p.csv", HEADER + rows)))
     more = pairs.add_transitive(table)
     assert more.select(range(len(table))).to_list() == table.to_list()
