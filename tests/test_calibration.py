@@ -34,7 +34,7 @@ def test_scale_and_shift_are_scikit_learns():
 
 
 def test_a_bias_is_scaled_and_shifted():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    model = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1))
     nn.init.constant_(model[1].bias, 0.7)
     inputs = torch.randn(5, 3)
     expected = 2 * model(inputs) + 0.5

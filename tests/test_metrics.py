@@ -114,6 +114,7 @@ def test_one_label_only_has_no_ranking():
     assert figures["accuracy_best"] == 1.0  # calling none a duplicate is allowed
     at_best = decision_figures(torch.tensor([0.2, 0.7]), torch.tensor([0, 0]), figures["accuracy_best_threshold"])
     assert at_best["accuracy"] == 1.0
+    assert 0.7 < figures["accuracy_best_threshold"] < 0.71  # just above the highest score
 
 
 def test_batches_add_up_in_the_order_of_their_rows():
@@ -132,6 +133,9 @@ def test_batches_add_up_in_the_order_of_their_rows():
     metrics.reset()
     metrics.update(rows[:2], logits[:2], labels[:2], losses[:2])  # an evaluation that ended early: 3, and 1 turned
     assert metrics.gather()[0].swapped is None
+    metrics.reset()
+    metrics.update(rows[:1], logits[:1], labels[:1], losses[:1])  # of which torchmetrics makes scalars
+    assert metrics.gather()[0].logits.tolist() == [3]
 
 
 def test_calibration_figures_are_scikit_learns_and_the_definition():
