@@ -36,6 +36,8 @@ def test_gradients_pass_where_values_do_and_evaluation_drops_nothing():
     y = layer(x)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert not CheapDropout(1.0)(x).any()
     assert torch.equal(layer.eval()(x), x)
     torch.manual_seed(0)
     assert torch.equal(CheapDropout(0.4)(x), y)

@@ -22,6 +22,13 @@ def test_vectors_do_not_decay():
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.1, 1), (0.0, 3)]
 
 
+def test_an_optimizer_is_fused_where_it_may_and_can_be():
+    groups = parameter_groups(nn.Linear(2, 2), 0.0, 1.0)
+    assert make_optimizer("AdamW", groups, 1.0).defaults["fused"]
+    assert not make_optimizer("AdamW", groups, 1.0, fused=False).defaults["fused"]
+    assert "fused" not in make_optimizer("RAdam", groups, 1.0).defaults
+
+
 def rates(warmup: float, steps: int, total: int) -> list[float]:
     """The learning rates of the first steps, in shares of the highest."""
     optimizer = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0, 1.0), 1.0)
@@ -45,7 +52,7 @@ def test_a_share_of_warmup_is_rounded_up_and_from_1_on_it_is_a_number(warmup: fl
 
 
 def test_an_optimizer_or_schedule_that_cannot_be_used_is_named():
-    for name in ("Adam W", "Optimizers"):
+    for name in ("Adam W", "lr_scheduler"):
         with pytest.raises(UsageError, match=r"torch\.optim has no optimizer"):
             make_optimizer(name, [], 1.0)
     optimizer = make_optimizer("AdamW", parameter_groups(nn.Linear(2, 2), 0.0, 1.0), 1.0)
