@@ -123,12 +123,14 @@ def test_long_texts_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_tokenizer_that_does_not_know_every_word():
-    words = models.WordLevel({"x": 0, "y": 1, "[SEP]": 2})
-    backend = Tokenizer(words)
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(pair="$A [SEP] $B", special_tokens=[("[SEP]", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert encode_texts([("x y", "y")], tokenizer, 8)["input_ids"].to_pylist() == [[0, 1, 2, 1]]
+    vocabulary = {"x": 0, "y": 1, "[SEP]": 2}
+    for words in (models.WordLevel(vocabulary), models.BPE(vocabulary, [])):  # an error is all it says, or nothing
+        backend = Tokenizer(words)
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.post_processor = processors.TemplateProcessing(pair="$A [SEP] $B", special_tokens=[("[SEP]", 2)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        pairs = [("x y", "y"), ("x " * 40, "y " * 40)]
+        assert encode_texts(pairs, tokenizer, 4)["input_ids"].to_pylist() == [[0, 1, 2, 1], [0, 2, 1, 1]]
 
 
 def test_tokens_are_cached_until_the_length_changes(pairs_file: Path):
