@@ -54,6 +54,8 @@ def test_damaged_scores_are_named(tmp_path: Path):
 def test_only_a_report_of_its_own_counts_as_an_evaluation(tmp_path: Path):
     assert not is_evaluation(tmp_path)
     write_figures(tmp_path, None, {"val/f1": 0.5}, {})
+    write_figures(tmp_path, None, {"test/f1": 0.25}, {})  # of another model
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"checkpoint": None, "test/f1": 0.25}
     assert is_evaluation(tmp_path)
     for name in ("config.yaml", "config.json"):  # a run's, a model's
         (tmp_path / name).touch()
