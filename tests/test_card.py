@@ -122,7 +122,7 @@ def test_the_surest_errors_come_first_and_break_no_table():
         "text_a": ["weak", "a | b\nc <b> &lt; \x1b[2J\0", "right", "surest", "right"],
         "text_b": ["x" * 300] * 5,
     }
-    found = worst_errors(columns, threshold=0.5)
+    found = worst_errors(columns, threshold=0.8)  # the surest by their labels
     assert [row[:2] for row in found] == [["0.010", "1"], ["0.900", "0"], ["0.400", "1"]]
     assert found[1][2] == "a \\| b c \\<b\\> \\&lt; \ufffd\\[2J\ufffd"
     assert len(found[0][3]) == 200

@@ -100,6 +100,8 @@ def test_the_optimizer_and_its_schedule_are_those_that_were_asked_for(tiny_backb
         assert schedule["scheduler"].get_last_lr()[0] == pytest.approx(4e-3 * share)
         optimizer.step()
         schedule["scheduler"].step()
+    module.hparams["optimizer"], module.trainer.precision = "AdamW", "16-mixed"
+    assert not module.configure_optimizers()["optimizer"].defaults["fused"]  # which Lightning could not clip
 
 
 class Stopping(Callback):
@@ -320,6 +322,8 @@ def test_lora_trains_a_new_head_whatever_it_is_called(tmp_path: Path):
     module = CrossEncoderModule(tmp_path, max_length=32, lora={"r": 2, "target_modules": ["q"]})
     trained = {name for name, part in module.named_parameters() if part.requires_grad}
     assert any("classification_head" in name for name in trained)
+    module = CrossEncoderModule(BACKBONE, lora={"r": 2, "modules_to_save": ["classifier", "pooler"]})
+    assert any("pooler" in name for name, part in module.named_parameters() if part.requires_grad)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
