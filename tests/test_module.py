@@ -361,6 +361,10 @@ def test_dev_pairs_choose_calibration_and_threshold(tiny_backbone: Path):
     validated(module, logits, labels)
     assert module.calibration == pytest.approx((1 / 3, 1), abs=0.15)
     assert module.figures["val/rows"] == 2_000
+    module.metrics.update(torch.arange(2_000), logits, labels, logits)
+    module.on_test_epoch_end()
+    assert module.figures["test/brier"] == pytest.approx(module.figures["val/brier"], abs=1e-3)
+    assert module.figures["test/brier"] < module.figures["test/brier_raw"] - 0.01
     chosen = module.threshold
     assert module.evaluation() == {
         "threshold": chosen, "calibration": list(module.calibration), "figures": module.figures,
