@@ -145,6 +145,7 @@ def test_calibration_figures_are_scikit_learns_and_the_definition():
     scored = Scored(torch.arange(500), torch.from_numpy(labels), logits, None)
     figures = evaluation_figures(score_columns(scored, Calibration()))
     assert figures["brier"] == pytest.approx(brier_score_loss(labels, scores))
+    assert "brier_if_calibrated" not in figures  # no calibration is better
     number = (scores * 10).astype(int)
     bins = [(scores[number == b].mean() - labels[number == b].mean(), (number == b).mean()) for b in range(10)]
     assert figures["calibration_error"] == pytest.approx(sum(abs(gap) * share for gap, share in bins), abs=1e-6)
