@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="bf16-mixed", choices=[*DTYPES])
     arguments = begin(parser, "offline")
-    from crossenc.pairs import sizes
+    from crossenc.splits import sizes
 
     with tempfile.TemporaryDirectory() as space:
         folder = Path(space)

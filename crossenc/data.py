@@ -1,7 +1,7 @@
 """PairDataModule: read, split, encode and load question pairs.
 
 1 read    pairs.read              any source -> row, text_a, text_b, label (Arrow, cached)
-2 split   by position or question -> train, val, test; `limit` keeps the first rows of each
+2 split   splits                  by position or question -> train, val, test; `limit` keeps the first rows of each
 3 encode  encode.encode           token ids (Arrow, cached), in `prepare_data`: once a machine, before other ranks read
 4 order   sampler                 which pairs make a step, and which device takes them
 5 load    DataLoader              batches, packed without padding
@@ -33,6 +33,7 @@ from .encode import PairBatch, PairCollator, encode, tell_cut
 from .errors import CheckpointError, DataError, UsageError, require_choice, require_count
 from .forward import piece_cost
 from .sampler import BatchBy, EvaluationOrder, TrainingOrder
+from .splits import add_transitive, sizes, split_by_position, split_by_question, unseen
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -244,7 +245,7 @@ class PairDataModule(LightningDataModule):
                     "questions may also be in the training pairs; remove the option"
                 )
         if self.transitive and "train" in parts:
-            parts["train"] = pairs.add_transitive(parts["train"], [parts[name] for name in parts if name != "train"])
+            parts["train"] = add_transitive(parts["train"], [parts[name] for name in parts if name != "train"])
         self.tables |= parts
         for name, part in parts.items():
             if self._in_both_orders(name):
@@ -289,9 +290,9 @@ class PairDataModule(LightningDataModule):
         separate = {"val", "test"} & set(sources)
         given = {"val": self.val_size, "test": self.test_size}
         wanted = {split: 0 if split in separate or (separate and n is None) else n for split, n in given.items()}
-        val, test = pairs.sizes(len(table), wanted["val"], wanted["test"], sources["train"])
+        val, test = sizes(len(table), wanted["val"], wanted["test"], sources["train"])
         if self.split == "question" and val + test:
-            rows = pairs.split_by_question(table["text_a"][:], table["text_b"][:], val, test)
+            rows = split_by_question(table["text_a"][:], table["text_b"][:], val, test)
             if empty := [name for name, size in (("val", val), ("test", test)) if size and not rows[name]]:
                 raise DataError(
                     f"--data.split question leaves no {TITLES[empty[0]]} pairs of {sources['train']}: its questions "
@@ -299,7 +300,7 @@ class PairDataModule(LightningDataModule):
                     f"--data.{empty[0]}_source, or --data.{empty[0]}_size 0"
                 )
             return rows
-        return pairs.split_by_position(len(table), val, test)
+        return split_by_position(len(table), val, test)
 
     def read_from(self, splits: Collection[str] = ("val", "test")) -> dict[str, str]:
         """The source of the dev and the test pairs, which may be the one that they are cut off from."""
@@ -325,7 +326,7 @@ class PairDataModule(LightningDataModule):
         train = self.tables.get("train")
         if train is None:
             train = self._read_splits(("train",), self.trained_limit).get("train")
-        return pairs.unseen(self._pairs(split, rows), train) if train is not None else np.ones(len(rows), dtype=bool)
+        return unseen(self._pairs(split, rows), train) if train is not None else np.ones(len(rows), dtype=bool)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         rank, ranks = self._rank_and_devices()

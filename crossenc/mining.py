@@ -26,10 +26,11 @@ from .calibration import sigmoid
 from .errors import DataError, UsageError, require, require_choice, require_count
 from .loading import fingerprint, read_threshold
 from .neighbors import DEFAULT_RETRIEVER, PAIR_BYTES, Index, embed, find_candidates, find_retriever, kind_of_index
-from .pairs import SUFFIXES, normalized, read
+from .pairs import SUFFIXES, read
 from .parts import Arrays, Parts, try_writing
 from .scorer import Backend, Precision, Scoring, score_chunks
 from .scoring import OnError, decimals, parts_folder, reaches, score_all
+from .splits import normalized
 from .tables import STANDARD, Row, chunked, claim_output, open_table, read_texts, tell_skipped, write_table
 
 if TYPE_CHECKING:

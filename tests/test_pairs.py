@@ -1,4 +1,4 @@
-"""Reading, checking and splitting pairs."""
+"""Reading and checking pairs."""
 
 from __future__ import annotations
 
@@ -222,41 +222,6 @@ def test_labels_are_optional_for_prediction_and_may_be_similarities(write):
     assert bare.column_names == ["row", "text_a", "text_b"]
 
 
-def test_positions_are_the_peers_and_sizes_fit():
-    split = pairs.split_by_position(404_290, *pairs.sizes(404_290, None, None, "quora"))
-    assert split["val"] == range(10_000)
-    assert split["test"] == range(10_000, 20_000)
-    assert len(split["train"]) == 384_290
-    assert pairs.sizes(200, None, 0.25, "x") == (20, 50)
-    assert pairs.sizes(10, 1, 2.0, "x") == (1, 2)
-    assert pairs.sizes(10, 0.01, 0, "x") == (1, 0)
-    with pytest.raises(DataError, match="leave none for training"):
-        pairs.sizes(10, 5, 5, "x")
-    for wrong in (1.5, -0.5, float("inf"), float("nan")):
-        with pytest.raises(DataError, match=rf"--data.val_size {wrong}, .* a whole number, or a fraction under 1"):
-            pairs.sizes(10, wrong, None, "x")
-
-
-def test_no_question_stands_in_two_splits(quora: Path):
-    table = pairs.read(str(quora / "train.tsv"))
-    a, b = table["text_a"][:], table["text_b"][:]
-    split = pairs.split_by_question(a, b, 800, 800)
-    assert sorted(row for rows in split.values() for row in rows) == list(range(len(a)))
-    assert len(split["val"]) == len(split["test"]) == 800
-    questions = [{" ".join(t.casefold().split()) for row in rows for t in (a[row], b[row])} for rows in split.values()]
-    assert sum(map(len, questions)) == len(set.union(*questions))
-    assert pairs.split_by_question(a, b, 800, 800) == split
-    for name in ("val", "test"):  # from all over the file
-        assert len(a) * 0.4 < sum(split[name]) / 800 < len(a) * 0.6
-
-
-def test_questions_that_hang_together_are_moved_as_a_whole():
-    """The first three pairs fit neither dev nor test, though there is room for one or two of them."""
-    split = pairs.split_by_question("abckmoq", "bcdlnpr", 2, 2)
-    assert split["train"] == [0, 1, 2]
-    assert (len(split["val"]), len(split["test"])) == (2, 2)
-
-
 def test_real_pairs_read_as_the_csv_module_reads_them(quora: Path):
     with (quora / "train.tsv").open(newline="", encoding="utf-8") as file:
         expected = [(row["question1"], row["question2"]) for row in csv.DictReader(file, delimiter="\t")]
@@ -297,25 +262,3 @@ def test_sample_pairs_are_split_by_group_and_always_the_same():
             assert (home[row["text_a"]] == home[row["text_b"]]) == bool(row["label"])
         groups[split] = {home[row[side]] for row in rows for side in ("text_a", "text_b")}
     assert sum(map(len, groups.values())) == len(set.union(*groups.values()))
-
-
-def test_pairs_follow_from_others_and_from_no_contradiction(write):
-    rows = "a,b,1\nB ,c,1\nc,x,0\ny,x,1\nk,l,1\nl,m,1\nm,k,0\nm,a,0\nu,v,0.4\nq,p,0\np,q,1\nq,r,1\n"
-    table = pairs.read(str(write("p.csv", HEADER + rows)))
-    more = pairs.add_transitive(table)
-    assert more.select(range(len(table))).to_list() == table.to_list()
-    added = more.select(range(len(table), len(more))).to_list()
-    found = {(frozenset((row["text_a"], row["text_b"])), row["label"]) for row in added}
-    # a~b~c and x~y, which are apart; k, l, m and p, q, r contradict each other: they add nothing, to others neither.
-    expected = {("ac", 1.0)} | {(one + two, 0.0) for one in "abc" for two in "xy"} - {("cx", 0.0)}
-    assert found == {(frozenset(pair), label) for pair, label in expected}
-    assert [row["row"] for row in added] == list(range(12, 12 + len(expected)))
-    assert len(pairs.add_transitive(more)) == len(more)
-    part = pairs.add_transitive(table.select([1, 2]))  # as a split leaves them
-    assert part["row"][:] == [1, 2, 3]
-
-
-def test_either_question_of_a_pair_may_have_been_seen(write):
-    dev = pairs.read(str(write("dev.csv", HEADER + "B,x,1\ny,D,0\ny,z,1\nE \t F,y,1\n")))
-    train = pairs.read(str(write("train.csv", HEADER + "a,b,1\nc,d,0\ne f,g,1\n")))
-    assert pairs.unseen(dev, train).tolist() == [False, False, True, False]
