@@ -55,7 +55,7 @@ def calibrate(logits: Tensor, labels: Tensor, shifted: bool = True) -> tuple[Cal
     rng = torch.Generator().manual_seed(0)
     fold_of = torch.randperm(len(logits), generator=rng) % FOLDS
     crossed = logits.clone()
-    for number in range(min(FOLDS, len(logits))):
+    for number in range(FOLDS):
         held_out = fold_of == number
         crossed[held_out] = _fit(logits[~held_out], truth[~held_out], shifted)(logits[held_out])
     before, after = (binary_cross_entropy_with_logits(values, truth) for values in (logits, crossed))
@@ -100,7 +100,7 @@ def last_layer(model: nn.Module) -> nn.Linear | None:
 def fold(model: nn.Module, calibration: Calibration) -> None:
     """Change the weights of the head's last layer so that the model gives calibrated logits."""
     layer = last_layer(model)
-    if calibration == Calibration() or layer is None:
+    if layer is None:
         return
     with torch.no_grad():
         layer.weight.copy_(layer.weight.double() * calibration.scale)

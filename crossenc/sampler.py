@@ -97,7 +97,7 @@ def plan_evaluation(lengths: Rows, tokens: int, rank: int, ranks: int) -> list[R
             size = len(order) - start
         batches.append(order[start : start + size][rank::ranks])
         start += size
-    return [batch for batch in batches if len(batch)]
+    return batches
 
 
 class TrainingOrder(DistributedSampler[Any]):

@@ -64,7 +64,7 @@ class Table:
             return file_digest(self.source)
         digest = sha256()
         for row in self:
-            digest.update(repr(row).encode("utf-8", "surrogatepass"))
+            digest.update(repr(row).encode())
         return digest.hexdigest()
 
     def schema(self) -> pyarrow.Schema | None:
