@@ -49,7 +49,7 @@ def locate(backbone: str | Path) -> str:
         raise BackboneError(f"{backbone} is a file, not a model's folder; export makes such a folder from a .ckpt file")
     if not folder.is_dir():
         raise BackboneError(f"{backbone}: there is no folder {folder}")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
         raise BackboneError(
             f"{backbone} is an adapter; merge it into its model (peft: merge_and_unload), and save that"
         )

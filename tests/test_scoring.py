@@ -566,7 +566,6 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
     (Path(layered) / "modules.json").write_text('[{"idx": 0}, {"idx": 1}]')
     limitless = changed("limitless", "tokenizer_config.json", model_max_length=-1)
     adapter = changed("adapter", "adapter_config.json")
-    (Path(adapter) / "config.json").unlink()
     weightless = changed("weightless", "config.json")
     (Path(weightless) / "model.safetensors").rename(tmp_path / "junk.ckpt")
     refusals = {three: "3 labels", prompted: "puts its prompt 'query' before", weightless: "has no model.safetensors"}
