@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from crossenc.backbone import load_config, load_model, load_tokenizer, locate, resolve_max_length
 from crossenc.errors import BackboneError
@@ -19,11 +20,13 @@ from .conftest import BACKBONE, collate, edit_json
 
 def test_lengths_fit_the_backbone():
     assert resolve_max_length(BACKBONE, None) == 512
-    assert resolve_max_length(BACKBONE, 100) == 100
-    with pytest.raises(BackboneError, match="5 to 512 tokens"):
-        resolve_max_length(BACKBONE, 513)
+    assert resolve_max_length(BACKBONE, 5) == 5
+    for wrong in (4, 513):
+        with pytest.raises(BackboneError, match="5 to 512 tokens"):
+            resolve_max_length(BACKBONE, wrong)
     assert load_config(BACKBONE).model_type == "bert"
     assert locate("owner/name") == "owner/name"
+    assert locate(BACKBONE.replace("_", "-")) == locate(BACKBONE)
 
 
 def test_a_backbone_becomes_one_fp32_logit_in_training_mode():
@@ -35,13 +38,27 @@ def test_a_backbone_becomes_one_fp32_logit_in_training_mode():
 
 def test_a_tokenizer_is_read_once_and_anew_where_another_took_its_place(tiny: Path, tmp_path: Path):
     folder = shutil.copytree(tiny, tmp_path / "model")
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(rules))  # as large as the other one
     first = load_tokenizer(str(folder))
     assert load_tokenizer(str(folder)) is first
-    rules = json.loads((folder / "tokenizer.json").read_text())
     words = rules["model"]["vocab"]
     words["one"], words["two"] = words["two"], words["one"]
     (folder / "tokenizer.json").write_text(json.dumps(rules))
     assert load_tokenizer(str(folder))("one").input_ids == first("two").input_ids
+
+
+def test_the_lower_limit_counts_and_there_must_be_one(tmp_path: Path):
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", model_max_length=32)
+    transformers.BertConfig().save_pretrained(tmp_path)
+    assert resolve_max_length(str(tmp_path), None) == 32
+    edit_json(tmp_path / "tokenizer_config.json", model_max_length=None)
+    assert resolve_max_length(str(tmp_path), None) == 512
+    transformers.XLNetConfig().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="has no maximum length of its own"):
+        resolve_max_length(str(tmp_path), None)
+    assert resolve_max_length(str(tmp_path), 600) == 600
 
 
 @pytest.mark.parametrize("kind", ["Roberta", "MPNet", "Data2VecText", "IBert", "Xmod"])
@@ -53,6 +70,8 @@ def test_roberta_positions_begin_after_the_padding(kind: str, tmp_path: Path):
     config = getattr(transformers, f"{kind}Config")
     config(max_position_embeddings=66, pad_token_id=1).save_pretrained(tmp_path)
     assert resolve_max_length(str(tmp_path), None) == 64
+    config(max_position_embeddings=66, pad_token_id=0).save_pretrained(tmp_path)
+    assert resolve_max_length(str(tmp_path), None) == 65
 
 
 def test_segments_are_given_to_those_that_take_them(tmp_path: Path):
@@ -92,7 +111,7 @@ def test_a_decoder_that_marks_no_end_gets_one_between_the_texts(kind: str, tmp_p
 
     vocabulary = {token: number for number, token in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
     make, config = getattr(transformers, f"{kind}Tokenizer"), getattr(transformers, f"{kind}Config")
-    rest = {"model_max_length": 32, "truncation_side": "left"}
+    rest = {"model_max_length": 32, "truncation_side": "left", "padding_side": "left"}
     plain = make(vocab=vocabulary, merges=[], eos_token="<|endoftext|>", pad_token=None, **rest)
     end, (a, space, b), (c,) = 0, plain("a b").input_ids, plain("c").input_ids
     assert plain("a b", " c").input_ids == plain("a", " b c").input_ids
@@ -177,14 +196,61 @@ def test_a_head_that_a_config_names_is_not_made_anew(tiny: Path, tmp_path: Path)
             load_model(str(folder))
 
 
-@pytest.mark.parametrize("name", ["a.b/model", ".x", "", "gone/model"])
+@pytest.mark.parametrize("name", ["runs/gone/model", "../gone", "~/gone"])
+def test_a_folder_that_is_not_there_is_no_hub_id(name: str):
+    with pytest.raises(BackboneError, match="there is no folder"):
+        locate(name)
+
+
+@pytest.mark.parametrize("name", ["a.b/model", ".x", "", "gone/model", "csv/model"])
 def test_a_package_that_is_not_there_is_named(name: str):
     with pytest.raises(BackboneError, match=r"package .*is not installed"):
         locate(f"package:{name}")
 
 
-def test_a_trained_head_is_kept(tiny: Path):
+def test_a_trained_head_is_kept_and_its_kind_of_loss_is_not(tiny: Path, tmp_path: Path):
+    """By which the pipeline of transformers would leave out the sigmoid."""
     from safetensors.torch import load_file
 
-    stored = load_file(tiny / "model.safetensors")["classifier.weight"]
-    assert torch.equal(load_model(str(tiny)).classifier.weight, stored)
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    edit_json(folder / "config.json", problem_type="regression")
+    model = load_model(str(folder))
+    assert torch.equal(model.classifier.weight, load_file(tiny / "model.safetensors")["classifier.weight"])
+    assert model.config.problem_type is None
+
+
+def test_a_revision_is_that_of_config_tokenizer_and_weights(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    asked, kinds = [], ("Config", "Tokenizer", "ModelForSequenceClassification")
+    for kind in kinds:
+        plain = getattr(transformers, f"Auto{kind}").from_pretrained
+        note = lambda *given, kind=kind, plain=plain, **more: (  # noqa: E731
+            asked.append((kind, more.get("revision"))) or plain(*given, **more)
+        )
+        monkeypatch.setattr(f"transformers.Auto{kind}.from_pretrained", note)
+    load_model(str(tiny), revision="first")
+    assert {*asked} == {(kind, "first") for kind in kinds}
+
+
+def test_a_tokenizer_without_a_fast_form_is_named(tmp_path: Path):
+    transformers.CanineTokenizer().save_pretrained(tmp_path)
+    transformers.CanineConfig().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="has no fast tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_kind_of_model_that_classifies_nothing_is_named(tmp_path: Path):
+    load_tokenizer(BACKBONE).save_pretrained(tmp_path)
+    transformers.CodeGenConfig().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="cannot be loaded as a sequence classifier"):
+        load_model(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_stays_as_it_is(tmp_path: Path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    plain.save_pretrained(tmp_path)
+    transformers.BertConfig().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("a", "b").input_ids == [2, 3]
