@@ -85,7 +85,7 @@ def load_tokenizer(backbone: str, revision: str | None = None) -> PreTrainedToke
 
     It is cached, and read again if the files in its folder have changed: another model may have taken their place.
     """
-    folder = Path(locate(backbone)).resolve()
+    folder = Path(locate(backbone))
     stats = ((file, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()) if folder.is_dir() else ()
     return _read_tokenizer(backbone, revision, tuple((str(file), at.st_mtime_ns, at.st_size) for file, at in stats))
 
