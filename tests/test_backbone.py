@@ -34,6 +34,15 @@ def test_a_backbone_becomes_one_fp32_logit_in_training_mode():
     assert model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert (model.config.num_labels, model.classifier.out_features, model.config.problem_type) == (1, 1, None)
+    assert load_model(BACKBONE, "eager").config._attn_implementation == "eager"
+
+
+def test_weights_in_half_precision_become_fp32(tiny: Path, tmp_path: Path):
+    from transformers import AutoModelForSequenceClassification
+
+    AutoModelForSequenceClassification.from_pretrained(tiny, dtype=torch.float16).save_pretrained(tmp_path)
+    load_tokenizer(str(tiny)).save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in load_model(str(tmp_path)).parameters()} == {torch.float32}
 
 
 def test_a_tokenizer_is_read_once_and_anew_where_another_took_its_place(tiny: Path, tmp_path: Path):
@@ -164,11 +173,13 @@ def test_files_that_do_not_fit_together_are_named(tiny: Path, tmp_path: Path, wr
         load_model(str(folder))
 
 
-def test_a_head_for_another_task_is_named(tmp_path: Path):
-    from transformers import BertConfig, BertForTokenClassification
+def test_a_head_for_another_task_is_named_and_a_language_model_needs_no_pooler(tmp_path: Path):
+    from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
 
     load_tokenizer(BACKBONE).save_pretrained(tmp_path)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(**small)).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).bert.pooler is not None
     BertForTokenClassification(BertConfig(num_labels=9, **small)).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match=r"its classifier.* \[9.*\], but the one label .* requires \[1"):
         load_model(str(tmp_path))
