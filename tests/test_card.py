@@ -160,7 +160,7 @@ def made(folder: Path, calibration: list[float], **figures: float) -> Any:
     data = {
         "source": "owner/name:train",
         "sources": {"val": "owner/name:train", "test": "other.csv"},
-        "subset": None,
+        "subset": "pairs",
         "split": "question",
         "rows": {"train": 800, "val": 100, "test": 1000},
         "duplicates": {"train": 0.4, "val": 0.4, "test": 0.4},
@@ -175,7 +175,7 @@ def made(folder: Path, calibration: list[float], **figures: float) -> Any:
         "global_step": 100,
         "loops": {"fit_loop": {"epoch_progress": {"current": {"ready": 3}}}},
     }
-    told = {f"test/{name}": value for name, value in figures.items()}
+    told = {"val/f1": 0.5} | {f"test/{name}": value for name, value in figures.items()}
     told |= {f"test_unseen/{name}": value for name, value in figures.items()}
     onnx = {"rows": 100, "onnx": 0.9, "onnx-int8": 0.875, "difference": 0.1}
     write_card(folder, "mine", checkpoint, told, 128, {}, onnx=onnx)
@@ -205,5 +205,7 @@ def test_the_card_tells_each_figure_as_what_it_is(tmp_path: Path):
     assert "| epochs | 3 |" in card.text
     assert "a change of -0.0250" in card.text
     assert (card.data.base_model, card.data.datasets) == (None, ["owner/name"])  # ids on the Hub only
-    assert {result.dataset_type for result in card.data.eval_results} == {"other.csv"}
+    told = {(result.dataset_type, result.dataset_config) for result in card.data.eval_results}
+    assert told == {("owner/name", "pairs"), ("other.csv", None)}
+    assert "`owner/name:train`, subset `pairs`, split by question: 800 pairs for training" in card.text
     assert not [result for result in card.data.eval_results if math.isnan(result.metric_value)]

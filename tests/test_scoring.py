@@ -558,7 +558,9 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
     three = changed("three", "config.json", id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2})
     prompted = changed("prompted", "config_sentence_transformers.json", default_prompt_name="query")
     inner = "sentence_bert_config.json"
-    lower, short = changed("lower", inner, processing_kwargs={"text": {}}), changed("short", inner, max_seq_length=2)
+    text, short = changed("text", inner, processing_kwargs={"text": {}}), changed("short", inner, max_seq_length=2)
+    uncased, cased = (changed(name, inner, do_lower_case=True) for name in ("uncased", "cased"))
+    edit_json(Path(cased) / "tokenizer_config.json", do_lower_case=False)
     layered, threshold = (
         changed("layered", "modules.json"),
         changed("threshold", "config.json", crossenc={"threshold": "a"}),
@@ -570,7 +572,8 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
     (Path(weightless) / "model.safetensors").rename(tmp_path / "junk.ckpt")
     refusals = {three: "3 labels", prompted: "puts its prompt 'query' before", weightless: "has no model.safetensors"}
     refusals |= {
-        lower: r"does not support \(processing_kwargs\)",
+        text: r"does not support \(processing_kwargs\)",
+        cased: r"does not support \(do_lower_case\)",
         layered: "layers after the transformer",
         adapter: "is an adapter; merge it",
     }
@@ -578,7 +581,8 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
         with pytest.raises(BackboneError, match=said):
             Scoring(model).find()
     (Path(layered) / "modules.json").write_text("[{")  # damaged, but nothing that is read
-    Scoring(layered).find()
+    for model in (layered, uncased):
+        Scoring(model).find()
     with pytest.raises(CheckpointError, match=r"junk\.ckpt"):
         Scoring(tmp_path / "junk.ckpt").find()
     for model, said in {short: "max_seq_length 2 in", limitless: "-1 tokens, must be a whole"}.items():
