@@ -159,11 +159,11 @@ def test_an_evaluation_tells_of_its_own_pairs_only(tiny: Path, trained: Path, pa
     assert not (tmp_path / "out" / "figures").exists()
     assert "figures/" not in (tmp_path / "out" / "README.md").read_text()
     none = write("none.csv", "question1,question2,is_duplicate\na,b,0\nc,d,0\n")
-    for source, found in (({"test_source": str(one)}, True), ({"val_source": str(none)}, False)):
-        evaluate(trained / "best.ckpt", source, output)
+    for name, file in (("test_source", one), ("val_source", one), ("val_source", none)):
+        evaluate(trained / "best.ckpt", {name: str(file)}, output)
         told = (tmp_path / "out" / "README.md").read_text()
         assert re.search(r"at the threshold 0\.\d+, which came with the model;", told)
-        assert ("it finds" in told) == found
+        assert ("it finds" in told) == (file == one)
     with pytest.raises(UsageError, match="write the DataFrame to a file"):
         evaluate(tiny, {"val_source": pd.DataFrame()}, output)
 
