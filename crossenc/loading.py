@@ -138,7 +138,7 @@ def read_threshold(model: str | Path) -> float | None:
 
         stored = read_checkpoint(path, mmap=True)["crossenc"]
     else:
-        stored = read_json(path / "config.json").get("crossenc") or {}
+        stored = read_json(path / "config.json").get("crossenc")
     threshold: float | None = stored.get("threshold") if isinstance(stored, dict) else None
     if not isinstance(threshold, float | int | None):
         raise BackboneError(f"{model}: its stored threshold, {threshold!r}, is no number")
