@@ -209,6 +209,7 @@ def test_a_checkpoints_calibration_counts_once(short: Path, pairs_file: Path, tm
     figures = evaluate(tmp_path / "other.ckpt", where, str(tmp_path / "out"), accelerator="cpu")
     assert pq.read_table(tmp_path / "out" / "scores.parquet")["score"].to_numpy() == pytest.approx(expected, abs=1e-5)
     assert figures["test/brier"] == figures["test/brier_raw"]
+    assert "test/brier_if_calibrated" not in figures
 
 
 def test_pairs_of_unseen_questions_have_intervals_of_their_own(tiny: Path, pairs_file: Path, write, tmp_path: Path):

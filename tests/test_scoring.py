@@ -24,6 +24,7 @@ from crossenc.cli import main
 from crossenc.errors import BackboneError, CheckpointError, DataError, OutputError, UsageError
 from crossenc.evaluating import load_module
 from crossenc.exporting import score_pairs
+from crossenc.loading import longest_pair
 from crossenc.pairs import sample_pairs
 from crossenc.scorer import Scoring, score_chunks
 from crossenc.scoring import reaches
@@ -583,6 +584,8 @@ def test_a_model_that_cannot_score_is_known_before_any_work(tiny: Path, tmp_path
     (Path(layered) / "modules.json").write_text("[{")  # damaged, but nothing that is read
     for model in (layered, uncased):
         Scoring(model).find()
+    (Path(layered) / inner).write_text('{"max_seq_length": null}')
+    assert longest_pair(Path(layered)) == 512
     with pytest.raises(CheckpointError, match=r"junk\.ckpt"):
         Scoring(tmp_path / "junk.ckpt").find()
     for model, said in {short: "max_seq_length 2 in", limitless: "-1 tokens, must be a whole"}.items():
