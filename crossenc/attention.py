@@ -93,7 +93,7 @@ def attend_packed(
 
     `key` and `value` are (tokens, heads, width). `scaling` is the factor of their products; None is 1 / sqrt(width).
     """
-    first_only = len(query) == len(packing.starts) != len(key)
+    first_only = len(query) == len(packing.starts)
     if packing.bounds is not None:
         return _attend_ragged(query, key, value, packing, first_only, dropout, scaling)
     counts = [pairs for pairs, _ in packing.pieces]

@@ -40,7 +40,7 @@ def pair_logits(model: Any, batch: PairBatch) -> Tensor:
         batch["input_ids"].device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # which cannot trace threads
-        and _exact(batch)
+        and type(_layers(inner)[-1]).__name__ in _LAST_LAYERS  # devices that shard them compute equally many parts
     ):
         logits = _threaded_logits(inner, batch)
     else:
@@ -59,6 +59,11 @@ def can_pack(model: Any) -> bool:
     attention = getattr(model.config, "_attn_implementation", None)
     causal = getattr(model.config, "is_decoder", False)  # a token sees only those before it
     return model.config.model_type in _HEADS and attention == ATTENTION and not causal
+
+
+def _layers(model: Any) -> Any:
+    base = model.base_model
+    return (base.encoder if hasattr(base, "encoder") else base.transformer).layer
 
 
 def _threaded_logits(model: Any, batch: PairBatch) -> Tensor:
@@ -135,7 +140,7 @@ def packed_logits(model: Any, batch: PairBatch, ragged: bool = False) -> Tensor:
     if "token_type_ids" in batch:
         inputs["token_type_ids"] = batch["token_type_ids"]
     hidden = base.embeddings(**{name: values[None] for name, values in inputs.items()})
-    *layers, last = (base.encoder if hasattr(base, "encoder") else base.transformer).layer
+    *layers, last = _layers(model)
     for layer in layers:
         hidden = layer(hidden, packing=packing)
     layer_type = type(last).__name__

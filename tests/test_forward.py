@@ -11,7 +11,7 @@ from torch import nn
 
 from crossenc.attention import ATTENTION, Packing, attend_packed
 from crossenc.backbone import load_model, load_tokenizer, locate
-from crossenc.forward import _LAST_LAYERS, _parts, pair_logits, piece_cost
+from crossenc.forward import _LAST_LAYERS, _parts, can_pack, packed_logits, pair_logits, piece_cost
 from crossenc.pairs import sample_pairs
 
 from .conftest import BACKBONE, collate, edit_json
@@ -83,8 +83,11 @@ def test_any_batch_gives_the_logits_and_gradients_of_the_plain_model(family: str
         logits = in_order(batch, pair_logits(model, batch))
         assert torch.allclose(logits, expected, atol=1e-5), cost
         assert torch.allclose(gradients(model, logits), expected_gradients, atol=1e-5), cost
-        with torch.no_grad():  # padded pieces too, as a GPU's evaluation has them
+        with torch.no_grad():
             assert torch.allclose(in_order(batch, pair_logits(model, batch)), expected, atol=1e-5), cost
+            if can_pack(model):  # padded pieces too, as a GPU's evaluation has them
+                packed = packed_logits(model, batch)[:, 0]
+                assert torch.allclose(in_order(batch, packed), expected, atol=1e-5), cost
         # With its attention exchanged it is given padded pieces.
         assert torch.allclose(in_order(batch, pair_logits(plain, batch)), expected, atol=1e-5), cost
     single = [pair_logits(model, collate([pair], backbones[family])) for pair in PAIRS[-3:]]

@@ -74,6 +74,18 @@ def test_a_sharded_run_that_goes_on_with_other_batches_still_learns(
     assert last > 0
 
 
+def test_devices_that_shard_evaluate_in_equally_many_parts(
+    pairs_file: Path, tiny_backbone: Path, tmp_path: Path, write
+):
+    """The dev pairs of the first device have one length, without padding, and those of the second have two."""
+    rows = [*[("how do i swim", "how do i run")] * 299, ("how do i", "run")]
+    texts = (f"{a},{b},{number % 2}\n" for number, (a, b) in enumerate(rows))
+    dev = write("dev.csv", "question1,question2,is_duplicate\n" + "".join(texts))
+    sources = {"data.source": pairs_file, "data.val_source": dev, "data.test_source": pairs_file}
+    options = {**sources, "model.backbone": tiny_backbone, "trainer.strategy": "fsdp", "trainer.max_steps": 1}
+    run_on(2, ["fit", *flags(options | {"output": tmp_path})], tmp_path / "log")
+
+
 def test_a_killed_sharded_run_ends_with_the_same_bits():
     seed = os.environ.get("CROSSENC_TEST_SEED", "0")
     kill_runs("--trials=1", "--epochs=2", "--processes=2", "--strategy=fsdp", f"--seed={seed}")
