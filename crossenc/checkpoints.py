@@ -74,7 +74,6 @@ class BestCheckpoint(ModelCheckpoint):
             monitor="val/average_precision",
             mode="max",
             save_on_train_epoch_end=False,
-            auto_insert_metric_name=False,
             enable_version_counter=False,
         )
         self.dev_pairs: str | None = None  # a digest of the pairs that choose the best
