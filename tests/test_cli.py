@@ -120,11 +120,14 @@ def test_what_is_printed_into_a_file_is_utf_8():
     assert done.stdout == "是\n".encode()
 
 
-def test_a_notebook_or_another_thread_can_call_a_command(tiny: Path, pairs_file: Path, tmp_path: Path, monkeypatch):
+def test_a_notebook_or_another_thread_can_call_a_command(
+    tiny: Path, pairs_file: Path, fit: list[str], tmp_path: Path, monkeypatch
+):
     monkeypatch.setattr("sys.stdout", io.StringIO())  # like a notebook's, it has no encoding to change
     command = ["score", str(tiny), str(pairs_file), str(tmp_path / "scores.csv")]
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(main, command).result() == 0
+        assert pool.submit(main, [*fit, "--trainer.max_steps=1", "--trainer.logger=false"]).result() == 0
 
 
 def test_on_windows_a_parent_says_nothing_of_the_first_process(monkeypatch: pytest.MonkeyPatch):

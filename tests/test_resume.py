@@ -29,7 +29,7 @@ from lightning.pytorch import Callback
 from machine import make_bert
 
 from crossenc import checkpoints
-from crossenc.checkpoints import AtomicCheckpointIO, find_newest
+from crossenc.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_newest
 from crossenc.cli import main
 from crossenc.errors import OutputError
 
@@ -233,6 +233,17 @@ class SavedSteps(Callback):
         self.thresholds.setdefault(checkpoint["global_step"], pl_module.evaluation()["threshold"])  # of the first
 
 
+class SavedAfterAWishToStop(SavedSteps):
+    """Which comes at once, and may have to wait for the least of steps or epochs."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+SAVED = {"trainer.callbacks": f"{__name__}.SavedSteps"}
+STOPPED = {"trainer.callbacks": f"{__name__}.SavedAfterAWishToStop"}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -241,6 +252,9 @@ class SavedSteps(Callback):
         ({"checkpoint_every_n_minutes": 1e-9, "trainer.max_steps": 3}, [1, 2, 3]),
         # An epoch that ends within a step ends it.
         ({"checkpoint_every_n_minutes": 1e-9, "trainer.max_steps": 3, "trainer.limit_train_batches": 3}, [1, 2, 3]),
+        # And at the end, after a validation, the best one too.
+        ({"checkpoint_every_n_steps": 4, "data.val_size": 12, "trainer.min_steps": 9} | STOPPED, [4, 8, 9, 9]),
+        ({"checkpoint_every_n_steps": 4, "data.val_size": 12, "trainer.min_epochs": 2} | STOPPED, [4, 8, 12, 12]),
     ],
 )
 def test_checkpoints_come_every_n_steps_and_minutes_and_early(
@@ -249,8 +263,7 @@ def test_checkpoints_come_every_n_steps_and_minutes_and_early(
     SavedSteps.steps.clear()
     plain = {**options, "data.num_workers": 0, "data.val_size": 0, "data.test_size": 0, "trainer.max_steps": 55}
     del plain["checkpoint_every_n_steps"]
-    command = fit(plain | settings, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps")
-    assert main(command) == 0
+    assert main(fit(plain | SAVED | settings, tmp_path)) == 0
     assert SavedSteps.steps == expected
 
 
@@ -263,7 +276,7 @@ def test_minutes_count_from_the_last_checkpoint(
     SavedSteps.steps.clear()
     plain = {**options, "data.num_workers": 0, "data.val_size": 0, "data.test_size": 0, "trainer.max_steps": 9}
     plain |= {"checkpoint_every_n_steps": 500, "checkpoint_every_n_minutes": 1}
-    assert main(fit(plain, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps")) == 0
+    assert main(fit(plain | SAVED, tmp_path)) == 0
     assert SavedSteps.steps == [3, 6, 9]
 
 
@@ -285,13 +298,18 @@ def test_minutes_count_from_the_last_checkpoint(
             },
             {6: False, 12: True},
         ),
+        # A validation after two thirds of each epoch.
+        (
+            {"checkpoint_every_n_steps": 2, "trainer.max_epochs": 2, "trainer.val_check_interval": 0.6},
+            {2: False, 4: True, 6: False, 8: False, 10: True, 12: True},
+        ),
     ],
 )
 def test_a_checkpoint_has_the_threshold_of_its_own_weights_only(
     options: dict[str, Any], tmp_path: Path, settings: dict[str, Any], expected: dict[int, bool]
 ):
     SavedSteps.thresholds.clear()
-    assert main(fit(options | settings, tmp_path, trainer__callbacks="tests.test_resume.SavedSteps")) == 0
+    assert main(fit(options | SAVED | settings, tmp_path)) == 0
     found = {step: threshold is not None for step, threshold in SavedSteps.thresholds.items()}
     assert found == expected
 
@@ -323,14 +341,19 @@ def test_a_signal_is_noted_before_the_first_step_and_in_a_validation(
     assert weights(tmp_path / "run" / "last.ckpt")[0] == step
 
 
-def test_all_random_generators_go_on(tmp_path: Path):
+def test_all_random_generators_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On more devices than before too, where some take over the states of others."""
+
     def draw() -> tuple[float, ...]:
         return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(1).item()
 
     draw()
-    AtomicCheckpointIO().save_checkpoint({"states": checkpoints._random_states()}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"random_states": [checkpoints._random_states()]}, tmp_path / "last.ckpt")
     expected = draw()
-    checkpoints._set_random_states(torch.load(tmp_path / "last.ckpt", weights_only=True)["states"])
+    last, trainer, module = LastCheckpoint(), SimpleNamespace(global_rank=1, global_step=7), SimpleNamespace()
+    monkeypatch.setattr(last, "_install_handlers", lambda _: None)
+    last.on_load_checkpoint(trainer, module, torch.load(tmp_path / "last.ckpt", weights_only=True))
+    last.on_train_start(trainer, module)
     assert draw() == expected
 
 
@@ -362,7 +385,9 @@ def test_a_damaged_checkpoint_is_passed_over(
 ):
     """Cut short, and with one bit turned in the middle; then the best one is the newest."""
     folder = copy(whole, tmp_path / "run")
+    same_step = shutil.copy(folder / "last.ckpt", folder / "step=96.ckpt")  # of a ModelCheckpoint, written before
     assert find_newest(folder) == folder / "last.ckpt"
+    Path(same_step).unlink()
     content = (folder / "last.ckpt").read_bytes()
     middle, name = len(content) // 2, content.index(b"PK\x03\x04") + 30  # of an array in the archive
     flipped = [content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :] for at, bit in ((middle, 1), (name, 128))]
@@ -556,6 +581,14 @@ def test_a_best_checkpoint_that_is_gone_counts_no_more(whole: Path, options: dic
     assert weights(folder / "best.ckpt")[0] > step
 
 
+def test_a_checkpoint_from_before_the_first_validation_knows_no_best_one(tmp_path: Path):
+    """Though the run that goes back to it has one in its folder."""
+    torch.save({}, tmp_path / "best.ckpt")
+    best = BestCheckpoint(tmp_path)
+    best.load_state_dict(best.state_dict())
+    assert (best.best_model_path, best.best_k_models) == ("", {})
+
+
 def test_other_dev_pairs_change_no_step_of_a_run_that_may_go_on(whole: Path, options: dict[str, Any], tmp_path: Path):
     folder = copy(whole, tmp_path / "run")
     (folder / "last.ckpt").unlink()
@@ -571,6 +604,8 @@ def test_the_command_to_go_on_needs_no_quotes_on_windows(monkeypatch: pytest.Mon
     trainer: Any = SimpleNamespace(default_root_dir=r"C:\runs\run", strategy=None)
     words = "--config C:/runs/run/config.yaml --ckpt_path C:/runs/run/last.ckpt"
     assert checkpoints.command_to_go_on(trainer) == f"python -m crossenc fit {words}"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")  # where torchrun has started the process
+    assert checkpoints.command_to_go_on(trainer) == f"torchrun ... -m crossenc fit {words}"
 
 
 def test_a_checkpoint_within_a_step_is_none_to_go_on_from(options: dict[str, Any], tmp_path: Path, caplog):

@@ -418,3 +418,7 @@ def test_the_threshold_is_that_of_the_last_weights(
     figures = json.loads((folder / "metrics.json").read_text())
     exported = json.loads((folder / "model" / "config.json").read_text())["crossenc"]["threshold"]
     assert figures["val/threshold"] == figures["test/threshold"] == exported
+    # What goes on knows the best checkpoint of the same step.
+    states = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"]
+    (best,) = (state["best_model_path"] for name, state in states.items() if "BestCheckpoint" in name)
+    assert best == str(folder / "best.ckpt")
