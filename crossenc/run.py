@@ -257,8 +257,8 @@ class RunCLI(LightningCLI):
             kwargs["profiler"] = kind(filename="profile")  # in the run's folder
         if self.command == "fit" and given.logger is not False:
             log_file = self.folder / "metrics.csv"
-            if self.goes_on and log_file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
-                # CSVLogger would delete it.
+            if log_file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
+                # Of the run that is resumed; CSVLogger would delete it.
                 names = (log_file.with_stem(f"metrics-{number}") for number in count(1))
                 self.old_log = log_file.rename(next(name for name in names if not name.exists()))
             ours = [kind(self.folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
