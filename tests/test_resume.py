@@ -28,7 +28,7 @@ from kill_resume import same
 from lightning.pytorch import Callback
 from machine import make_bert
 
-from crossenc import checkpoints
+from crossenc import PairDataModule, checkpoints
 from crossenc.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, find_newest
 from crossenc.cli import main
 from crossenc.errors import OutputError
@@ -314,6 +314,17 @@ def test_a_checkpoint_has_the_threshold_of_its_own_weights_only(
     assert found == expected
 
 
+def test_what_a_validation_finds_is_kept_though_its_step_is_saved_already(tmp_path: Path):
+    """As it may be where validations come by time, which nobody knows before."""
+    saved: list[Path] = []
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(fn="fit"), sanity_checking=False, global_step=7)
+    trainer.strategy, trainer.save_checkpoint = SimpleNamespace(broadcast=lambda item: item), saved.append
+    trainer.default_root_dir, last = tmp_path, LastCheckpoint()
+    last.saved_step = 7
+    last.on_validation_end(trainer, trainer)
+    assert saved == [tmp_path / "last.ckpt"]
+
+
 class Signalled(Callback):
     """Gets a SIGTERM at the moment that its class names."""
 
@@ -333,9 +344,12 @@ def test_a_signal_is_noted_before_the_first_step_and_in_a_validation(
 ):
     monkeypatch.setattr(Signalled, "moment", moment)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    left = []  # when a run has ended: a second Ctrl-C must end what hangs then
+    monkeypatch.setattr(PairDataModule, "on_exception", lambda *_: left.append(signal.getsignal(signal.SIGINT)))
     early = options | {"trainer.accumulate_grad_batches": 1, "trainer.val_check_interval": 10}
     command = fit(early, tmp_path, trainer__callbacks="tests.test_resume.Signalled")
     assert main(command) == 143
+    assert left == handlers[1:]
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert f"SIGTERM at step {step}; resume with" in capsys.readouterr().err
     assert weights(tmp_path / "run" / "last.ckpt")[0] == step
@@ -608,12 +622,17 @@ def test_the_command_to_go_on_needs_no_quotes_on_windows(monkeypatch: pytest.Mon
     assert checkpoints.command_to_go_on(trainer) == f"torchrun ... -m crossenc fit {words}"
 
 
-def test_a_checkpoint_within_a_step_is_none_to_go_on_from(options: dict[str, Any], tmp_path: Path, caplog):
-    """Its validation fell among the batches of a step, of whose gradients it has none."""
+def test_a_checkpoint_within_a_step_is_none_to_go_on_from(
+    options: dict[str, Any], tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
+):
+    """Its validation fell among the batches of a step, of whose gradients it has none. None of ours is such a one."""
+    ends, save = [], LastCheckpoint.save
+    monkeypatch.setattr(LastCheckpoint, "save", lambda self, trainer: ends.append(self.stepped) or save(self, trainer))
     within = {"trainer.limit_train_batches": 5, "trainer.val_check_interval": 4, "trainer.max_epochs": 2}
     callbacks = ["+=ModelCheckpoint", ".monitor=val/loss", ".save_top_k=-1"]
     callbacks += ["+=ModelCheckpoint", ".every_n_train_steps=1", ".save_top_k=-1", f".dirpath={tmp_path / 'each'}"]
     assert main([*fit(options | within, tmp_path), *(f"--trainer.callbacks{word}" for word in callbacks)]) == 0
+    assert set(ends) == {True}
     # At each step's end, where that of the batch before must not be asked.
     assert {torch.load(file, weights_only=True)["whole_step"] for file in (tmp_path / "each").iterdir()} == {True}
     files = sorted((tmp_path / "run").rglob("epoch*.ckpt"))
