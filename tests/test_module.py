@@ -57,6 +57,14 @@ def test_dropout_is_on_in_training_and_one_pair_makes_one_logit():
     assert {part.p for part in module.modules() if isinstance(part, nn.Dropout)} == {0.3}
 
 
+def test_a_dropout_that_would_replace_nothing_is_refused(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch):
+    model = nn.Identity()
+    model.config = SimpleNamespace(model_type="llama")
+    monkeypatch.setattr("crossenc.module.load_model", lambda *_: model)
+    with pytest.raises(UsageError, match=r"model\.dropout: llama has no dropout to replace"):
+        CrossEncoderModule(tiny_backbone, dropout=0.1)
+
+
 def test_first_layers_are_frozen():
     module = CrossEncoderModule(BACKBONE, freeze_layers=2, gradient_checkpointing=True, attn_implementation="eager")
     trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
@@ -104,6 +112,26 @@ def test_the_optimizer_and_its_schedule_are_those_that_were_asked_for(tiny_backb
     assert not module.configure_optimizers()["optimizer"].defaults["fused"]  # which Lightning could not clip
 
 
+@pytest.mark.parametrize(
+    ("changed", "steps"),
+    [
+        ({}, 16),  # two more epochs of five batches, two to a step
+        ({"max_steps": 12}, 12),
+        ({"max_epochs": 1}, 10),  # as many are over
+        ({"max_epochs": -1, "max_steps": 99}, 77),  # as Lightning plans it
+        ({"datamodule": SimpleNamespace(begun=(0, 0))}, 77),
+    ],
+)
+def test_a_run_with_other_batches_plans_the_steps_that_are_left(
+    tiny_backbone: Path, changed: dict[str, Any], steps: int
+):
+    module = CrossEncoderModule(tiny_backbone)
+    plan = {"max_epochs": 4, "max_steps": -1, "num_training_batches": 5, "accumulate_grad_batches": 2}
+    plan |= {"estimated_stepping_batches": 77, "datamodule": SimpleNamespace(begun=(10, 2))}
+    module.trainer = SimpleNamespace(**plan | changed)
+    assert module.planned_steps() == steps
+
+
 class Stopping(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.should_stop or trainer.global_step == 3
@@ -133,6 +161,9 @@ def test_the_loss_is_logged_where_loggers_get_it_and_validate_returns_figures(
     Trainer(max_steps=4, log_every_n_steps=3, **QUIET).fit(Telling(str(tiny_backbone)), data)
     assert steps == [0, 2, 3]  # Lightning logs the last step too
     steps.clear()
+    Trainer(max_steps=4, log_every_n_steps=0, **QUIET).fit(Telling(str(tiny_backbone)), data)
+    assert steps == [0, 3]  # for a progress bar, and no logger
+    steps.clear()
     stopping = Trainer(max_steps=8, min_steps=5, log_every_n_steps=3, callbacks=[Stopping()], **QUIET)
     stopping.fit(Telling(str(tiny_backbone)), data)
     assert steps == [0, 2, 3, 4, 5, 6, 7]  # and those after a wish to stop
@@ -151,6 +182,10 @@ def test_a_fit_begins_without_what_an_earlier_one_found(tiny_backbone: Path, pai
     assert "test/f1" not in module.figures
     first.save_checkpoint(tmp_path / "first.ckpt")
     assert read_checkpoint(tmp_path / "first.ckpt")["hyper_parameters"]["learning_rate"] == 1e-3
+    Trainer(**quiet).fit(module, data, ckpt_path=tmp_path / "first.ckpt")  # which has taken all steps
+    kept = read_checkpoint(tmp_path / "first.ckpt")["crossenc"]
+    assert module.evaluation() == {name: kept[name] for name in ("threshold", "calibration", "figures")}
+    assert kept["figures"]["val/threshold"] == kept["threshold"]
     Trainer(**quiet | {"max_steps": 8}).fit(module, data, ckpt_path=tmp_path / "first.ckpt")
     assert module.evaluation()["threshold"] == module.threshold
     rows = []
@@ -203,6 +238,7 @@ def test_a_subclass_is_exported_unless_it_scores_in_a_way_of_its_own(
     module = OwnLoss(tiny_backbone)
     trainer = quick_fit(module, data, tmp_path)
     found = trainer.predict(module, PairDataModule(str(pairs_file), backbone=str(tiny_backbone)))
+    trainer.test(module, data, ckpt_path=tmp_path / "last.ckpt", verbose=False)  # with all that the subclass has
     export(tmp_path / "last.ckpt", tmp_path / "model")
     expected = torch.cat([part["score"][part["row"].argsort()] for part in found])
     assert score(tmp_path / "model", pairs_file) == pytest.approx(expected.numpy(), abs=1e-6)
