@@ -21,7 +21,7 @@ import yaml
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
-from crossenc import data
+from crossenc import data, score
 from crossenc.backbone import load_tokenizer
 from crossenc.calibration import sigmoid
 from crossenc.cli import main
@@ -48,6 +48,7 @@ def test_a_fit_leaves_everything_in_its_folder(trained: Path):
     assert figures["test/threshold"] == figures["val/threshold"]
     training, dev, test = (logged(trained, name) for name in ("train/loss", "val/average_precision", "test/f1"))
     assert max(training) == max(dev) < min(test)  # the last look is no point
+    assert not logged(trained, "val/swap_flips")  # validations during training take one order, in half the time
 
 
 def test_a_second_run_of_a_name_gets_a_folder_of_its_own(small: Path):
@@ -69,13 +70,18 @@ def test_a_run_may_lie_deeper(fit: list[str], tmp_path: Path):
     assert torch.load(tmp_path / "deep" / "er" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_no_run_goes_on_from_weights_alone(small: Path, tmp_path: Path, capsys):
+def test_no_run_goes_on_from_weights_alone_and_no_other_format_is_read(small: Path, tmp_path: Path, capsys):
     light = torch.load(small / "last.ckpt", weights_only=True)
     del light["optimizer_states"]
     torch.save(light, tmp_path / "light.ckpt")
     where = ["--output", str(tmp_path), "--run", "more", "--ckpt_path", str(tmp_path / "light.ckpt")]
     assert "light.ckpt has weights only" in fail(capsys, "fit", "--config", str(small / "config.yaml"), *where)
     assert not (tmp_path / "more").exists()
+    later = torch.load(small / "last.ckpt", weights_only=True)
+    later["crossenc"]["version"] = 2
+    torch.save(later, tmp_path / "later.ckpt")
+    said = fail(capsys, "export", str(tmp_path / "later.ckpt"), str(tmp_path / "model"))
+    assert "the checkpoint has format 2, but this crossenc reads 1" in said
 
 
 def test_ckpt_path_last_goes_on_with_the_run(small: Path, tmp_path: Path):
@@ -105,7 +111,9 @@ def test_validate_and_test_repeat_the_fits_figures(trained: Path, capsys):
     where = ["--ckpt_path", "best", "--config", str(trained / "config.yaml")]
     for command in ("validate", "test"):
         assert main([command, *where]) == 0
-        assert f"{command.capitalize()} metric" not in capsys.readouterr().out  # no table of Lightning's beside ours
+        said = capsys.readouterr()
+        assert f"{command.capitalize()} metric" not in said.out  # no table of Lightning's beside ours
+        assert "the head is new" not in said.err
         after = json.loads((trained / "metrics.json").read_text())
         assert after == {key: pytest.approx(value, abs=1e-6) for key, value in before.items()}
 
@@ -129,11 +137,18 @@ def test_predict_writes_the_exports_scores_in_the_rows_order(trained: Path, pair
 
 
 def test_an_output_that_is_asked_for_is_written_to(small: Path, pairs_file: Path, tmp_path: Path):
-    before = {path.name: path.stat().st_mtime_ns for path in small.iterdir()}
-    where = ["--ckpt_path", str(small / "best.ckpt"), "--output", str(tmp_path)]
-    assert main(["predict", *where, "--data.source", str(pairs_file), "--trainer.accelerator=cpu"]) == 0
-    assert (tmp_path / "run" / "predictions.csv").is_file()
-    assert {path.name: path.stat().st_mtime_ns for path in small.iterdir()} == before
+    """By predict with a checkpoint's calibration."""
+    run, output = shutil.copytree(small, tmp_path / "short"), tmp_path / "new"
+    loaded = torch.load(run / "best.ckpt", weights_only=True)
+    loaded["crossenc"]["calibration"] = [2.0, 0.5]
+    torch.save(loaded, run / "best.ckpt")
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    where = ["--ckpt_path", str(run / "best.ckpt"), "--output", str(output), "--trainer.accelerator=cpu"]
+    assert main(["predict", *where, "--data.source", str(pairs_file)]) == 0
+    with (output / "run" / "predictions.csv").open() as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    assert scores == pytest.approx(score(run / "best.ckpt", pairs_file), abs=0.01)  # which has another precision
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
 
 def test_fast_dev_run_writes_no_model(small: Path, tmp_path: Path):
@@ -351,6 +366,7 @@ def test_bars_profilers_and_an_early_stop_are_lightnings(
     options = [*stop, "--trainer.callbacks+=TQDMProgressBar", "--trainer.profiler=simple"]
     assert main([*fit, *options]) == 0
     assert "training ended at step 4 of 12, due to max_time, a callback" in caplog.text
+    assert "step 4  val/loss" not in caplog.text  # which the bar shows
     assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
@@ -378,10 +394,12 @@ def test_a_finished_run_of_another_name_is_not_gone_on_with(small: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_scores_of_a_new_head_are_told(pairs_file: Path, tmp_path: Path, caplog):
-    where = ["--data.source", str(pairs_file), "--model.backbone", BACKBONE, "--output", str(tmp_path)]
-    assert main(["predict", *where]) == 0
-    assert "the head is new" in caplog.text
+def test_scores_of_a_new_head_are_told(pairs_file: Path, small: Path, tmp_path: Path, caplog):
+    where = ["--data.source", str(pairs_file), "--output", str(tmp_path)]
+    for backbone, is_new in ((BACKBONE, True), (small / "model", False)):
+        caplog.clear()
+        assert main(["predict", *where, "--model.backbone", str(backbone)]) == 0
+        assert ("the head is new" in caplog.text) == is_new
 
 
 class AsksForAStop(Callback):
@@ -391,12 +409,20 @@ class AsksForAStop(Callback):
         trainer.should_stop = True
 
 
+class StopsAfterAnEpoch(Callback):
+    """Too late for a validation."""
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
 @pytest.mark.parametrize(
     ("trainer", "steps"),
     [
         ({"max_epochs": 2, "min_epochs": 2}, [23]),
         ({"max_epochs": 4, "min_epochs": 2, "callbacks": f"{__name__}.AsksForAStop"}, [23]),
         ({"max_epochs": 4, "min_steps": 30, "callbacks": f"{__name__}.AsksForAStop"}, [29]),
+        ({"max_epochs": 4, "callbacks": f"{__name__}.StopsAfterAnEpoch"}, []),
         ({"accumulate_grad_batches": 4, "val_check_interval": 6}, [1, 2]),  # not within a step
         ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0}, [11]),  # 1 epoch
         ({"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "max_epochs": 3}, [23, 35]),
@@ -421,4 +447,4 @@ def test_the_threshold_is_that_of_the_last_weights(
     # What goes on knows the best checkpoint of the same step.
     states = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"]
     (best,) = (state["best_model_path"] for name, state in states.items() if "BestCheckpoint" in name)
-    assert best == str(folder / "best.ckpt")
+    assert best == (str(folder / "best.ckpt") if steps else "")
