@@ -60,7 +60,8 @@ def test_pairs_are_scored_once_and_above_the_models_threshold(tiny: Path, mined:
     assert all(a < b for a, b in places)
     assert [(row["text_a"], row["text_b"]) for row in rows] == [(QUESTIONS[a], QUESTIONS[b]) for a, b in places]
     copies = [row for row in rows if row["found_by"] == "copy"]
-    assert [(row["a"], row["b"], row["score"]) for row in copies] == [("q2", f"q{len(QUESTIONS) - 1}", "1.0")]
+    assert [(row["a"], row["b"]) for row in copies] == [("q2", f"q{len(QUESTIONS) - 1}")]
+    assert (copies[0]["score"], copies[0]["similarity"]) == ("1.0", "1.0")
     others = [row for row in rows if row["found_by"] == "model"]
     expected = score(str(tiny), [(row["text_a"], row["text_b"]) for row in others])
     assert [float(row["score"]) for row in others] == pytest.approx(expected.tolist(), abs=1e-6)
@@ -89,6 +90,7 @@ def test_lists_and_frames_take_the_same_path(tiny: Path, mined: tuple[Path, Path
     rows = [(row["a"], row["b"], row["score"]) for row in read(mined[0])]
     assert [(f"q{pair['a']}", f"q{pair['b']}", str(pair["score"])) for pair in pairs] == rows
     members = [(row["group"], row["text"]) for row in read(mined[1])]
+    assert [row["group"] for row in groups] == sorted(row["group"] for row in groups)
     assert [(str(row["group"]), row["text"]) for row in groups] == members
     assert mine(str(tiny), pd.DataFrame({"text": QUESTIONS}), **options) == (pairs, groups)
 
@@ -147,7 +149,7 @@ def made(*pairs: tuple[int, int, float]) -> np.ndarray:
     return np.array([(a, b, 0.9, score, False) for a, b, score in pairs], dtype=DUPLICATE)
 
 
-def test_groups_and_their_representatives():
+def test_groups_and_their_representatives(monkeypatch: pytest.MonkeyPatch):
     chain = made((1, 2, 0.9), (2, 3, 0.8), (5, 6, 0.7))
     groups, representatives = group(chain, 8, "components")
     assert groups.tolist() == [-1, 0, 0, 0, -1, 1, 1, -1]
@@ -164,11 +166,16 @@ def test_groups_and_their_representatives():
     assert group(made(), 3, "components")[0].tolist() == [-1, -1, -1]
     chains = made((0, 1, 0.9), (1, 2, 0.8), (3, 4, 0.9), (4, 5, 0.8))
     assert group(chains, 6, "complete")[0].tolist() == [0, 0, -1, 1, 1, -1]
+    crossed = made((0, 2, 0.9), (1, 3, 0.9), (2, 4, 0.8), (3, 5, 0.8))
+    assert group(crossed, 6, "complete")[0].tolist() == [0, 1, 0, 1, -1, -1]
     assert group(made((0, 1, 0.9), (1, 2, 0.8)), 3, "complete")[0].tolist() == [0, 0, -1]
     lowest = made((0, 1, 0), (0, 2, 1), (1, 2, 0.9))  # whatever the threshold was, in fp32 or not
     assert group(lowest, 3, "complete")[0].tolist() == [0, 0, 0]
     nearly = made(*((a, b, 0.9) for a, b in combinations(range(9), 2) if (a, b) != (0, 8)))
     assert group(nearly, 9, "complete")[0].tolist() in ([0] * 8 + [-1], [-1] + [0] * 8)
+    monkeypatch.setattr(mining, "_LARGEST_COMPONENT", 2)
+    with pytest.raises(UsageError, match="3 questions are connected, too many for --linkage complete"):
+        group(whole, 3, "complete")
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
@@ -239,6 +246,7 @@ def test_a_copy_in_the_middle_moves_no_other_question(tiny: Path):
     options = {"retriever": BACKBONE, "top_k": 5, "min_similarity": 0.5, "threshold": 0}
     plain = mine(tiny, QUESTIONS[:-1], **options).pairs
     later = mine(tiny, [*QUESTIONS[:3], QUESTIONS[2].upper(), *QUESTIONS[3:-1]], **options).pairs
+    assert [(row["a"], row["b"]) for row in later] == sorted((row["a"], row["b"]) for row in later)
     found = {(row["text_a"], row["text_b"]): row["similarity"] for row in later if row["found_by"] == "model"}
     assert found == pytest.approx({(row["text_a"], row["text_b"]): row["similarity"] for row in plain}, abs=1e-3)
     assert min(found.values()) >= 0.5 < max(found.values()) < 1
@@ -272,6 +280,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
         assert not (tmp_path / ".out.csv.parts").exists()
 
     refused(DataError, r"q\.csv, row 2: text is null", str(write("q.csv", 'text\na\n""\n')))
+    refused(DataError, r"v\.csv, row 1: 2 fields where the header has 1", str(write("v.csv", "text\na,b\nc\n")))
     refused(DataError, "the id '1' more than once", str(write("r.csv", "id,text\n1,a\n1,b\n")))
     refused(DataError, "has no column 'text' or .* name it with --column", str(write("s.csv", "x,y\n1,a\n")))
     refused(DataError, "is it separated by ';'.* name it with --column", str(write("t.csv", "x;text\n1;a\n")))
@@ -280,11 +289,12 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(UsageError, "top_k must be a whole number of at least 1, not 0", top_k=0)
     refused(BackboneError, "cannot be loaded as a bi-encoder", retriever=str(trained / "best.ckpt"))
     refused(BackboneError, "there is no folder nope", retriever="./nope")
-    refused(UsageError, "threshold from 0 to 1", threshold=5)
-    refused(UsageError, "threshold from 0 to 1", min_similarity=1.5)
-    (tmp_path / "out.groups.csv").write_text("mine")
-    refused(OutputError, r"out\.groups\.csv already exists")
-    (tmp_path / "out.groups.csv").unlink()
+    for value in ({"threshold": 5}, {"threshold": -0.1}, {"min_similarity": 1.5}, {"min_similarity": -1.5}):
+        refused(UsageError, "threshold from 0 to 1", **value)
+    for name in ("out.csv", "out.groups.csv"):
+        (tmp_path / name).write_text("mine")
+        refused(OutputError, f"{name} already exists")
+        (tmp_path / name).unlink()
     edit_json(shutil.copytree(tiny, tmp_path / "bare") / "config.json", crossenc=None)
     with pytest.raises(UsageError, match="has no stored threshold; give --threshold or --dev"):
         mine(tmp_path / "bare", QUESTIONS, retriever=BACKBONE)
@@ -294,7 +304,8 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
         mine(BACKBONE, QUESTIONS, threshold=0.5, retriever="./neither")
     with pytest.raises(BackboneError, match=r"there is no .*model\.onnx"):
         mine(str(tiny), QUESTIONS, backend="onnx", retriever="./neither")
-    refused(UsageError, "linkage 'best' is not one of", linkage="best")
+    for name in ("linkage", "index", "on_error"):
+        refused(UsageError, f"{name} 'best' is not one of", **{name: "best"})
     with pytest.raises(UsageError, match="name the file of the pairs"):
         mine(str(tiny), QUESTIONS, "-", retriever=BACKBONE)
     options = {"retriever": BACKBONE, "on_error": "skip", "threshold": 0.9}
@@ -305,7 +316,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     assert not (tmp_path / "out.csv.skipped.jsonl").exists()
 
 
-def test_rows_that_lack_what_the_others_have(tiny: Path, write, tmp_path: Path):
+def test_rows_that_lack_what_the_others_have(tiny: Path, write, tmp_path: Path, caplog):
     late = write("late.jsonl", '{"text": "a"}\n{"id": "x", "text": "b"}\n')
     with pytest.raises(DataError, match="row 2: has an id, 'id', but the first row has none"):
         mine(tiny, late, retriever=BACKBONE)
@@ -313,6 +324,9 @@ def test_rows_that_lack_what_the_others_have(tiny: Path, write, tmp_path: Path):
     found = mine(tiny, short, tmp_path / "out.csv", retriever=BACKBONE, on_error="skip")
     assert [(row["a"], row["b"]) for row in read(found.pairs)] == [("2", "3")]
     assert json.loads((tmp_path / "out.csv.skipped.jsonl").read_text())["row"] == 1
+    caplog.clear()
+    assert len(mine(tiny, short, retriever=BACKBONE, on_error="skip").pairs) == 1
+    assert "1 broken rows are left out; the first is row 1: no text; it has ['id']" in caplog.messages
     with pytest.raises(DataError, match="row 2: text is null"):
         mine(tiny, ["a", None], retriever=BACKBONE)
     pairs = mine(tiny, pd.Series(["What is it?", "what is it?"]), retriever=BACKBONE).pairs
@@ -331,9 +345,10 @@ def test_ids_of_any_kind_and_a_broken_first_row(
     assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["1", "x"]]
     assert json.loads((tmp_path / "out.parquet.skipped.jsonl").read_text())["row"] == 1
     assert "WARNING" not in capfd.readouterr().err  # faiss's, of few questions
-    rows = [{"id": True, "text": "What is it?"}, {"id": 3, "text": "what is it?"}]
-    found = mine(tiny, rows, tmp_path / "out.parquet", overwrite=True, **options)
-    assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [["True", "3"]]
+    for item in (True, 2**63):
+        rows = [{"id": item, "text": "What is it?"}, {"id": 3, "text": "what is it?"}]
+        found = mine(tiny, rows, tmp_path / "out.PARQUET", overwrite=True, **options)
+        assert pd.read_parquet(found.pairs)[["a", "b"]].values.tolist() == [[str(item), "3"]]
 
 
 def test_work_belongs_to_the_weights_of_older_formats_too(tmp_path: Path):

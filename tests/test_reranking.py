@@ -54,7 +54,7 @@ def files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{q}\t{d}\t1\n" for q, d in rows))
     (tmp_path / "some.qrels").write_text("".join(f"{q} 0 {d} 1\n" for q, d in rows))
     names = {"queries": "queries.tsv", "corpus": "corpus.jsonl", "qrels": "qrels.tsv", "trec": "some.qrels"}
-    names |= {"run": "out.run", "again": "again.jsonl"}
+    names |= {"run": "out.run", "again": "again.JSONL"}
     return {name: str(tmp_path / file) for name, file in names.items()}
 
 
@@ -201,7 +201,8 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "row 1: not UTF-8", candidates=tmp_path / "g.run")
     refused(DataError, "mark nothing as relevant to any", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
     refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
-    refused(DataError, r"row 1: id is null or not a single value$", corpus=[{"id": [1], "text": "a"}])
+    for item in ([1], None):
+        refused(DataError, r"row 1: id is null or not a single value$", corpus=[{"id": item, "text": "a"}])
     refused(DataError, r"row 1: text is null; remove the row or fill it in$", queries=[{"id": 1, "text": None}])
     refused(DataError, r"row 1: text is not UTF-8", queries=["x\ud800"])
     refused(UsageError, "retrieve_k needs a retriever", retrieve_k=100)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +84,13 @@ def test_parquet_keeps_its_types(trained, frame, expected, tmp_path):
             "tags": [["x"]] * len(PAIRS),
         }
     )
-    pq.write_table(table, tmp_path / "a.parquet")
+    # What other tools note of their columns, as `datasets` does, would lack the new one.
+    pq.write_table(table.replace_schema_metadata({"huggingface": "{}"}), tmp_path / "a.parquet")
     score(str(trained / "model"), str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"))
     found = pq.read_table(tmp_path / "b.parquet")
     assert found.drop_columns("score").schema.equals(table.schema)
     assert found.schema.field("score").type == pa.float32()
+    assert not found.schema.metadata
     assert found["score"].to_numpy() == pytest.approx(expected, abs=1e-5)
 
 
@@ -493,6 +496,7 @@ def test_two_columns_of_one_name_are_refused(tiny, tmp_path):
         ([None], "row 1: not text_a and text_b but None"),
         ([5], "row 1: not text_a and text_b but 5"),
         (7, "7 is not a file, a DataFrame or a list"),
+        ("gone.csv", r"^gone\.csv: no such file \(looked in "),
     ],
 )
 def test_what_is_no_table_is_named(tiny: Path, source: object, said: str):
@@ -507,7 +511,7 @@ def test_bad_output_and_options_are_known_at_the_start(write, tiny, tmp_path):
     with pytest.raises(OutputError, match="already exists"):
         score(str(tiny), path, path)
     with pytest.raises(OutputError, match="cannot be written"):
-        score(str(tiny), path, f"{path}/out.csv")
+        score("./gone", path, f"{path}/out.csv")  # which is known before the model is looked for
     with pytest.raises(UsageError, match="columns: labels are not read here"):
         score(str(tiny), path, columns={"label": "question1"})
     with pytest.raises(DataError, match=r"columns: .'texta'. is not one of"):
@@ -637,6 +641,18 @@ def test_what_parquet_cannot_hold_is_known_before_the_work(tiny, tmp_path, name,
     with pytest.raises(DataError, match=said):
         score(tiny, tmp_path / name, tmp_path / "out.parquet")
     assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_suffixes_may_be_in_capitals(tiny, tmp_path):
+    table = pa.table({"text1": ["a, b"], "text2": ["c"], "n": pa.array([1], pa.int16())})
+    pq.write_table(table, tmp_path / "0.PARQUET")
+    names = ["0.PARQUET", "1.PARQUET", "2.JSONL", "3.TSV", "4.CSV"]
+    for number, (source, output) in enumerate(pairwise(names)):
+        score(tiny, tmp_path / source, tmp_path / output, column=f"score{number}")
+    assert pq.read_schema(tmp_path / "1.PARQUET").field("n").type == pa.int16()
+    assert json.loads((tmp_path / "2.JSONL").read_text())["text1"] == "a, b"
+    assert (tmp_path / "3.TSV").read_text().startswith("text1\ttext2\tn\tscore0\t")
+    assert (tmp_path / "4.CSV").read_text().splitlines()[1].startswith('"a, b",c,1,')
 
 
 @pytest.mark.parametrize("broken", [5, None])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -47,9 +49,9 @@ def test_nothing_is_written_over_that_was_not_to_be(tmp_path: Path):
     claim_output(str(tmp_path / "file.csv"), (".csv",), True)
     with pytest.raises(UsageError, match=r"must end in \.csv, or be -"):
         claim_output(str(tmp_path / "file.txt"), (".csv",), True)
-    claim_output(str(tmp_path / "new" / "file.csv"), (".csv",), False)
+    claim_output(str(tmp_path / "new" / "deep" / "file.csv"), (".csv",), False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.csv", "out.csv"]
-    with write_table(str(tmp_path / "new" / "file.csv"), ["a"]) as take:
+    with write_table(str(tmp_path / "new" / "deep" / "file.csv"), ["a"]) as take:
         take([{"a": 1}])
     with pytest.raises(ZeroDivisionError), write_table(str(tmp_path / "file.csv"), ["a"]) as take:
         take([{"a": 1 / 0}])
@@ -80,9 +82,11 @@ def test_arrays_are_lists_whole_and_in_any_depth(tmp_path: Path):
 
 def test_a_table_of_arrow_is_a_frame():
     columns = {"n": ["a", None, "c"], "id": pa.array([2**53 + 1, None, 3])}  # the first is no float
-    with open_table(pa.table(columns), ["n"]) as table:
-        assert list(table) == [{"n": "a", "id": 2**53 + 1}, {"n": None, "id": None}, {"n": "c", "id": 3}]
-        assert table.schema().field("id").type == pa.int64()
+    polars = SimpleNamespace(columns=["n", "id"], to_arrow=lambda: pa.table(columns))
+    for source in (pa.table(columns), pa.record_batch(columns), polars):
+        with open_table(source, ["n"]) as table:
+            assert list(table) == [{"n": "a", "id": 2**53 + 1}, {"n": None, "id": None}, {"n": "c", "id": 3}]
+            assert table.schema().field("id").type == pa.int64()
 
 
 def test_frames_of_other_libraries_are_those_of_pandas():
@@ -97,6 +101,9 @@ def test_the_copy_of_standard_input_is_closed_before_it_is_read_and_gone_after(m
         assert str(table.source) not in {os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()}
         assert list(table) == list(table) == [{"text": "a"}]
     assert not table.source.parent.exists()
+    monkeypatch.setattr("shutil.copyfileobj", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OutputError, match="the copy of standard input cannot be written"), open_table("-", ["text"]):
+        pass
 
 
 def test_the_keys_of_a_dict_are_no_rows():
