@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ import pytest
 from crossenc import mine, mining, score
 from crossenc.backbone import locate
 from crossenc.cli import main
-from crossenc.errors import BackboneError, DataError, OutputError, UsageError
+from crossenc.errors import BackboneError, DataError, MissingExtraError, OutputError, UsageError
 from crossenc.loading import fingerprint
 from crossenc.mining import DUPLICATE, first_copies, group
 from crossenc.pairs import sample_groups
@@ -273,7 +274,7 @@ def test_what_is_asked_for_is_what_is_done(tiny: Path, dev: Path, write):
     assert [row["score"] for row in both if row["found_by"] == "model"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_path: Path):
+def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_path: Path, monkeypatch):
     def refused(error: type[Exception], said: str, questions: object = QUESTIONS, **options: object) -> None:
         with pytest.raises(error, match=said):
             mine(str(tiny), questions, str(tmp_path / "out.csv"), **{"retriever": BACKBONE, **options})
@@ -304,6 +305,9 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
         mine(BACKBONE, QUESTIONS, threshold=0.5, retriever="./neither")
     with pytest.raises(BackboneError, match=r"there is no .*model\.onnx"):
         mine(str(tiny), QUESTIONS, backend="onnx", retriever="./neither")
+    with monkeypatch.context() as patched:
+        patched.setattr(mining, "require", Mock(side_effect=MissingExtraError("faiss is missing")))
+        refused(MissingExtraError, "faiss is missing", retriever="./neither")
     for name in ("linkage", "index", "on_error"):
         refused(UsageError, f"{name} 'best' is not one of", **{name: "best"})
     with pytest.raises(UsageError, match="name the file of the pairs"):

@@ -146,7 +146,7 @@ def test_a_bi_encoder_may_have_layers_in_folders_and_words_of_its_own_for_querie
     assert found[0][1] == pytest.approx((queries * documents).sum(), abs=1e-5)
 
 
-def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():
+def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over(tmp_path: Path):
     from sentence_transformers import SentenceTransformer
 
     texts = ["How do I learn to swim?", "", "这是什么？"]
@@ -158,3 +158,8 @@ def test_vectors_are_the_bi_encoders_and_kept_parts_are_taken_over():
     assert np.array_equal(embed(texts, "./gone", parts), vectors)
     with pytest.raises(BackboneError, match="there is no folder gone"):
         embed(texts, "./gone", {})
+    for name in ("modules.json", "model.safetensors"):
+        folder = shutil.copytree(locate(BACKBONE), tmp_path / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:100])
+        with pytest.raises(BackboneError, match="cannot be loaded as a bi-encoder: "):
+            embed(texts, str(folder), {})

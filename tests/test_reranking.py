@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import threading
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from crossenc import rerank, reranking, score
 from crossenc.cli import main
-from crossenc.errors import BackboneError, DataError, OutputError, UsageError
+from crossenc.errors import BackboneError, DataError, MissingExtraError, OutputError, UsageError
 from crossenc.pairs import sample_groups
 from crossenc.reranking import evaluate, read_qrels, retrieve
 
@@ -97,6 +99,9 @@ def test_the_order_is_that_of_the_logits_where_scores_are_equal(tiny: Path, monk
     (found,) = rerank(tiny, ["a"], ["b", "c", "d"])
     assert [row["corpus_id"] for row in found] == [1, 2, 0]
     assert [row["score"] for row in found] == [1, 1, 1]
+    monkeypatch.setattr(reranking, "score_all", lambda *_: np.zeros(50, dtype=np.float32))
+    (found,) = rerank(tiny, ["a"], ["b"] * 50, top_k=50)
+    assert [row["corpus_id"] for row in found] == list(range(50))
 
 
 def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
@@ -116,6 +121,13 @@ def test_numbers_are_the_ids_of_lists(tiny: Path, tmp_path: Path, caplog):
     assert "before 1.0000" in caplog.text
     lines = [line.split()[:3] for line in (tmp_path / "out.run").read_text().splitlines()]
     assert sorted(lines) == [["1", "Q0", "0"], ["1", "Q0", "1"]]
+
+
+def test_candidates_may_come_from_standard_input(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    row = b'{"query_id": 0, "corpus_id": 1, "score": 0.5}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(row)))
+    (found,) = rerank(tiny, ["a"], ["b", "c"], candidates="-")
+    assert [row["corpus_id"] for row in found] == [1]
 
 
 def test_a_title_that_is_null_is_no_word(tiny: Path):
@@ -176,13 +188,13 @@ def test_queries_that_nobody_asked_do_not_count(tiny: Path, caplog):
 
 def test_a_run_keeps_the_order_where_scores_are_equal(tiny: Path, tmp_path: Path):
     copies = ["the same"] * 5
-    rerank(tiny, ["a query"], copies, output=str(tmp_path / "out.run"))
-    scores = [float(line.split()[4]) for line in (tmp_path / "out.run").read_text().splitlines()]
+    rerank(tiny, ["a query"], copies, output=str(tmp_path / "new" / "out.run"))
+    scores = [float(line.split()[4]) for line in (tmp_path / "new" / "out.run").read_text().splitlines()]
     assert all(np.float32(a) > np.float32(b) for a, b in pairwise(scores))
     assert scores[-1] == pytest.approx(scores[0], rel=1e-5)
 
 
-def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tmp_path: Path):
+def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tmp_path: Path, monkeypatch):
     def refused(error: type[Exception], said: str, **options: object) -> None:
         given = {"queries": files["queries"], "corpus": files["corpus"], "output": files["run"], **options}
         with pytest.raises(error, match=said):
@@ -193,6 +205,8 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "row 1: there is no text 'd99'", candidates=str(write("b.run", "q0 Q0 d99 1 0.5 x\n")))
     refused(DataError, "row 1: 3 fields where a TREC file has 6", candidates=str(write("c.run", "q0 d0 1\n")))
     refused(DataError, "'high' is not a finite number", candidates=str(write("d.run", "q0 Q0 d0 1 high x\n")))
+    rows = '{"query_id": "q0", "corpus_id": "d0", "score": null}\n'
+    refused(DataError, "None is not a finite number", candidates=str(write("d.jsonl", rows)))
     refused(DataError, "needs the columns query_id", candidates=str(write("e.jsonl", '{"q": 1}\n')))
     refused(DataError, "no such file", candidates="gone.run")
     refused(DataError, "refers to a folder", candidates=str(tmp_path))
@@ -218,4 +232,8 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "there are no candidates", candidates=str(write("i.run", "\n")))
     refused(UsageError, "cannot hold the id 'q 1'", queries=[{"id": "q 1", "text": "a"}])
     refused(UsageError, "cannot hold the id 'd 1'", corpus=[{"id": "d 1", "text": "a"}])
+    for output in (None, tmp_path / "out.jsonl"):  # which can hold it
+        rerank(tiny, [{"id": "q 1", "text": "a"}], ["b"], output)
     refused(OutputError, "already exists", output=files["corpus"])
+    monkeypatch.setattr(reranking, "require", Mock(side_effect=MissingExtraError("ir_measures is missing")))
+    refused(MissingExtraError, "ir_measures is missing", qrels="gone.qrels")  # before all work

@@ -13,12 +13,16 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from queue import Queue
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from crossenc import score
 from crossenc.cli import main
@@ -27,7 +31,7 @@ from crossenc.evaluating import load_module
 from crossenc.exporting import score_pairs
 from crossenc.loading import longest_pair
 from crossenc.pairs import sample_pairs
-from crossenc.scorer import Scoring, score_chunks
+from crossenc.scorer import Scorer, Scoring, _next_result, _work, score_chunks
 from crossenc.scoring import reaches
 
 from .conftest import edit_json, fail, runs
@@ -184,6 +188,14 @@ def test_a_damaged_model_is_one_line(tiny, tmp_path, capsys):
     assert main(["score", str(tiny), path, str(tmp_path / "out.csv"), "--overwrite"]) == 0
 
 
+def test_scores_that_are_no_numbers_are_none(tiny: Path, tmp_path: Path):
+    weights = shutil.copytree(tiny, tmp_path / "model") / "model.safetensors"
+    values = load_file(weights)
+    save_file(values | {"classifier.bias": torch.tensor([torch.inf])}, weights, {"format": "pt"})
+    with pytest.raises(BackboneError, match=r"gives NaN or infinity for some pairs: .* for torch in 32-true"):
+        score(tmp_path / "model", PAIRS)
+
+
 def test_standard_input_and_output(trained, expected, capsys, monkeypatch):
     lines = "".join(json.dumps({"text1": a, "n": {"x": [1]}, "text2": b}) + "\n" for a, b in PAIRS)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
@@ -246,6 +258,33 @@ def test_an_error_of_a_device_is_told_and_ends_all(tmp_path: Path):
     done = subprocess.run(on_two_devices(tmp_path, "pass"), capture_output=True, text=True, check=False, timeout=60)
     assert "BackboneError" in done.stderr.splitlines()[-1]
     assert "no config.json" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (torch.OutOfMemoryError("too much"), torch.OutOfMemoryError, "^too much$"),
+        (ValueError("odd"), RuntimeError, "^in a scoring process: ValueError: odd$"),
+    ],
+)
+def test_an_error_of_a_device_is_the_one_that_one_device_has(tiny: Path, monkeypatch, error, kind, said):
+    signals, tasks, results = Mock(), Queue(), Queue()
+    monkeypatch.setattr("signal.signal", signals)
+    monkeypatch.setattr(Scorer, "logits", Mock(side_effect=error))
+    for task in ((0, [("a", "b")]), None):
+        tasks.put(task)
+    _work(Scoring(tiny), 0, tasks, results)
+    signals.assert_called_once_with(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent alone
+    with pytest.raises(kind, match=said):
+        _next_result(results, [])
+
+
+def test_a_device_is_a_gpu_where_there_is_one(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: 1 / 0)
+    with pytest.raises(UsageError, match="devices must be at most 1, the GPUs of this machine, not 2"):
+        score(tiny, PAIRS, devices=2)
 
 
 def test_a_scoring_process_that_is_killed_ends_the_run(tiny: Path):
