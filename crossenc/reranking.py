@@ -91,8 +91,6 @@ def rerank(
     if output is not None:
         claim_output(output, (".run", ".trec", ".txt", ".jsonl"), overwrite)
     scoring.find()  # fail before candidates are searched
-    if retriever is not None:
-        require("sentence_transformers", "mine")
     with open_table(queries, ["text"]) as table:
         query_ids, query_texts, _ = read_texts(table, None)
     with open_table(corpus, ["text"]) as table:
