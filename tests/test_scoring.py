@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crossenc import score
+from crossenc.calibration import sigmoid
 from crossenc.cli import main
 from crossenc.errors import BackboneError, CheckpointError, DataError, OutputError, UsageError
 from crossenc.evaluating import load_module
@@ -32,7 +33,7 @@ from crossenc.exporting import score_pairs
 from crossenc.loading import longest_pair
 from crossenc.pairs import sample_pairs
 from crossenc.scorer import Scorer, Scoring, _next_result, _work, score_chunks
-from crossenc.scoring import reaches
+from crossenc.scoring import reaches, score_all
 
 from .conftest import edit_json, fail, runs
 
@@ -127,8 +128,9 @@ def test_a_decision_is_by_the_threshold_that_the_model_stored(trained, frame, ex
     for column in ("score", ""):
         with pytest.raises(UsageError, match=r"the new columns cannot be named .* --decision"):
             score(trained / "model", frame, decision=column)
-    with pytest.raises(UsageError, match="a decision or a logit needs a table as output"):
-        score(trained / "model", PAIRS, decision="same")
+    for source in (PAIRS, tmp_path / "a.csv"):
+        with pytest.raises(UsageError, match="a decision or a logit needs a table as output"):
+            score(trained / "model", source, decision="same")
     bare = shutil.copytree(trained / "model", tmp_path / "bare")
     edit_json(bare / "config.json", crossenc=None)
     with pytest.raises(UsageError, match="has no stored threshold"):
@@ -435,6 +437,17 @@ def test_chunks_make_what_one_would(tiny, tmp_path, monkeypatch, name):
     assert list(found[0]) == ["text1", "text2", "n", "late", "score"]
     assert found[0]["n"].tolist() == [0, 2, 3, 4, 5.5, 7]
     pd.testing.assert_frame_equal(*found, rtol=1e-5)
+
+
+def test_kept_parts_are_not_scored_again(tiny, monkeypatch, caplog):
+    for module in ("tables", "scoring"):
+        monkeypatch.setattr(f"crossenc.{module}.CHUNK", 2)
+    parts = {0: np.array([7, 8], dtype=np.float32), 2: np.array([9], dtype=np.float32)}
+    with caplog.at_level("INFO"):
+        found = score_all(parts, Scoring(tiny), iter(PAIRS[:5]), 5)
+    assert found[[0, 1, 4]].tolist() == [7, 8, 9]
+    assert sigmoid(found[2:4]) == pytest.approx(score(tiny, PAIRS[2:4]), abs=1e-6)
+    assert "3 of 5 pairs are scored already" in caplog.messages
 
 
 def test_a_quote_that_is_never_closed_spoils_its_own_row_only(tiny, write, tmp_path):
