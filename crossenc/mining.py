@@ -278,7 +278,7 @@ def group(pairs: NDArray[Any], count: int, linkage: Linkage) -> tuple[NDArray[np
     inside = pairs[groups[pairs["a"]] == groups[pairs["b"]]]
     weight = np.bincount(inside["a"], inside["score"], count) + np.bincount(inside["b"], inside["score"], count)
     rows = np.flatnonzero(groups >= 0)
-    rows = rows[np.lexsort((rows, -weight[rows], groups[rows]))]
+    rows = rows[np.lexsort((-weight[rows], groups[rows]))]
     _, best = np.unique(groups[rows], return_index=True)
     return groups, dict(enumerate(rows[best].tolist()))
 

@@ -47,8 +47,7 @@ def embed(
         with progress(what, len(texts), BLOCK * (len(starts) - len(missing))) as advance:
             for number in missing:
                 block = list(texts[starts[number] : starts[number] + BLOCK])
-                found = compute(block, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
-                parts[number] = np.ascontiguousarray(found, dtype=np.float32)
+                parts[number] = compute(block, batch_size=128, normalize_embeddings=True, show_progress_bar=False)
                 advance(len(block))
     vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
     for number, start in enumerate(starts):
@@ -95,9 +94,10 @@ def kind_of_index(count: int, index: Index) -> Index:
 def make_search(vectors: Vectors, index: Index) -> Callable[[Vectors, int], tuple[Vectors, NDArray[np.int64]]]:
     """A function that returns the similarities (cosines) and the row numbers of the k vectors nearest to each query.
 
-    Both have shape (queries, k), the nearest first; row -1 means that fewer were found. `vectors` have shape
-    (rows, dimensions) and length one. `exact` searches all rows; `ivf` searches the lists of similar vectors that are
-    nearest to the query, one in 32 and at least 16; `hnsw` follows a graph of neighbours, fast but in more memory.
+    Both have shape (queries, k), the nearest first; row -1, of similarity -3e38, means that fewer were found. `vectors`
+    have shape (rows, dimensions) and length one. `exact` searches all rows; `ivf` searches the lists of similar vectors
+    that are nearest to the query, one in 32 and at least 16; `hnsw` follows a graph of neighbours, fast but in more
+    memory.
     """
     faiss = require("faiss", "mine")
     count, dimensions = vectors.shape
@@ -142,7 +142,7 @@ def find_candidates(vectors: Vectors, top_k: int, min_similarity: float, index: 
                 block = vectors[starts[number] : starts[number] + BLOCK]
                 similarities, rows = search(block, top_k + 1)  # the nearest is the row itself
                 own = np.arange(starts[number], starts[number] + len(block))[:, None]
-                kept = (similarities >= min_similarity) & (rows != own) & (rows >= 0)
+                kept = (similarities >= min_similarity) & (rows != own)
                 pairs = np.empty(int(kept.sum()), dtype=CANDIDATE)
                 pairs["a"], pairs["b"] = np.minimum(rows, own)[kept], np.maximum(rows, own)[kept]
                 pairs["similarity"] = similarities[kept]

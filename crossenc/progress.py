@@ -40,7 +40,7 @@ def _log_lines(what: str, total: int, done: int) -> Callable[[int], None]:
         nonlocal done, logged_at
         done += count
         now = time.monotonic()
-        if now - logged_at >= SECONDS_BETWEEN_LINES and done > already_done:
+        if now - logged_at >= SECONDS_BETWEEN_LINES:
             logged_at = now
             left = (now - start) / (done - already_done) * (total - done)
             log.info("%s: %s of %s, %s left", what, f"{done:,}", f"{total:,}", timedelta(seconds=round(left)))
