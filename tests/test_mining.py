@@ -141,9 +141,10 @@ def test_dev_pairs_weigh_the_similarity_beside_the_logit(tiny: Path, dev: Path, 
     assert max(chances[chances < best]) - 1e-3 <= used[1] <= best + 1e-3
     assert abs(used[1] - 0.5) > 4e-3
     alike = dev.with_name("alike.csv")
-    labelled.assign(label=1).to_csv(alike, index=False)
-    with pytest.raises(DataError, match="all the same"):
-        mine(str(tiny), QUESTIONS, dev=str(alike), **options)
+    for label in (0, 1):
+        labelled.assign(label=label).to_csv(alike, index=False)
+        with pytest.raises(DataError, match="all the same"):
+            mine(str(tiny), QUESTIONS, dev=str(alike), **options)
 
 
 def made(*pairs: tuple[int, int, float]) -> np.ndarray:
@@ -164,7 +165,9 @@ def test_groups_and_their_representatives(monkeypatch: pytest.MonkeyPatch):
     assert group(whole, 3, "complete")[0].tolist() == [0, 0, 0]
     copied = np.concatenate([chain, np.array([(3, 7, 1, 1, True)], dtype=DUPLICATE)])
     assert group(copied, 8, "complete")[0].tolist() == [-1, 0, 0, 1, -1, 2, 2, 1]
-    assert group(made(), 3, "components")[0].tolist() == [-1, -1, -1]
+    for linkage in ("components", "complete"):
+        assert group(made(), 3, linkage)[0].tolist() == [-1, -1, -1]
+        assert group(copied[-1:], 8, linkage)[0].tolist() == [-1, -1, -1, 0, -1, -1, -1, 0]
     chains = made((0, 1, 0.9), (1, 2, 0.8), (3, 4, 0.9), (4, 5, 0.8))
     assert group(chains, 6, "complete")[0].tolist() == [0, 0, -1, 1, 1, -1]
     crossed = made((0, 2, 0.9), (1, 3, 0.9), (2, 4, 0.8), (3, 5, 0.8))

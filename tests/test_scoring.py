@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,7 @@ def test_a_decision_is_by_the_threshold_that_the_model_stored(trained, frame, ex
         found = score(model, source, decision="same", logit=True)
         assert list(found) == [*frame, "logit", "score", "same"]
         assert found["same"].tolist() == called
+        assert found["same"].dtype == bool
     for name in ("a.csv", "a.parquet"):
         score(trained / "model", frame, tmp_path / name, decision="same")
         assert read_frame(tmp_path / name)["same"].tolist() == called
@@ -480,12 +482,14 @@ def test_texts_with_line_ends_come_back_as_they_were(tiny, tmp_path):
 
 
 def test_a_short_first_row_is_skipped_and_told_where_no_file_can_be(tiny, write, tmp_path, monkeypatch, caplog, capsys):
-    path = write("p.jsonl", '{"question1": "a"}\n{"question1": "a", "question2": "b"}\n')
+    path = write("p.jsonl", '{"question1": "a"}\n{"question1": "a", "question2": "b"}\n[]\n')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("crossenc.scoring.Parts", None)  # nothing is kept here either
     with caplog.at_level("WARNING"):
         score(str(tiny), str(path), "-", on_error="skip")
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert "1 broken rows are left out: row 1: question2 is null" in caplog.text
+    said = r"2 broken rows are left out: row 1: question2 is null; .*; row 3: not a JSON object"
+    assert re.search(said, caplog.text)
     assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
 
 
@@ -669,8 +673,9 @@ def test_pairs_are_cut_as_sentence_transformers_cuts_them(side: str, tiny: Path,
 
 def test_a_path_names_a_model_and_missing_values_are_null(tiny, tmp_path):
     frame = pd.DataFrame({"text1": ["a", "b"], "text2": ["c", "d"], "n": [1.5, None], "at": [pd.Timestamp(0), pd.NaT]})
-    with pytest.raises(DataError, match="already has a column n"):
-        score(tiny, frame, decision="n")
+    for names in ({"decision": "n"}, {"column": "n", "decision": "same"}):
+        with pytest.raises(DataError, match="already has a column n"):
+            score(tiny, frame, **names)
     score(tiny, frame, tmp_path / "out.jsonl")
     assert [json.loads(line)["n"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1.5, None]
     assert "NaN" not in (tmp_path / "out.jsonl").read_text()
@@ -705,6 +710,14 @@ def test_suffixes_may_be_in_capitals(tiny, tmp_path):
     assert json.loads((tmp_path / "2.JSONL").read_text())["text1"] == "a, b"
     assert (tmp_path / "3.TSV").read_text().startswith("text1\ttext2\tn\tscore0\t")
     assert (tmp_path / "4.CSV").read_text().splitlines()[1].startswith('"a, b",c,1,')
+
+
+def test_a_number_that_one_of_a_later_chunk_would_round_is_one_line(tiny, tmp_path, monkeypatch):
+    for module in ("tables", "scoring"):
+        monkeypatch.setattr(f"crossenc.{module}.CHUNK", 1)
+    rows = [{"text1": "a", "text2": "b", "n": number} for number in (2**60 + 1, 0.5)]
+    with pytest.raises(DataError, match=f"the list has values that parquet cannot hold: .*{2**60 + 1}"):
+        score(tiny, rows, tmp_path / "out.parquet")
 
 
 @pytest.mark.parametrize("broken", [5, None])
