@@ -275,5 +275,5 @@ def _join(table: Table, checked: _Checked, parts: Arrays, new: Mapping[str, _Mak
             columns = [make(parts[number]) for make in new.values()]
             values = [column.tolist() if column.dtype == bool else decimals(column) for column in columns]
             write([{**row, **dict(zip(new, own, strict=True))} for (_, row), *own in zip(chunk, *values, strict=True)])
-    if not skip and output != STANDARD:  # an earlier output of this name may have left such a list
+    if not skip:  # an earlier output of this name may have left such a list
         skipped_file(output).unlink(missing_ok=True)
