@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "'high' is not a finite number", candidates=str(write("d.run", "q0 Q0 d0 1 high x\n")))
     rows = '{"query_id": "q0", "corpus_id": "d0", "score": null}\n'
     refused(DataError, "None is not a finite number", candidates=str(write("d.jsonl", rows)))
-    refused(DataError, "needs the columns query_id", candidates=str(write("e.jsonl", '{"q": 1}\n')))
+    refused(DataError, "needs the columns query_id", candidates=str(write("e.JSONL", '{"q": 1}\n')))
     refused(DataError, "no such file", candidates="gone.run")
     refused(DataError, "refers to a folder", candidates=str(tmp_path))
     refused(DataError, "'nan' is not a finite number", candidates=str(write("f.run", "q0 Q0 d0 1 nan x\n")))
