@@ -94,10 +94,9 @@ def kind_of_index(count: int, index: Index) -> Index:
 def make_search(vectors: Vectors, index: Index) -> Callable[[Vectors, int], tuple[Vectors, NDArray[np.int64]]]:
     """A function that returns the similarities (cosines) and the row numbers of the k vectors nearest to each query.
 
-    Both have shape (queries, k), the nearest first; row -1, of similarity -3e38, means that fewer were found. `vectors`
-    have shape (rows, dimensions) and length one. `exact` searches all rows; `ivf` searches the lists of similar vectors
-    that are nearest to the query, one in 32 and at least 16; `hnsw` follows a graph of neighbours, fast but in more
-    memory.
+    Both have shape (queries, k), nearest first; row -1, of similarity -3e38: fewer were found. `vectors` have shape
+    (rows, dimensions) and length one. `exact` searches all rows; `ivf` searches the lists of similar vectors that are
+    nearest to the query, one in 32 and at least 16; `hnsw` follows a graph of neighbours, fast but in more memory.
     """
     faiss = require("faiss", "mine")
     count, dimensions = vectors.shape

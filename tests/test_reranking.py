@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_named(tiny: Path, files: dict[str, str], write, tm
     refused(DataError, "row 1: not UTF-8", candidates=tmp_path / "g.run")
     refused(DataError, "mark nothing as relevant to any", qrels=str(write("h.qrels", "q99 0 d0 1\n")))
     refused(DataError, r"the id '1' more than once", corpus=[{"id": 1, "text": "a"}, {"id": "1", "text": "b"}])
-    for item in ([1], None):
+    for item in ([1], {"a": 1}, None):
         refused(DataError, r"row 1: id is null or not a single value$", corpus=[{"id": item, "text": "a"}])
     refused(DataError, r"row 1: text is null; remove the row or fill it in$", queries=[{"id": 1, "text": None}])
     refused(DataError, r"row 1: text is not UTF-8", queries=["x\ud800"])
