@@ -28,6 +28,10 @@ def test_parts_are_for_the_same_work_only(tmp_path: Path):
     again = Parts(folder, {"model": "a"})
     assert [again[number].tolist() for number in (0, 1)] == [[0, 1, 2], [0, 1, 2, 3]]
     assert 2 not in again
+    other_process = folder / f".{again._file(1).name}-unfinished-1"  # which may still be writing the same
+    other_process.touch()
+    again[1] = np.arange(4)
+    assert other_process.exists()
     dropped = Parts(folder, {"model": "b"}, overwrite=True)
     assert 0 not in dropped
     with pytest.raises(OutputError):  # work that goes on after its folder was dropped does not take it back
@@ -114,3 +118,5 @@ def test_of_two_that_make_one_folder_neither_takes_the_others(tmp_path: Path, mo
     (tmp_path / ".model-unfinished").write_text("in the way")
     with pytest.raises(OutputError, match="model cannot be written: File exists"), folder_beside(target):
         pass
+    with folder_beside(tmp_path / "new" / "model") as space:
+        assert not list(space.iterdir())
