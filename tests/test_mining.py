@@ -291,7 +291,7 @@ def test_bad_input_and_options_are_named(tiny: Path, trained: Path, write, tmp_p
     refused(DataError, r"has no texts; row 1: no text; it has \['x'\]", str(write("u.csv", "x\na\n")), on_error="skip")
     refused(DataError, "has no texts", [])
     refused(UsageError, "top_k must be a whole number of at least 1, not 0", top_k=0)
-    refused(BackboneError, "cannot be loaded as a bi-encoder", retriever=str(trained / "best.ckpt"))
+    refused(BackboneError, "it is a cross-encoder's checkpoint", retriever=str(trained / "best.ckpt"))
     refused(BackboneError, "there is no folder nope", retriever="./nope")
     for value in ({"threshold": 5}, {"threshold": -0.1}, {"min_similarity": 1.5}, {"min_similarity": -1.5}):
         refused(UsageError, "threshold from 0 to 1", **value)

@@ -327,6 +327,7 @@ def test_a_fit_without_dev_pairs_leaves_the_trainer_as_it_was(tiny_backbone: Pat
     ("options", "said"),
     [
         ({"limit_val_batches": 0.5}, "limit_val_batches would take only the longest pairs"),
+        ({"limit_val_batches": 1}, "limit_val_batches would take only the longest pairs"),  # which is not 1.0
         ({"overfit_batches": 2}, "overfit_batches would break up the batches"),
     ],
 )
