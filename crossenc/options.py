@@ -111,7 +111,7 @@ def check_trainer(command: str, config: Any) -> None:
         UsageError: An option of the Trainer, or the seed, cannot be used.
     """
     trainer, seed = config.trainer, config.seed_everything
-    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+    if not 0 <= seed < 2**32:
         raise UsageError(f"--seed_everything must be from 0 to {2**32 - 1}, or true or false, not {seed}")
     for callback in as_list(trainer.callbacks):  # early: some of them could not be written to config.yaml either
         _refuse_unsupported(callback.class_path.rpartition(".")[2])

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 
 from crossenc.cli import main
+from crossenc.errors import UsageError
+from crossenc.options import check_callbacks
 
 from .conftest import fail
 
@@ -26,7 +29,7 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
     [
         (["--examples=[[one]]"], "examples"),
         (["--trainer.overfit_batches=2"], "set --data.limit instead"),
-        (["--trainer.strategy=ddp_spawn"], "use ddp"),
+        *(([f"--trainer.strategy=ddp_{way}"], "use ddp") for way in ("spawn", "fork", "notebook")),
         (["--trainer.accelerator=abacus"], "abacus"),
         (["--trainer.limit_val_batches=2"], "would take only the longest pairs; use --data.limit"),
         (["--trainer.limit_test_batches=0.5"], "would take only the longest pairs; use --data.limit"),
@@ -35,6 +38,7 @@ OF_MODE = "an option cannot be used: - `mode` can be min, max, got high"
         (["--trainer.check_val_every_n_epoch=1"], "; 1.0 is the end of an epoch"),
         (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch must be at least 1, or null, not 0"),
         (["--trainer.gradient_clip_val=-0.5"], "gradient_clip_val must be at least 0, not -0.5"),
+        (["--seed_everything=4294967296"], "or true or false, not 4294967296"),
         (["--seed_everything=-1"], "--seed_everything must be from 0 to 4294967295, or true or false, not -1"),
         (["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:00:01:00"], "cannot be written"),
         ([f"--trainer.callbacks{word}" for word in ("+=EarlyStopping", ".monitor=val/f1", ".mode=high")], OF_MODE),
@@ -104,8 +108,15 @@ def test_what_follows_from_another_option_cannot_be_set_in_a_file_for_one_sectio
 ):
     section = write("section.yaml", "max_length: 16\n")
     config = write("own.yaml", "data: section.yaml\n")  # relative to the config itself
-    for option in (f"--data={section}", f"--config={config}", "--config={data: {max_length: 16}}"):
-        said = f"data.max_length, given in {option.partition('=')[2]}, follows from model.max_length"
+    sources = {
+        f"--data={section}": section,
+        f"--config={config}": config,
+        f"-c={config}": config,
+        f"-c{config}": config,
+    }
+    inline = "{data: {max_length: 16}}"
+    for option, source in (sources | {f"--config={inline}": inline}).items():
+        said = f"data.max_length, given in {source}, follows from model.max_length"
         assert said in fail(capsys, *fit, f"--output={tmp_path / 'runs'}", option)
     assert not (tmp_path / "runs").exists()
 
@@ -125,6 +136,7 @@ def test_a_config_that_is_not_yaml_is_named_with_the_line(write, tmp_path: Path,
             "the section trainer, in {}, is empty; give it an option, or remove it",
         ),
         ("data: null\n", "the section data, in {}, is empty"),
+        ("model: ~\n", "the section model, in {}, is empty"),
         ("# nothing\n", "the config {} has no options"),
         ("[a, b]\n", "the config {} has no options"),
         ("data: {limit: 9}\nrun: a\ndata: {window: 5}\n", 'the key data stands twice in "{}", line 3, column 1'),
@@ -154,3 +166,16 @@ def test_a_config_with_questions_in_a_list_and_what_looks_like_a_date_is_read(wr
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["fit", "--config", str(config), "--print_config"])
     assert "- Who is this?\n" in capsys.readouterr().out
+
+
+class Own(Callback):
+    """Could log a metric of its own."""
+
+
+def test_a_metric_must_be_known_unless_a_callback_of_the_users_may_log_it():
+    check_callbacks([EarlyStopping("val/own"), Own()], "auto")
+    check_callbacks([EarlyStopping("val/loss")], "fsdp")
+    check_callbacks([ModelCheckpoint(monitor="step")], "auto")
+    for callback in (EarlyStopping("val/own"), EarlyStopping("step")):
+        with pytest.raises(UsageError, match=f"EarlyStopping: there is no metric {callback.monitor}; choose one of"):
+            check_callbacks([callback], "auto")

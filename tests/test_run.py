@@ -323,7 +323,11 @@ def test_a_signal_in_the_test_after_training_tells_how_to_go_on(fit: list[str], 
 
 
 @pytest.mark.parametrize(
-    ("options", "left"), [(["--trainer.enable_checkpointing=false"], True), (["--trainer.max_steps=0"], False)]
+    ("options", "left"),
+    [
+        (["--trainer.enable_checkpointing=false", "--trainer.limit_val_batches=0"], True),
+        (["--trainer.max_steps=0"], False),
+    ],
 )
 def test_without_a_checkpoint_nothing_is_tested_and_exported(
     fit: list[str], tmp_path: Path, caplog, options: list[str], left: bool
